@@ -1,0 +1,38 @@
+"""How long work tells what it does and hears that it should stop; knows nothing of jobs or windows."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Cancelled(Exception):
+    """The user stopped the work. Never shown as an error."""
+
+
+class Progress(Protocol):
+    """What every long engine function takes.
+
+    `check` is called at least every 200 ms of work: it raises `Cancelled` when the user stopped
+    the work and blocks while it is paused. `report` never blocks and may be called at any rate.
+    """
+
+    def check(self) -> None: ...
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def check(self) -> None:
+        pass
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        pass
+
+
+SILENT = Silent()

@@ -1,0 +1,129 @@
+"""The errors that miStudio shows to people; everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+
+class UserError(Exception):
+    """Something the user can understand and act on.
+
+    `title` names it, `what` says what happened (with the numbers), `next_step` says what to do.
+    Subclasses give the kind; the texts are written where the error is raised.
+    """
+
+    retryable = False
+
+    def __init__(self, title: str, what: str = "", next_step: str = "") -> None:
+        self.title = title
+        self.what = what
+        self.next_step = next_step
+        super().__init__(" ".join(part for part in (title + ".", what, next_step) if part))
+
+
+class InvalidInput(UserError):
+    """A value the user gave cannot be used; `field` names it where there is a form."""
+
+    def __init__(self, title: str, what: str = "", next_step: str = "", field: str = "") -> None:
+        super().__init__(title, what, next_step)
+        self.field = field
+
+
+class NotFound(UserError):
+    """A record, file or repository that was named does not exist."""
+
+
+class UnsupportedModel(UserError):
+    """The model's structure or file format is outside what miStudio can read safely."""
+
+
+class CorruptFile(UserError):
+    """A file is not what its name or header says."""
+
+
+class Incompatible(UserError):
+    """Two things do not fit together: an SAE and a model, a library and this version."""
+
+
+class DiskFull(UserError):
+    """Not enough room for what was asked."""
+
+    retryable = True
+
+
+class OutOfMemory(UserError):
+    """The device's memory is too small for what was asked."""
+
+    retryable = True
+
+
+class Offline(UserError):
+    """Something needs a connection that is not there or was not allowed."""
+
+    retryable = True
+
+
+class TrainingDiverged(UserError):
+    """The loss became infinite or not a number."""
+
+
+class Busy(UserError):
+    """Another process or job owns what is needed."""
+
+    retryable = True
+
+
+def explain(exc: BaseException) -> UserError | None:
+    """The user-facing form of an exception, or None where it is a bug."""
+    if isinstance(exc, UserError):
+        return exc
+    if isinstance(exc, OSError):
+        return _explain_os_error(exc)
+    if isinstance(exc, sqlite3.OperationalError):
+        return _explain_sqlite_error(exc)
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return OutOfMemory(
+            "Out of memory",
+            str(exc).splitlines()[0] if str(exc) else "The device has no memory left.",
+            "Use a smaller batch, a smaller dictionary or fewer layers, or close other programs.",
+        )
+    return None
+
+
+def _explain_os_error(exc: OSError) -> UserError | None:
+    where = f" ({exc.filename})" if exc.filename else ""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            "The disk is full",
+            f"Nothing more could be written{where}; what was finished before is kept.",
+            "Free some space or move the library to another disk, then run it again.",
+        )
+    if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            "No permission",
+            f"{exc.strerror}{where}.",
+            "Choose a place you may read and write, or change its permissions.",
+        )
+    if isinstance(exc, FileNotFoundError):
+        return NotFound("File not found", f"{exc.strerror}{where}.", "Check the path.")
+    return None
+
+
+def _explain_sqlite_error(exc: sqlite3.OperationalError) -> UserError | None:
+    text = str(exc)
+    if "locked" in text or "busy" in text:
+        return Busy(
+            "The library is in use",
+            f"SQLite says: {text}.",
+            "Close the other miStudio that uses this library, then try again.",
+        )
+    if "full" in text:
+        return DiskFull("The disk is full", f"SQLite says: {text}.", "Free some space and try again.")
+    if "readonly" in text or "unable to open" in text:
+        return UserError(
+            "The library cannot be written",
+            f"SQLite says: {text}.",
+            "Choose a library folder you may write to (--library DIR).",
+        )
+    return None
