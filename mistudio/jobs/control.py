@@ -1,0 +1,155 @@
+"""How a running job is told to pause, stop or finish early; how it tells how far it is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mistudio.engine.progress import Cancelled
+
+
+class Control:
+    """Three wishes of the user, readable from the job's thread and settable from any other."""
+
+    def __init__(self) -> None:
+        self._cancel = threading.Event()
+        self._finish = threading.Event()
+        self._go = threading.Event()
+        self._go.set()
+
+    def cancel(self) -> None:
+        """Stop and throw away what is unfinished."""
+        self._cancel.set()
+        self._go.set()
+
+    def finish_early(self) -> None:
+        """Stop soon and keep what there is (training, generation)."""
+        self._finish.set()
+        self._go.set()
+
+    def pause(self) -> None:
+        if not (self._cancel.is_set() or self._finish.is_set()):
+            self._go.clear()
+
+    def resume(self) -> None:
+        self._go.set()
+
+    @property
+    def paused(self) -> bool:
+        return not self._go.is_set()
+
+    @property
+    def wants_finish(self) -> bool:
+        return self._finish.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    def check(self) -> float:
+        """Raise Cancelled if stopped, wait while paused. Returns the seconds spent waiting."""
+        if self._cancel.is_set():
+            raise Cancelled
+        if self._go.is_set():
+            return 0.0
+        began = time.monotonic()
+        self._go.wait()
+        if self._cancel.is_set():
+            raise Cancelled
+        return time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named part of a job; `weight` is its share of the time, in any unit."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a job stands. `remaining` is in seconds, None until it can be estimated."""
+
+    job_id: int
+    phase: str
+    done: float
+    total: float | None
+    fraction: float
+    elapsed: float
+    remaining: float | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Meter:
+    """Turns `report` calls into snapshots: overall fraction, elapsed and remaining time."""
+
+    def __init__(self, job_id: int, phases: tuple[Phase, ...], clock: Callable[[], float]) -> None:
+        self._job_id = job_id
+        self._phases = phases or (Phase("", 1.0),)
+        self._clock = clock
+        self._began = clock()
+        self._idle = 0.0
+        self._lock = threading.Lock()
+        self._phase = self._phases[0].name
+        self._phase_began = self._began
+        self._phase_idle = 0.0
+        self._done = 0.0
+        self._total: float | None = None
+        self._metrics: dict[str, Any] = {}
+
+    def add_idle(self, seconds: float) -> None:
+        """Time spent paused does not count towards speed."""
+        with self._lock:
+            self._idle += seconds
+            self._phase_idle += seconds
+
+    def report(
+        self, done: float, total: float | None, phase: str | None, metrics: dict[str, Any]
+    ) -> None:
+        with self._lock:
+            if phase is not None and phase != self._phase:
+                self._phase = phase
+                self._phase_began = self._clock()
+                self._phase_idle = 0.0
+                self._total = None
+                self._metrics = {}
+            self._done = done
+            if total is not None:
+                self._total = total
+            self._metrics.update(metrics)
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            now = self._clock()
+            share = min(self._done / self._total, 1.0) if self._total else 0.0
+            weights = [phase.weight for phase in self._phases]
+            index = next(
+                (i for i, phase in enumerate(self._phases) if phase.name == self._phase), 0
+            )
+            whole = sum(weights) or 1.0
+            fraction = (sum(weights[:index]) + weights[index] * share) / whole
+            return Snapshot(
+                job_id=self._job_id,
+                phase=self._phase,
+                done=self._done,
+                total=self._total,
+                fraction=min(fraction, 1.0),
+                elapsed=now - self._began - self._idle,
+                remaining=self._remaining(now, share, weights, index),
+                metrics=dict(self._metrics),
+            )
+
+    def _remaining(
+        self, now: float, share: float, weights: list[float], index: int
+    ) -> float | None:
+        """This phase by its own measured speed; later phases by their weight, in the same unit."""
+        spent = now - self._phase_began - self._phase_idle
+        if share < 0.005 or spent < 0.5:
+            return None
+        here = spent * (1.0 - share) / share
+        per_weight = (spent / share) / weights[index] if weights[index] else 0.0
+        return here + per_weight * sum(weights[index + 1 :])

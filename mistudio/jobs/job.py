@@ -1,0 +1,183 @@
+"""A job is a plain object with `run(context)`; this is what it gets and how it is run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from mistudio.engine.progress import Cancelled
+from mistudio.errors import explain
+from mistudio.jobs.control import Control, Meter, Phase, Snapshot
+from mistudio.library.jobs import ACTIVE, JobRecord
+from mistudio.library.library import Library
+
+log = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """One kind of long work. Instances are frozen dataclasses whose fields are JSON-able; the
+    fields are the job's row `params`, so that an interrupted job can be run again from its row."""
+
+    kind: ClassVar[str]
+    lane: ClassVar[str]
+
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    def title(self, library: Library) -> str: ...
+
+    def run(self, context: JobContext) -> dict[str, Any]: ...
+
+
+class MetricLog:
+    """The full history of a run's metrics: every row in memory for the charts and on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self._rows.append(row)
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def since(self, index: int) -> list[dict[str, Any]]:
+        """Rows from `index` on; cheap enough to call from the window at every tick."""
+        with self._lock:
+            return self._rows[index:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JobContext:
+    """What a job sees of the world: the library, a folder to work in, progress, the user's wishes.
+
+    Implements the engine's `Progress`.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        job_id: int,
+        phases: tuple[Phase, ...],
+        control: Control,
+        listener: Callable[[Snapshot], None] | None = None,
+    ) -> None:
+        self.library = library
+        self.job_id = job_id
+        self.control = control
+        self.work_folder = library.work_folder(job_id)
+        self.metrics: MetricLog | None = None
+        self._meter = Meter(job_id, phases, time.monotonic)
+        self._listener = listener
+        self._last_row_write = 0.0
+        self._last_listener_call = 0.0
+
+    def check(self) -> None:
+        if self.control.paused:
+            paused = self.library.jobs.move(self.job_id, ("running",), "paused")
+            self._meter.add_idle(self.control.check())
+            if paused:
+                self.library.jobs.move(self.job_id, ("paused",), "running")
+        else:
+            self.control.check()
+
+    def wants_finish(self) -> bool:
+        return self.control.wants_finish
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        new_phase = phase is not None and phase != self._meter.snapshot().phase
+        self._meter.report(done, total, phase, metrics)
+        now = time.monotonic()
+        if self._listener and (new_phase or now - self._last_listener_call > 0.1):
+            self._last_listener_call = now
+            self._listener(self._meter.snapshot())
+        if new_phase or now - self._last_row_write > 1.0:
+            self._last_row_write = now
+            snapshot = self._meter.snapshot()
+            self.library.jobs.show_progress(self.job_id, snapshot.phase, snapshot.fraction)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add a row to the run's metric history (`metrics.jsonl` in the work folder)."""
+        if self.metrics is None:
+            self.metrics = MetricLog(self.work_folder / "metrics.jsonl")
+        self.metrics.append(row)
+
+    def snapshot(self) -> Snapshot:
+        """The latest state: the mailbox that the window reads."""
+        return self._meter.snapshot()
+
+
+def submit(library: Library, job: Job) -> int:
+    """Make the job's row; nothing runs yet."""
+    return library.jobs.submit(job.kind, job.title(library), job.lane, asdict(job))  # type: ignore[call-overload]
+
+
+def run_job(
+    library: Library,
+    job: Job,
+    job_id: int,
+    control: Control | None = None,
+    listener: Callable[[Snapshot], None] | None = None,
+    on_start: Callable[[JobContext], None] | None = None,
+) -> JobRecord:
+    """Run a queued job in this thread and see its row through to an end.
+
+    Errors end in the row (`status` failed, `error` with title, what, next_step and, for a bug, the
+    traceback); they are not raised. `on_start` is handed the context before the work begins.
+    """
+    control = control or Control()
+    if not library.jobs.move(job_id, ("queued",), "running"):
+        return library.jobs.get(job_id)
+    context = JobContext(library, job_id, job.phases, control, listener)
+    if on_start:
+        on_start(context)
+    try:
+        result = job.run(context)
+    except Cancelled:
+        library.jobs.move(job_id, ACTIVE, "cancelled")
+    except Exception as exc:
+        library.jobs.move(job_id, ACTIVE, "failed", error=error_row(exc))
+    else:
+        library.jobs.show_progress(job_id, context.snapshot().phase, 1.0)
+        library.jobs.move(job_id, ACTIVE, "finished", result=result)
+    finally:
+        if context.metrics:
+            context.metrics.close()
+        shutil.rmtree(context.work_folder, ignore_errors=True)
+    return library.jobs.get(job_id)
+
+
+def error_row(exc: BaseException) -> dict[str, Any]:
+    """How a failure is kept: a known error in its own words, a bug with its traceback."""
+    known = explain(exc)
+    if known is not None:
+        log.warning("%s: %s", type(exc).__name__, known)
+        return {
+            "title": known.title,
+            "what": known.what,
+            "next_step": known.next_step,
+            "retryable": known.retryable,
+            "field": getattr(known, "field", ""),
+        }
+    log.error("A job failed by a bug", exc_info=exc)
+    return {
+        "title": "Something went wrong inside miStudio",
+        "what": f"{type(exc).__name__}: {exc}",
+        "next_step": "This is a bug: please copy the report and file it. Your library is unharmed.",
+        "retryable": True,
+        "traceback": "".join(traceback.format_exception(exc)),
+    }

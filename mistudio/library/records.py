@@ -1,0 +1,229 @@
+"""What the library remembers: one record and one table for each thing the user owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mistudio.library.table import Table
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Documents of text, stored as `documents.jsonl` in `folder`."""
+
+    id: int
+    name: str
+    source: str
+    origin: str
+    folder: str
+    documents: int
+    characters: int
+    bytes: int
+    provenance: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Hugging Face model folder inside the library; `summary` is what its config says."""
+
+    id: int
+    name: str
+    source: str
+    origin: str
+    folder: str
+    precision: str
+    n_layers: int
+    d_model: int
+    parameters: int
+    bytes: int
+    summary: dict[str, Any]
+    provenance: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A token store: a dataset seen through one tokenizer with one group of settings."""
+
+    id: int
+    dataset_id: int
+    tokenizer_hash: str
+    settings: dict[str, Any]
+    folder: str
+    tokens: int
+    statistics: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Stored activations of one model at some hook points over one token store."""
+
+    id: int
+    model_id: int
+    tokenization_id: int
+    hook_points: list[str]
+    settings: dict[str, Any]
+    folder: str
+    tokens: int
+    bytes: int
+    statistics: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that ended with usable SAEs: completed, or stopped early and kept."""
+
+    id: int
+    name: str
+    model_id: int
+    dataset_id: int
+    tokenization_id: int
+    extraction_id: int | None
+    job_id: int | None
+    status: str
+    config: dict[str, Any]
+    record: dict[str, Any]
+    folder: str
+    seconds: float
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Sae:
+    """One trained dictionary at one hook point; `metrics` come from its final evaluation."""
+
+    id: int
+    training_id: int | None
+    model_id: int
+    hook_point: str
+    layer: int
+    folder: str
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: float
+    metrics: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class FeatureRun:
+    """A discovery pass over one SAE: arrays in `folder`, a few totals in `summary`."""
+
+    id: int
+    sae_id: int
+    tokenization_id: int
+    folder: str
+    n_features: int
+    tokens: int
+    summary: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A steered comparison: what was asked and what came out."""
+
+    id: int
+    sae_id: int
+    request: dict[str, Any]
+    result: dict[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class FeatureNote:
+    """What the user wrote about one feature of one SAE."""
+
+    sae_id: int
+    feature: int
+    label: str
+    note: str
+    starred: bool
+
+
+class Datasets(Table[Dataset]):
+    name, noun, record = "datasets", "dataset", Dataset
+
+
+class Models(Table[Model]):
+    name, noun, record = "models", "model", Model
+
+
+class Tokenizations(Table[Tokenization]):
+    name, noun, record = "tokenizations", "tokenization", Tokenization
+
+    def of_dataset(self, dataset_id: int) -> list[Tokenization]:
+        return self.all("dataset_id = ?", (dataset_id,))
+
+
+class Extractions(Table[Extraction]):
+    name, noun, record = "extractions", "extraction", Extraction
+
+    def of_model(self, model_id: int) -> list[Extraction]:
+        return self.all("model_id = ?", (model_id,))
+
+
+class Trainings(Table[Training]):
+    name, noun, record = "trainings", "run", Training
+
+
+class Saes(Table[Sae]):
+    name, noun, record = "saes", "SAE", Sae
+
+    def of_training(self, training_id: int) -> list[Sae]:
+        """The SAEs of one run, shallowest layer first."""
+        return sorted(self.all("training_id = ?", (training_id,)), key=lambda sae: sae.layer)
+
+
+class FeatureRuns(Table[FeatureRun]):
+    name, noun, record = "feature_runs", "feature run", FeatureRun
+
+    def newest_of_sae(self, sae_id: int) -> FeatureRun | None:
+        runs = self.all("sae_id = ?", (sae_id,))
+        return runs[0] if runs else None
+
+
+class Generations(Table[Generation]):
+    name, noun, record = "generations", "generation", Generation
+
+    def of_sae(self, sae_id: int) -> list[Generation]:
+        return self.all("sae_id = ?", (sae_id,))
+
+
+class FeatureNotes(Table[FeatureNote]):
+    """Labels, notes and stars. Keyed by (SAE, feature), so its own few queries."""
+
+    name, noun, record = "feature_notes", "feature note", FeatureNote
+
+    def of_sae(self, sae_id: int) -> dict[int, FeatureNote]:
+        rows = self._library.rows("SELECT * FROM feature_notes WHERE sae_id = ?", (sae_id,))
+        return {row["feature"]: self._decode(row) for row in rows}
+
+    def write(
+        self,
+        sae_id: int,
+        feature: int,
+        *,
+        label: str | None = None,
+        note: str | None = None,
+        starred: bool | None = None,
+    ) -> None:
+        """Set the given fields, keep the others."""
+        given = {"label": label, "note": note, "starred": starred}
+        values = {name: value for name, value in given.items() if value is not None}
+        with self._library.transaction():
+            self._library.execute(
+                "INSERT OR IGNORE INTO feature_notes (sae_id, feature) VALUES (?, ?)",
+                (sae_id, feature),
+            )
+            for name, value in values.items():
+                self._library.execute(
+                    f"UPDATE feature_notes SET {name} = ? WHERE sae_id = ? AND feature = ?",
+                    (value, sae_id, feature),
+                )
+            self._library.note_change(self.name, sae_id)
