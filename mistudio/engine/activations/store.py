@@ -1,0 +1,269 @@
+"""Activations on disk: one pass of the model writes every site, token-shuffled, fp16.
+
+Layout of a folder: `meta.json`; per split `<split>/rows.npy` (structured: window, position) and
+`<split>/<hook point>.f16`, a flat array [rows, d]. Row i is the same token in every site, and
+`rows` leads from any activation back to its text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mistudio.engine.activations.positions import countable
+from mistudio.engine.activations.source import Batch, calibrate_medians, capture_windows
+from mistudio.engine.datasets.tokens import SPLITS, TokenSplit, TokenStore
+from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+from mistudio.engine.progress import SILENT, Progress
+
+META = "meta.json"
+ROW = np.dtype([("window", "<u4"), ("position", "<u2")])
+# Rows are shuffled in a buffer of this many before they are written, and read back in random
+# blocks: a batch then mixes rows of hundreds of windows without random access to every row.
+WRITE_BUFFER = 32768
+READ_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class ActivationMeta:
+    """What the folder holds. Values are stored times `scales[site]`, so that fp16 cannot overflow
+    (rows beyond 10x the median norm are left out) and keeps its precision; reading undoes it."""
+
+    points: list[str]
+    widths: dict[str, int]
+    medians: dict[str, float]
+    scales: dict[str, float]
+    context: int
+    tokens: dict[str, int]
+    dropped_special: int
+    dropped_outliers: int
+    precision: str
+    seed: int
+    statistics: dict[str, Any]
+
+
+def estimate_bytes(n_tokens: int, widths: list[int]) -> int:
+    """Disk that an extraction needs."""
+    return n_tokens * (2 * sum(widths) + ROW.itemsize)
+
+
+def extract(
+    model: HookedDecoder,
+    store: TokenStore,
+    points: tuple[HookPoint, ...],
+    folder: Path,
+    *,
+    max_tokens: int,
+    context: int = 128,
+    batch_windows: int = 8,
+    precision: str = "",
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> ActivationMeta:
+    """Write the activations of up to `max_tokens` tokens (both splits, in their proportion)."""
+    store.train.require_windows(context, 8, "Extraction")
+    store.heldout.require_windows(context, 2, "Judging the result")
+    medians = calibrate_medians(model, store.train, points, context)
+    scales = {point: math.sqrt(model.width(point)) / medians[point] for point in points}
+    generator = np.random.default_rng(seed)
+    orders = _orders(store, context, max_tokens, generator)
+    total = sum(len(order) for order in orders.values()) * context
+    writer = _Writer(folder, points, scales, generator)
+    means = {point: _Moments(model.width(point)) for point in points}
+    seen = 0
+    dropped = {"special": 0, "outliers": 0}
+    for split in SPLITS:
+        tokens: TokenSplit = store.split(split)
+        writer.begin(split)
+        for batch in capture_windows(
+            model, tokens, points, medians, orders[split], context, batch_windows, progress
+        ):
+            allowed = countable(batch.ids, tokens.meta.special_ids)
+            dropped["special"] += int((~allowed).sum())
+            dropped["outliers"] += int((allowed & ~batch.mask).sum())
+            places = batch.mask.nonzero().cpu().numpy()
+            rows = np.empty(len(places), ROW)
+            rows["window"] = batch.windows[places[:, 0]]
+            rows["position"] = places[:, 1]
+            for point in points:
+                values = batch.captured[point][batch.mask].float().cpu()
+                writer.add(point, values * scales[point])
+                if split == "train":
+                    means[point].add(values)
+            writer.add_rows(rows)
+            seen += batch.ids.numel()
+            progress.report(seen, total, tokens=seen)
+        writer.end()
+    meta = ActivationMeta(
+        points=[point.name for point in points],
+        widths={point.name: model.width(point) for point in points},
+        medians={point.name: medians[point] for point in points},
+        scales={point.name: scales[point] for point in points},
+        context=context,
+        tokens=writer.tokens,
+        dropped_special=dropped["special"],
+        dropped_outliers=dropped["outliers"],
+        precision=precision,
+        seed=seed,
+        statistics={point.name: means[point].summary() for point in points},
+    )
+    (folder / META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
+    return meta
+
+
+def _orders(
+    store: TokenStore, context: int, max_tokens: int, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Which windows to run: a random choice of the training split, the held-out split in order."""
+    counts = {split: store.split(split).n_windows(context) for split in SPLITS}
+    share = min(1.0, max_tokens / context / max(1, sum(counts.values())))
+    train = generator.permutation(counts["train"])[: max(8, round(counts["train"] * share))]
+    heldout = np.arange(max(2, round(counts["heldout"] * share)))
+    return {"train": train, "heldout": heldout}
+
+
+class StoredActivations:
+    """A finished extraction as an `ActivationSource`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meta = ActivationMeta(**json.loads((folder / META).read_text(encoding="utf-8")))
+        self.points = tuple(HookPoint.parse(name) for name in self.meta.points)
+        self.medians = {point: self.meta.medians[point.name] for point in self.points}
+        self.dropped_outliers = self.meta.dropped_outliers
+        self._arrays = {
+            split: {
+                point: np.memmap(
+                    folder / split / f"{point.name}.f16",
+                    dtype=np.float16,
+                    mode="r",
+                    shape=(self.meta.tokens[split], self.width(point)),
+                )
+                for point in self.points
+            }
+            for split in SPLITS
+        }
+        self.rows = {split: np.load(folder / split / "rows.npy", mmap_mode="r") for split in SPLITS}
+
+    def width(self, point: HookPoint) -> int:
+        return self.meta.widths[point.name]
+
+    def select(self, points: tuple[HookPoint, ...]) -> StoredActivations:
+        """The same store, giving only some of its sites."""
+        self.points = points
+        return self
+
+    def batches(self, batch_size: int, seed: int, progress: Progress = SILENT) -> Iterator[Batch]:
+        generator = np.random.default_rng(seed)
+        n = self.meta.tokens["train"]
+        blocks = max(1, batch_size // READ_BLOCK)
+        last = max(1, n // READ_BLOCK)
+        while True:
+            order = generator.permutation(last)
+            for start in range(0, max(1, last - blocks + 1), blocks):
+                progress.check()
+                chosen = order[start : start + blocks]
+                rows = (chosen[:, None] * READ_BLOCK + np.arange(READ_BLOCK)).ravel() % n
+                yield {point: self._read("train", point, rows) for point in self.points}
+
+    def heldout(
+        self, batch_size: int, limit: int, progress: Progress = SILENT
+    ) -> Iterator[Batch]:
+        n = min(limit, self.meta.tokens["heldout"])
+        for start in range(0, n, batch_size):
+            progress.check()
+            rows = np.arange(start, min(start + batch_size, n))
+            yield {point: self._read("heldout", point, rows) for point in self.points}
+
+    def _read(self, split: str, point: HookPoint, rows: np.ndarray) -> torch.Tensor:
+        values = torch.from_numpy(self._arrays[split][point][rows])
+        return values.float() / self.meta.scales[point.name]
+
+
+class _Writer:
+    """Collects rows of all sites, shuffles them together, appends them to the files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        points: tuple[HookPoint, ...],
+        scales: dict[HookPoint, float],
+        generator: np.random.Generator,
+    ) -> None:
+        self._folder, self._points, self._generator = folder, points, generator
+        self.tokens: dict[str, int] = {}
+
+    def begin(self, split: str) -> None:
+        self._split = split
+        (self._folder / split).mkdir(parents=True, exist_ok=True)
+        self._files = {
+            point: (self._folder / split / f"{point.name}.f16").open("wb") for point in self._points
+        }
+        self._pending: dict[HookPoint, list[np.ndarray]] = {point: [] for point in self._points}
+        self._pending_rows: list[np.ndarray] = []
+        self._written_rows: list[np.ndarray] = []
+
+    def add(self, point: HookPoint, values: torch.Tensor) -> None:
+        self._pending[point].append(values.half().numpy())
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        self._pending_rows.append(rows)
+        if sum(map(len, self._pending_rows)) >= WRITE_BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending_rows:
+            return
+        rows = np.concatenate(self._pending_rows)
+        # The held-out split stays in reading order, so that a share of it is whole documents.
+        order = (
+            self._generator.permutation(len(rows))
+            if self._split == "train"
+            else np.arange(len(rows))
+        )
+        for point, file in self._files.items():
+            file.write(np.concatenate(self._pending[point])[order].tobytes())
+            self._pending[point] = []
+        self._written_rows.append(rows[order])
+        self._pending_rows = []
+
+    def end(self) -> None:
+        self._flush()
+        for file in self._files.values():
+            file.close()
+        rows = np.concatenate(self._written_rows) if self._written_rows else np.empty(0, ROW)
+        np.save(self._folder / self._split / "rows.npy", rows)
+        self.tokens[self._split] = len(rows)
+
+
+class _Moments:
+    """Mean norm and per-dimension variance of a site, float64, streamed."""
+
+    def __init__(self, width: int) -> None:
+        self._n = 0
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._norms = 0.0
+
+    def add(self, values: torch.Tensor) -> None:
+        wide = values.double()
+        self._n += len(wide)
+        self._sum += wide.sum(0)
+        self._squares += wide.square().sum(0)
+        self._norms += float(wide.norm(dim=1).sum())
+
+    def summary(self) -> dict[str, float]:
+        n = max(self._n, 1)
+        variance = self._squares / n - (self._sum / n).square()
+        return {
+            "tokens": self._n,
+            "mean_norm": self._norms / n,
+            "total_variance": float(variance.sum()),
+            "largest_dimension_share": float(variance.max() / variance.sum().clamp_min(1e-30)),
+        }
