@@ -188,7 +188,7 @@ class HookedDecoder:
     # ---------------------------------------------------------------- where
 
     def check_point(self, point: HookPoint) -> None:
-        """Raise `InvalidInput` where the model has no such layer, `UnsupportedModel` no such site."""
+        """Raise `InvalidInput` for layers out of range, `UnsupportedModel` for missing sites."""
         if point.layer >= self.n_layers:
             raise InvalidInput(
                 "No such layer",
@@ -697,7 +697,8 @@ def _find_blocks(model: PreTrainedModel, n_layers: int | None) -> list[nn.Module
             f"{type(model).__name__} has no list of layers.",
             "Choose a causal language model with one stack of decoder layers.",
         )
-    blocks = list(max(candidates, key=lambda m: sum(p.numel() for p in m.parameters())))
+    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in candidates]
+    blocks = list(candidates[sizes.index(max(sizes))])
     if len({id(block) for block in blocks}) != len(blocks):
         raise UnsupportedModel(
             "Layers share their weights",
