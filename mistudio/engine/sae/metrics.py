@@ -1,0 +1,189 @@
+"""How good a dictionary is: definitions in one place, each tested against a plain computation.
+
+All statistics are over tokens that count (`engine/activations/positions.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistudio.engine.activations.positions import counted
+from mistudio.engine.datasets.tokens import TokenSplit
+from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+from mistudio.engine.progress import SILENT, Progress
+from mistudio.engine.sae.dictionary import Codes, Dictionary
+
+
+@dataclass(frozen=True)
+class ReconstructionQuality:
+    """Over `tokens` tokens.
+
+    explained_variance = 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2); fvu = 1 - that.
+    l0 = mean active latents per token; dead_share = share of latents that never fired here;
+    dense_share = share that fired on more than 10 % of tokens; cosine = mean cos(x, x_hat).
+    """
+
+    tokens: int
+    explained_variance: float
+    fvu: float
+    l0: float
+    dead_share: float
+    dense_share: float
+    cosine: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ReconstructionMeter:
+    """Streams batches in float64; memory of the dictionary's width."""
+
+    def __init__(self, d: int, d_sae: int) -> None:
+        self.tokens = 0
+        self._error = 0.0
+        self._square = 0.0
+        self._sum = torch.zeros(d, dtype=torch.float64)
+        self._cosine = 0.0
+        self._active = 0
+        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+
+    def add(self, x: Tensor, reconstruction: Tensor, codes: Codes) -> None:
+        """`x`, `reconstruction` raw activations [n, d]."""
+        self.tokens += len(x)
+        self._error += float((x - reconstruction).double().square().sum())
+        self._square += float(x.double().square().sum())
+        self._sum += x.double().sum(0).cpu()
+        self._cosine += float(torch.cosine_similarity(x, reconstruction, dim=1).double().sum())
+        self._active += len(codes.values)
+        self.fired += torch.bincount(codes.latents, minlength=codes.d_sae).cpu()
+
+    def result(self) -> ReconstructionQuality:
+        n = max(self.tokens, 1)
+        variance = self._square / n - float((self._sum / n).square().sum())
+        fvu = self._error / n / max(variance, 1e-30)
+        return ReconstructionQuality(
+            tokens=self.tokens,
+            explained_variance=1.0 - fvu,
+            fvu=fvu,
+            l0=self._active / n,
+            dead_share=float((self.fired == 0).double().mean()),
+            dense_share=float((self.fired > 0.1 * n).double().mean()),
+            cosine=self._cosine / n,
+        )
+
+
+@dataclass(frozen=True)
+class LossRecovered:
+    """Next-token cross-entropy in nats, over `tokens` predictions made at counted positions.
+
+    `ce_sae`: activations at counted positions replaced by their reconstruction; `ce_zero`: by
+    zero; `ce_mean`: by their mean. ce_loss_score = (ce_zero - ce_sae) / (ce_zero - ce_clean).
+    Zero ablation flatters a residual-stream SAE, so `ce_increase` (ce_sae - ce_clean) is the
+    number that tells SAEs apart.
+    """
+
+    tokens: int
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    ce_mean: float
+    ce_increase: float
+    ce_loss_score: float
+    ce_loss_score_mean: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def loss_recovered(
+    model: HookedDecoder,
+    tokens: TokenSplit,
+    point: HookPoint,
+    dictionary: Dictionary,
+    median: float,
+    *,
+    context: int = 128,
+    max_tokens: int = 8192,
+    batch_windows: int = 8,
+    progress: Progress = SILENT,
+) -> LossRecovered:
+    """Splice the dictionary into the model on evenly spread windows of `tokens`."""
+    available = tokens.n_windows(context)
+    n_windows = max(1, min(available, max_tokens // context))
+    chosen = torch.linspace(0, available - 1, n_windows).long().unique().numpy()
+    mean = _mean_activation(model, tokens, point, median, chosen[:batch_windows], context)
+    sums = {"clean": 0.0, "sae": 0.0, "zero": 0.0, "mean": 0.0}
+    predictions = 0
+    for start in range(0, len(chosen), batch_windows):
+        ids = tokens.windows(chosen[start : start + batch_windows], context).to(model.device)
+        special = tokens.meta.special_ids
+        masks: list[Tensor] = []
+
+        def keep_mask(x: Tensor, ids: Tensor = ids, masks: list[Tensor] = masks) -> Tensor:
+            masks.append(counted(ids, {point: x}, {point: median}, special))
+            return x
+
+        def splice(x: Tensor, masks: list[Tensor] = masks) -> Tensor:
+            out = x.clone()
+            out[masks[0]] = dictionary.reconstruct(x[masks[0]]).to(x.dtype)
+            return out
+
+        def fill(value: Tensor, masks: list[Tensor] = masks) -> Any:
+            def edit(x: Tensor) -> Tensor:
+                out = x.clone()
+                out[masks[0]] = value.to(x.dtype)
+                return out
+
+            return edit
+
+        zero = torch.zeros_like(mean)
+        edits = {"clean": keep_mask, "sae": splice, "zero": fill(zero), "mean": fill(mean)}
+        for name, edit in edits.items():
+            progress.check()
+            with model.intervene({point: edit}):
+                logits = model.model(ids, use_cache=False).logits
+            sums[name] += _cross_entropy(logits, ids, masks[0])
+        predictions += int(masks[0][:, :-1].sum())
+        progress.report(start + len(ids), len(chosen))
+    ce = {name: total / max(predictions, 1) for name, total in sums.items()}
+    return LossRecovered(
+        tokens=predictions,
+        ce_clean=ce["clean"],
+        ce_sae=ce["sae"],
+        ce_zero=ce["zero"],
+        ce_mean=ce["mean"],
+        ce_increase=ce["sae"] - ce["clean"],
+        ce_loss_score=_recovered(ce["zero"], ce["sae"], ce["clean"]),
+        ce_loss_score_mean=_recovered(ce["mean"], ce["sae"], ce["clean"]),
+    )
+
+
+def _recovered(ablated: float, spliced: float, clean: float) -> float:
+    return (ablated - spliced) / (ablated - clean) if ablated != clean else float("nan")
+
+
+def _mean_activation(
+    model: HookedDecoder,
+    tokens: TokenSplit,
+    point: HookPoint,
+    median: float,
+    windows: Any,
+    context: int,
+) -> Tensor:
+    ids = tokens.windows(windows, context).to(model.device)
+    x = model.capture(ids, [point])[point]
+    mask = counted(ids, {point: x}, {point: median}, tokens.meta.special_ids)
+    return x[mask].float().mean(0)
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
+    """Summed nats of the predictions made at `mask` positions (the last one predicts nothing)."""
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    return float(losses[mask[:, :-1].flatten()].double().sum())

@@ -1,0 +1,227 @@
+"""The one table of hyper-parameters: it makes the form, the checks, the help and the command line.
+
+Fields left at None are derived from the others; `derive` says what they become and why.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from mistudio.errors import InvalidInput
+
+
+def _option(default: Any, label: str, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"label": label, "help": help, **limits})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a training run is told. Five choices matter (model, dataset, layers, dictionary size,
+    target L0); the rest has defaults."""
+
+    sparsity: str = _option(
+        "batchtopk",
+        "Sparsity",
+        "How active latents are chosen. BatchTopK gives every token as many as it needs, with "
+        "the target on average; TopK gives every token the same number.",
+        choices=("batchtopk", "topk"),
+        essential=True,
+    )
+    expansion: float = _option(
+        8.0,
+        "Expansion factor",
+        "Dictionary size as a multiple of the activation's width. More latents split concepts "
+        "more finely and need more text.",
+        minimum=0.25,
+        maximum=256,
+        choices_hint=(4, 8, 16, 32),
+        essential=True,
+    )
+    k: int = _option(
+        32,
+        "Target L0",
+        "Mean number of active latents per token. Fewer is easier to read and reconstructs less.",
+        minimum=1,
+        maximum=4096,
+        essential=True,
+    )
+    tokens: int = _option(
+        2_000_000,
+        "Training tokens",
+        "Tokens to learn from, counting repeats where the text is shorter.",
+        minimum=1_000,
+        maximum=100_000_000_000,
+        essential=True,
+    )
+    batch_size: int | None = _option(
+        None, "Batch size", "Tokens per step.", minimum=64, maximum=65536, unit="tokens"
+    )
+    learning_rate: float | None = _option(
+        None, "Learning rate", "Peak rate of Adam.", minimum=1e-6, maximum=1e-1
+    )
+    warmup_share: float = _option(
+        0.05, "Warm-up", "Share of the steps over which the learning rate rises.",
+        minimum=0.0, maximum=0.5,
+    )
+    decay_share: float = _option(
+        0.2, "Decay", "Share of the steps, at the end, over which the learning rate falls to 0.",
+        minimum=0.0, maximum=1.0,
+    )
+    anneal_share: float = _option(
+        0.1,
+        "Sparsity warm-up",
+        "Share of the steps over which the active latents fall from four times the target to it; "
+        "it keeps latents from dying early.",
+        minimum=0.0,
+        maximum=0.9,
+    )
+    auxk: bool = _option(
+        True,
+        "AuxK",
+        "Dead latents learn to explain what the living ones leave over (Gao et al. 2024).",
+    )
+    revive: bool = _option(
+        True,
+        "Re-initialise dead latents",
+        "At 10, 25, 40 and 55 % of the run, dead latents restart on the worst explained tokens.",
+    )
+    dead_window: int | None = _option(
+        None,
+        "Dead window",
+        "A latent that has not fired for this many tokens counts as dead.",
+        minimum=1_000,
+        maximum=100_000_000,
+        unit="tokens",
+    )
+    context: int = _option(
+        128, "Context length", "Tokens per window.", minimum=8, maximum=8192, unit="tokens"
+    )
+    seed: int = _option(0, "Seed", "The same seed gives the same run.", minimum=0, maximum=2**31)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every value filled in for one site."""
+
+    config: TrainingConfig
+    d_in: int
+    d_sae: int
+    k: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    dead_window: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def option(name: str) -> dict[str, Any]:
+    """The table's entry for a field: label, help, limits, default."""
+    for entry in fields(TrainingConfig):
+        if entry.name == name:
+            return {"default": entry.default if entry.default is not MISSING else None,
+                    **entry.metadata}
+    raise KeyError(name)
+
+
+def problems(config: TrainingConfig) -> dict[str, str]:
+    """Field -> what is wrong with it, in a sentence; empty where all is well."""
+    found = {}
+    for entry in fields(config):
+        value, limits = getattr(config, entry.name), entry.metadata
+        label = limits["label"]
+        if value is None:
+            continue
+        if "choices" in limits and value not in limits["choices"]:
+            found[entry.name] = f"{label} must be one of {', '.join(map(str, limits['choices']))}."
+        elif "minimum" in limits and not limits["minimum"] <= value <= limits["maximum"]:
+            found[entry.name] = (
+                f"{label} must be between {limits['minimum']:g} and {limits['maximum']:g}; "
+                f"it is {value:g}."
+            )
+    return found
+
+
+def parse(values: dict[str, Any]) -> TrainingConfig:
+    """A checked configuration from names and values (text is converted to the field's type)."""
+    known = {entry.name: entry for entry in fields(TrainingConfig)}
+    converted = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InvalidInput(
+                "Unknown training option",
+                f"There is no option {name!r}.",
+                f"The options are: {', '.join(known)}.",
+                field=name,
+            )
+        converted[name] = _convert(name, str(known[name].type), value)
+    config = replace(TrainingConfig(), **converted)
+    wrong = problems(config)
+    if wrong:
+        name, sentence = next(iter(wrong.items()))
+        raise InvalidInput("A training option is out of range", sentence, field=name)
+    return config
+
+
+def _convert(name: str, kind: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("auto", "none") and "None" in kind:
+        return None
+    try:
+        if kind.startswith("bool"):
+            return {"true": True, "on": True, "1": True, "yes": True,
+                    "false": False, "off": False, "0": False, "no": False}[value.lower()]
+        if kind.startswith("int"):
+            return int(float(value.replace("_", "")))
+        if kind.startswith("float"):
+            return float(value)
+    except (ValueError, KeyError) as exc:
+        raise InvalidInput(
+            "A training option cannot be read",
+            f"{option(name)['label']} ({name}) got {value!r}.",
+            f"It takes {'true or false' if kind.startswith('bool') else 'a number'}.",
+            field=name,
+        ) from exc
+    return value
+
+
+def derive(config: TrainingConfig, d_in: int) -> Plan:
+    """Fill in what was left open, for activations of width `d_in`."""
+    d_sae = max(8, round(config.expansion * d_in / 8) * 8)
+    if config.k >= d_sae:
+        raise InvalidInput(
+            "The target L0 is too large",
+            f"{config.k} of {d_sae} latents would be active on every token.",
+            f"Choose a target below {d_sae}; 32 is usual.",
+            field="k",
+        )
+    batch_size = config.batch_size or (2048 if config.tokens >= 200_000 else 512)
+    steps = max(1, config.tokens // batch_size)
+    return Plan(
+        config=config,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=config.k,
+        batch_size=batch_size,
+        steps=steps,
+        learning_rate=config.learning_rate or default_learning_rate(steps),
+        dead_window=config.dead_window or default_dead_window(config.tokens),
+    )
+
+
+def default_learning_rate(steps: int) -> float:
+    """Short runs need high rates, long runs low ones: 3e-3 up to 600 steps, 4e-4 at 10,000.
+
+    The exponent joins two measured optima (training notes in CONTRIBUTING): 3e-3 for 590 steps
+    and about 4e-4 for 10,000.
+    """
+    return min(3e-3, max(5e-5, 4e-4 * (10_000 / steps) ** 0.72))
+
+
+def default_dead_window(tokens: int) -> int:
+    """5 % of the run, between 50 thousand and 10 million tokens: it must fit into the run."""
+    return int(min(10_000_000, max(50_000, math.ceil(0.05 * tokens))))
