@@ -170,6 +170,7 @@ class HookedDecoder:
         embedding: Any = model.get_input_embeddings()
         self.vocab_size = int(embedding.weight.shape[0])
         self._branches: dict[int, _Branches] = {}
+        self._block_inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._tail_cache: _Tail | None = None
         self._gain_cache: tuple[Tensor, bool] | None = None
         self._probing = False
@@ -408,25 +409,35 @@ class HookedDecoder:
                 "Choose a causal language model (Llama, GPT-2, Gemma, Qwen, Pythia, ...).",
             )
 
-    def _block_inputs(self, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What layer `layer` is called with for five tokens."""
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def _inputs_of(self, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What layer `layer` is called with for five tokens; one forward pass serves all layers."""
+        if not self._block_inputs:
+            found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-        def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args, kwargs))
-            raise _Stop
+            def take(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+                def _take(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    found[index] = _to_float(args), _to_float(kwargs)
+                    if index == self.n_layers - 1:
+                        raise _Stop
 
-        handle = self._blocks[layer].register_forward_pre_hook(take, with_kwargs=True)
-        try:
-            with self._probe():
-                self._forward(self._probe_ids(1, 5))
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        if not seen:
+                return _take
+
+            handles = [
+                block.register_forward_pre_hook(take(index), with_kwargs=True)
+                for index, block in enumerate(self._blocks)
+            ]
+            try:
+                with self._probe():
+                    self._forward(self._probe_ids(1, 5))
+            except _Stop:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._block_inputs = found
+        if layer not in self._block_inputs:
             raise RuntimeError(f"layer {layer} was never called in a forward pass")
-        return seen[0]
+        return self._block_inputs[layer]
 
     def _find_branches(self, layer: int) -> _Branches:
         """Find attn_out, mlp_out and mlp_in of a block by measurement.
@@ -437,14 +448,14 @@ class HookedDecoder:
         from the attention's side and one from the rest, whose sum is the block's output minus
         its input, is what the block adds: the modules themselves, or their post-norms.
         """
-        args, kwargs = self._block_inputs(layer)
+        args, kwargs = self._inputs_of(layer)
         block = self._blocks[layer]
-        own_copy = all(p.is_floating_point() for p in block.parameters())
-        if own_copy:  # fp32, so that rounding cannot hide which modules add up
-            probed = _float_copy(block)
-            args, kwargs = _to_float(args), _to_float(kwargs)
-        else:  # quantised weights cannot be widened: measure in place, more loosely
+        quantised = not all(p.is_floating_point() for p in block.parameters())
+        if quantised:  # such weights cannot be widened: measure in place, more loosely
             probed = block
+            args, kwargs = _to_dtype(args, self.dtype), _to_dtype(kwargs, self.dtype)
+        else:  # in fp32, so that rounding cannot hide which modules add up
+            probed = _float_copy(block)
         slot = _input_slot(args, kwargs, f"layer {layer}")
         given: Tensor = args[slot] if isinstance(slot, int) else kwargs[slot]
         generator = torch.Generator().manual_seed(layer)
@@ -459,7 +470,7 @@ class HookedDecoder:
         finally:
             self._probing = before
         root = self._paths[id(block)]
-        tolerance = 2e-3 if own_copy else 5e-2
+        tolerance = 5e-2 if quantised else 2e-3
         found = _match_branches(calls, moved, x, y, self.d_model, tolerance)
 
         def place(call: _Call | None, is_input: bool) -> _Place | None:
@@ -732,14 +743,18 @@ def _float_copy(module: nn.Module) -> nn.Module:
 
 
 def _to_float(value: Any) -> Any:
-    """`value` with every float tensor in it as fp32."""
+    """Copies of the tensors in `value`, those of floats as fp32, outside inference mode."""
+    with torch.inference_mode(False):
+        return _to_dtype(value, torch.float32)
+
+
+def _to_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        with torch.inference_mode(False):
-            return value.float().clone() if value.is_floating_point() else value.clone()
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, tuple) and not hasattr(value, "_replace"):
-        return tuple(_to_float(item) for item in value)
+        return tuple(_to_dtype(item, dtype) for item in value)
     if type(value) is dict:
-        return {key: _to_float(item) for key, item in value.items()}
+        return {key: _to_dtype(item, dtype) for key, item in value.items()}
     return value
 
 

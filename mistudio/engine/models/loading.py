@@ -446,20 +446,37 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; raises `CorruptFile` where it cannot be read."""
-    from transformers import AutoTokenizer
+    """The tokenizer in `folder`; raises `CorruptFile` where it cannot be read.
 
+    Where there is a tokenizer.json, it alone says how text is split: transformers 5 would build
+    a tokenizer from the class that tokenizer_config.json names and lose what that class does not
+    know. SmolLM2's files name GPT2Tokenizer, which splits "1  2" otherwise than the model learnt.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    whole = (folder / "tokenizer.json").is_file()
+    reader: Any = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = reader.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as exc:
+    except Exception as exc:
+        # The tokenizers library raises bare Exception for files it cannot parse.
+        if not isinstance(exc, ValueError | KeyError | TypeError | AttributeError | OSError) and (
+            type(exc) is not Exception
+        ):
+            raise
         raise CorruptFile(
             "The tokenizer cannot be read",
             f"transformers says: {' '.join(str(exc).split())[:300]}",
             "Download the model again with its tokenizer files.",
         ) from exc
+    # Decoder-only models take no token types; the general class would hand them some.
+    tokenizer.model_input_names = [
+        name for name in tokenizer.model_input_names if name != "token_type_ids"
+    ]
+    return tokenizer
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -481,7 +498,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that goes between documents: the end of a text as the model met it in pretraining.
 
-    Chat models' EOS ends a turn; where they keep the base model's <|endoftext|>, that one.
+    Chat models' EOS ends a turn; where they keep the base model's <|endoftext|>, that one. On
+    packed encyclopedia text, SmolLM2-Instruct loses 2.86 nats/token with it, 2.99 with its EOS.
     """
     known = special_ids(tokenizer)
     for token in _DOCUMENT_ENDS:

@@ -412,8 +412,7 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     """tokenizer.json and its configuration, chat template included.
 
     Built from the file's entries with `tokenizers` itself: what transformers makes of a GGUF
-    file lacks the digit splitting that `tokenizer.ggml.pre = smollm` asks for, which costs
-    0.1-0.4 nats per token on text with numbers.
+    file lacks the digit splitting that `tokenizer.ggml.pre = smollm` asks for.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
