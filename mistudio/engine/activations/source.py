@@ -54,6 +54,37 @@ class WindowBatch:
     mask: Tensor  # [batch, seq] bool: the positions that count
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Activations with the places they come from, sorted by window; windows are whole."""
+
+    windows: np.ndarray  # [n] int64
+    positions: np.ndarray  # [n] int64
+    activations: Tensor  # [n, d] float32
+
+
+def token_rows(
+    model: HookedDecoder,
+    tokens: TokenSplit,
+    point: HookPoint,
+    median: float,
+    order: np.ndarray,
+    context: int,
+    batch_windows: int = 8,
+    progress: Progress = SILENT,
+) -> Iterator[TokenRows]:
+    """Activations of the windows in `order`, straight from the model."""
+    for batch in capture_windows(
+        model, tokens, (point,), {point: median}, order, context, batch_windows, progress
+    ):
+        places = batch.mask.nonzero().cpu().numpy()
+        yield TokenRows(
+            batch.windows[places[:, 0]].astype(np.int64),
+            places[:, 1],
+            batch.captured[point][batch.mask].float(),
+        )
+
+
 def calibrate_medians(
     model: HookedDecoder, tokens: TokenSplit, points: tuple[HookPoint, ...], context: int
 ) -> dict[HookPoint, float]:

@@ -18,7 +18,12 @@ import numpy as np
 import torch
 
 from mistudio.engine.activations.positions import countable
-from mistudio.engine.activations.source import Batch, calibrate_medians, capture_windows
+from mistudio.engine.activations.source import (
+    Batch,
+    TokenRows,
+    calibrate_medians,
+    capture_windows,
+)
 from mistudio.engine.datasets.tokens import SPLITS, TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
@@ -33,7 +38,8 @@ READ_BLOCK = 32
 
 @dataclass(frozen=True)
 class ActivationMeta:
-    """What the folder holds. Values are stored times `scales[site]`, so that fp16 cannot overflow
+    """What the folder holds. `blocks` are the row counts between shuffles: a window never crosses
+    one. Values are stored times `scales[site]`, so that fp16 cannot overflow
     (rows beyond 10x the median norm are left out) and keeps its precision; reading undoes it."""
 
     points: list[str]
@@ -46,6 +52,7 @@ class ActivationMeta:
     dropped_outliers: int
     precision: str
     seed: int
+    blocks: dict[str, list[int]]
     statistics: dict[str, Any]
 
 
@@ -112,6 +119,7 @@ def extract(
         dropped_outliers=dropped["outliers"],
         precision=precision,
         seed=seed,
+        blocks=writer.blocks,
         statistics={point.name: means[point].summary() for point in points},
     )
     (folder / META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
@@ -181,6 +189,22 @@ class StoredActivations:
             rows = np.arange(start, min(start + batch_size, n))
             yield {point: self._read("heldout", point, rows) for point in self.points}
 
+    def token_rows(
+        self, split: str, point: HookPoint, progress: Progress = SILENT
+    ) -> Iterator[TokenRows]:
+        """Every stored token once, window by window."""
+        start = 0
+        for size in self.meta.blocks[split]:
+            progress.check()
+            rows = np.asarray(self.rows[split][start : start + size])
+            order = np.lexsort((rows["position"], rows["window"]))
+            yield TokenRows(
+                rows["window"][order].astype(np.int64),
+                rows["position"][order].astype(np.int64),
+                self._read(split, point, start + order),
+            )
+            start += size
+
     def _read(self, split: str, point: HookPoint, rows: np.ndarray) -> torch.Tensor:
         values = torch.from_numpy(self._arrays[split][point][rows])
         return values.float() / self.meta.scales[point.name]
@@ -198,6 +222,7 @@ class _Writer:
     ) -> None:
         self._folder, self._points, self._generator = folder, points, generator
         self.tokens: dict[str, int] = {}
+        self.blocks: dict[str, list[int]] = {}
 
     def begin(self, split: str) -> None:
         self._split = split
@@ -240,6 +265,7 @@ class _Writer:
         rows = np.concatenate(self._written_rows) if self._written_rows else np.empty(0, ROW)
         np.save(self._folder / self._split / "rows.npy", rows)
         self.tokens[self._split] = len(rows)
+        self.blocks[self._split] = [len(block) for block in self._written_rows]
 
 
 class _Moments:
