@@ -1,0 +1,1 @@
+"""Tests of the model engine; a package, so that they share `tiny_models`."""
