@@ -410,7 +410,7 @@ def venv_python_works() -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -518,7 +518,9 @@ def pip_install(label: str, arguments: Sequence[str], pip: Sequence[str] = ()) -
 
 
 def _pip_quietly(command: Sequence[str]) -> int:
-    with LOG.open("w+", encoding="utf-8", errors="replace") as log:
+    with LOG.open("a", encoding="utf-8", errors="replace") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
         child = subprocess.Popen(
             [*command, "--progress-bar", "off"],
             stdin=subprocess.DEVNULL,
@@ -533,9 +535,11 @@ def _pip_quietly(command: Sequence[str]) -> int:
                     code = child.wait(timeout=10)
                     break
                 except subprocess.TimeoutExpired:
-                    doing = [x for x in _text(LOG).splitlines() if re.match(r" *[A-Z]\w+ing ", x)]
-                    latest = re.sub(r"\s*\(from .*", "", doing[-1].strip())[:90] if doing else ""
-                    say(f"    {time.monotonic() - began:.0f} s: {latest or 'working'}")
+                    doing = re.findall(r"^ *([A-Z]\w+ing .*)$", _text(LOG), re.M)
+                    latest = doing[-1].partition(" (from ")[0] if doing else "working"
+                    if latest.count(",") > 1:
+                        latest = f"Installing {latest.count(',') + 1} packages"
+                    say(f"    {time.monotonic() - began:.0f} s: {latest[:90]}")
     if code:
         say("\n".join(_text(LOG).splitlines()[-25:]))
     return code
@@ -611,6 +615,7 @@ def set_up(extras: set[str]) -> None:
         if not venv_python_works():
             make_venv()
         STATE.mkdir(exist_ok=True)
+        LOG.unlink(missing_ok=True)
         repaired = in_venv(REPAIR).split()
         if repaired:
             say(f"  left half-installed last time, installing again: {', '.join(repaired)}")
