@@ -296,7 +296,7 @@ def _load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as exc:
+    except Exception as exc:  # whatever the checks of some hundred configuration classes raise
         raise CorruptFile(
             "The model's configuration is damaged",
             f"transformers says: {' '.join(str(exc).split())[:300]}",
@@ -395,6 +395,14 @@ def load_model(
             "The model needs another library",
             " ".join(str(exc).split())[:300],
             "Choose the unquantised version of the model.",
+        ) from exc
+    except RuntimeError as exc:
+        if "size mismatch" not in str(exc) and "ignore_mismatched_sizes" not in str(exc):
+            raise
+        raise CorruptFile(
+            "The model's weights do not fit its configuration",
+            "Tensors in the file have other sizes than config.json asks for.",
+            "Download the model again.",
         ) from exc
     missing = sorted(found["missing_keys"])
     if missing:

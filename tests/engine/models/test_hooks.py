@@ -112,30 +112,29 @@ def test_block_adds_attention_and_mlp_to_the_residual_stream(name: str) -> None:
 def test_attention_reads_other_positions_and_the_mlp_does_not(name: str) -> None:
     # Swapping the two would keep the sum right.
     decoder, ids = decoder_of(name), some_ids(1)
-    first_changed = ids.clone()
-    first_changed[0, 0] = (ids[0, 0] + 7) % tiny.VOCAB
-    points = [HookPoint("attn_out", 0), HookPoint("mlp_in", 0), HookPoint("mlp_out", 0)]
-    before, after = decoder.capture(ids, points), decoder.capture(first_changed, points)
-    attn = HookPoint("attn_out", 0)
-    assert not torch.allclose(before[attn][:, 1:], after[attn][:, 1:], atol=1e-5)
-    assert "att" in decoder.module_path(attn).lower()
+    attn, mlp_in, mlp_out = (HookPoint(site, 1) for site in ("attn_out", "mlp_in", "mlp_out"))
+    before = decoder.capture(ids, [attn, mlp_out])
+
+    def other_start(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :1].flip(-1) * 2 + 1, tensor[:, 1:]], dim=1)
+
+    with decoder.intervene({HookPoint("resid_pre", 1): other_start}):
+        after = decoder.capture(ids, [attn])
+    assert not torch.allclose(before[attn][:, 1:], after[attn][:, 1:], atol=1e-4)
+    with decoder.intervene({mlp_in: other_start}):
+        after = decoder.capture(ids, [mlp_out])
+    assert not torch.allclose(before[mlp_out][:, 0], after[mlp_out][:, 0], atol=1e-4)
+    torch.testing.assert_close(before[mlp_out][:, 1:], after[mlp_out][:, 1:])
 
 
 @every_architecture
-def test_mlp_in_is_what_the_mlp_turns_into_mlp_out(name: str) -> None:
+def test_mlp_out_depends_on_the_block_by_mlp_in_alone(name: str) -> None:
     decoder = decoder_of(name)
-    mlp_in, mlp_out = HookPoint("mlp_in", 1), HookPoint("mlp_out", 1)
-    before = decoder.capture(some_ids(), [mlp_in, mlp_out])
-    changed = []
-
-    def other(tensor: Tensor) -> Tensor:
-        changed.append(tensor + 1)
-        return changed[-1]
-
-    with decoder.intervene({mlp_in: other}):
-        after = decoder.capture(some_ids(), [HookPoint("attn_out", 1), mlp_out])
-    assert not torch.allclose(before[mlp_out], after[mlp_out], atol=1e-4)
-    torch.testing.assert_close(changed[0], before[mlp_in] + 1)
+    pre, mlp_in, mlp_out = (HookPoint(site, 1) for site in ("resid_pre", "mlp_in", "mlp_out"))
+    plain = decoder.capture(some_ids(), [mlp_in, mlp_out])
+    edits = {pre: lambda tensor: 3 - tensor, mlp_in: lambda _tensor: plain[mlp_in]}
+    with decoder.intervene(edits):
+        assert torch.equal(decoder.capture(some_ids(), [mlp_out])[mlp_out], plain[mlp_out])
 
 
 MODULE_PATHS = {
@@ -432,7 +431,7 @@ def test_edits_that_return_something_else_are_an_error(edit: Any) -> None:
     decoder = decoder_of("llama")
     point = HookPoint("mlp_out", 1)
     with (
-        pytest.raises(RuntimeError, match="the edit at blocks.1.hook_mlp_out returned"),
+        pytest.raises(RuntimeError, match=r"the edit at blocks\.1\.hook_mlp_out returned"),
         decoder.intervene({point: edit}),
     ):
         logits_of(decoder, some_ids())
