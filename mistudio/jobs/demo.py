@@ -1,0 +1,237 @@
+"""The whole road on the embedded sample, as one job: model, tokens, activations, SAE, features,
+steering. The command line and the window's "Try the sample" run this same job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mistudio.jobs import datasets, features, models, steering, training
+from mistudio.jobs.control import Phase
+from mistudio.jobs.job import JobContext
+from mistudio.jobs.stages import Stage
+from mistudio.library.library import Library
+
+if TYPE_CHECKING:
+    from mistudio.engine.models.hooks import HookedDecoder
+
+LAYER = 10
+EXTRACT_TOKENS = 280_000
+TRAIN_TOKENS = 900_000
+PROMPT = "I think that"
+NEUTRAL_PROMPT = "From my experience,"  # Arad et al. 2025
+STRENGTHS = (1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """From nothing to a steered model. What is there already (sample model, corpus, tokens) is
+    used, so that a second demo, or one after an interruption, is shorter."""
+
+    seed: int = 0
+
+    kind: ClassVar[str] = "demo"
+    lane: ClassVar[str] = "compute"
+    phases: ClassVar[tuple[Phase, ...]] = (
+        Phase("convert", 30),
+        Phase("tokenize", 3),
+        Phase("extract", 90),
+        Phase("train", 90),
+        Phase("evaluate", 25),
+        Phase("discover", 40),
+        Phase("steer", 20),
+    )
+
+    def title(self, library: Library) -> str:
+        return "Try the sample"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        return _Road(context, self).walk()
+
+
+class _Road:
+    """The steps in order, each timed, each committed before the next begins."""
+
+    def __init__(self, context: JobContext, job: Demo) -> None:
+        self._context, self._job = context, job
+        self._library, self._work = context.library, context.work_folder
+        self._seconds: dict[str, float] = {}
+
+    def walk(self) -> dict[str, Any]:
+        began = time.monotonic()
+        model_id = self._timed("convert", self._model)
+        tokens = self._timed("tokenize", lambda: self._tokens(model_id))
+        extraction, model = self._timed("extract", lambda: self._extraction(model_id, tokens))
+        run = self._timed("train", lambda: self._training(model_id, tokens, extraction))
+        sae = self._library.saes.of_training(run.id)[0]
+        feature_run = self._timed("discover", lambda: self._features(sae.id, model))
+        steered = self._timed("steer", lambda: self._steering(model_id, sae.id, feature_run, model))
+        self._seconds["total"] = time.monotonic() - began
+        store, split = features.open_features(self._library, feature_run)
+        with_examples = sum(store.n_examples(i) > 0 for i in range(len(store)))
+        return {
+            "model": self._library.models.get(model_id).name,
+            "tokens": tokens.tokens,
+            "seconds": self._seconds,
+            "training": {
+                "tokens_per_second": run.record["tokens_per_second"],
+                **{
+                    name: sae.metrics[name]
+                    for name in (
+                        "l0",
+                        "explained_variance",
+                        "dead_share",
+                        "ce_clean",
+                        "ce_sae",
+                        "ce_zero",
+                        "ce_loss_score",
+                    )
+                },
+                "k": sae.k,
+                "heldout_tokens": sae.metrics["tokens"],
+                "ce_tokens": sae.metrics["loss_tokens"],
+            },
+            "features": {
+                "total": feature_run.n_features,
+                "alive": feature_run.summary["alive"],
+                "with_examples": with_examples,
+            },
+            "steering": steered,
+            "run": run.name,
+            "training_id": run.id,
+            "sae_id": sae.id,
+            "feature_run_id": feature_run.id,
+            "precision": models.precision_of(model),
+            "showcase": self._showcase(model_id, store, split),
+        }
+
+    def _timed(self, name: str, step: Any) -> Any:
+        began = time.monotonic()
+        result = step()
+        self._seconds[name] = time.monotonic() - began
+        return result
+
+    def _model(self) -> int:
+        stage = Stage(self._context, "convert", models.IMPORT_PARTS)
+        return models.add_model(self._library, self._work, models.SAMPLE, "auto", stage)
+
+    def _tokens(self, model_id: int) -> Any:
+        stage = Stage(self._context, "tokenize")
+        self._dataset_id = datasets.add_sample_dataset(self._library, self._work, stage)
+        return datasets.tokenize(self._library, self._work, self._dataset_id, model_id, stage)
+
+    def _extraction(self, model_id: int, tokens: Any) -> Any:
+        stage = Stage(self._context, "extract")
+        model = models.loaded_model(self._library, model_id)
+        job = models.Extract(
+            model_id,
+            self._dataset_id,
+            [f"blocks.{LAYER}.hook_resid_post"],
+            max_tokens=EXTRACT_TOKENS,
+            seed=self._job.seed,
+        )
+        for found in self._library.extractions.of_model(model_id):
+            wanted = {**job.__dict__, "precision": models.precision_of(model)}
+            if found.tokenization_id == tokens.id and found.settings == wanted:
+                return found, model
+        return models.extract(self._library, self._work, model, job, tokens, stage), model
+
+    def _training(self, model_id: int, tokens: Any, extraction: Any) -> Any:
+        job = training.Train(
+            model_id,
+            self._dataset_id,
+            list(extraction.hook_points),
+            config={"tokens": TRAIN_TOKENS, "batch_size": 1024, "seed": self._job.seed},
+            extraction_id=extraction.id,
+            name=f"Sample run {time.strftime('%Y-%m-%d %H:%M')}",
+        )
+        stages = {
+            "load": Stage(self._context, "train"),
+            "train": Stage(self._context, "train", training.TRAIN_PARTS),
+        }
+        return training.train(self._library, self._work, job, tokens, self._context, stages)
+
+    def _features(self, sae_id: int, model: HookedDecoder) -> Any:
+        stage = Stage(self._context, "discover", features.DISCOVER_PARTS)
+        job = features.Discover(sae_id, max_tokens=EXTRACT_TOKENS)
+        return features.discover(self._library, self._work, job, model, stage)
+
+    def _steering(
+        self, model_id: int, sae_id: int, feature_run: Any, model: HookedDecoder
+    ) -> dict[str, Any]:
+        """Steer with the feature that, of some candidates, promotes its own tokens most."""
+        from mistudio.engine.features.effect import best_steering_feature
+
+        store, _ = features.open_features(self._library, feature_run)
+        stage = Stage(self._context, "steer", {"choose": (0.0, 0.2), "generate": (0.2, 0.9),
+                                               "measure": (0.9, 1.0)})
+        neutral = self._tokenizer(model_id)(NEUTRAL_PROMPT)["input_ids"]
+        feature = best_steering_feature(self._saved(sae_id), store, model, neutral, stage)
+        job = steering.Steer(
+            sae_id, [[feature, 1.0]], PROMPT, max_new_tokens=40, seed=self._job.seed,
+            scales=STRENGTHS,
+        )
+        result = steering.steer(self._library, job, model, stage)
+        self._library.generations.add(
+            sae_id=sae_id,
+            request={**job.__dict__, "scales": list(STRENGTHS)},
+            result=result,
+        )
+        chosen = _readable(result["variants"])
+        return {
+            "feature": feature,
+            "strength": chosen["scale"],
+            "prompt": PROMPT,
+            "unsteered": result["unsteered"],
+            "steered": chosen["text"],
+            "kl_per_token": chosen["kl_per_token"],
+            "perplexity_ratio": chosen["perplexity_ratio"],
+            "percent_of_norm": chosen["percent_of_norm"],
+        }
+
+    def _saved(self, sae_id: int) -> Any:
+        from mistudio.engine.sae.files import load_sae
+
+        return load_sae(self._library.path(self._library.saes.get(sae_id).folder))
+
+    def _tokenizer(self, model_id: int) -> Any:
+        from mistudio.engine.models import loading
+
+        return loading.load_tokenizer(
+            self._library.path(self._library.models.get(model_id).folder)
+        )
+
+    def _showcase(self, model_id: int, store: Any, split: Any) -> list[dict[str, Any]]:
+        """A few features with what their examples share, for the report."""
+        from mistudio.engine.features.describe import showcase
+
+        tokenizer = self._tokenizer(model_id)
+        rows = []
+        for feature, description in showcase(store, split, tokenizer, n=8):
+            examples = store.examples(feature, split, 3)
+            rows.append(
+                {
+                    "feature": feature,
+                    "kind": description.kind,
+                    "shared": description.text,
+                    "share": description.share,
+                    "examples": description.n,
+                    "density": float(store.columns["density"][feature]),
+                    "contexts": [
+                        [
+                            tokenizer.decode(example.ids[max(0, example.peak - 10) : example.peak]),
+                            tokenizer.decode([int(example.ids[example.peak])]),
+                            tokenizer.decode(example.ids[example.peak + 1 : example.peak + 8]),
+                        ]
+                        for example in examples
+                    ],
+                }
+            )
+        return rows
+
+
+def _readable(variants: list[dict[str, Any]]) -> dict[str, Any]:
+    """The strongest variant that does not yet repeat itself; the weakest if all do."""
+    good = [row for row in variants if row["distinct_2"] >= 0.85 * row["distinct_2_unsteered"]]
+    return good[-1] if good else variants[0]

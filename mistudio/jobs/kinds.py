@@ -1,0 +1,51 @@
+"""Every kind of job by its name, and a job back from its row."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from mistudio.errors import Incompatible
+from mistudio.jobs.datasets import AddDataset, AddSampleDataset, Tokenize
+from mistudio.jobs.demo import Demo
+from mistudio.jobs.features import Discover
+from mistudio.jobs.job import Job
+from mistudio.jobs.models import AddModel, Extract
+from mistudio.jobs.steering import Steer
+from mistudio.jobs.training import Export, Train
+
+__all__ = [
+    "KINDS",
+    "AddDataset",
+    "AddModel",
+    "AddSampleDataset",
+    "Demo",
+    "Discover",
+    "Export",
+    "Extract",
+    "Steer",
+    "Tokenize",
+    "Train",
+    "job_from_row",
+]
+
+KINDS: dict[str, Any] = {
+    kind.kind: kind
+    for kind in (
+        AddDataset, AddSampleDataset, Tokenize, AddModel, Extract, Train, Discover, Steer, Export,
+        Demo,
+    )
+}
+
+
+def job_from_row(kind: str, params: dict[str, Any]) -> Job:
+    """The job that a row describes, so that an interrupted one can be run again."""
+    if kind not in KINDS:
+        raise Incompatible(
+            "This job is of a kind that this version does not know",
+            f"Its kind is {kind!r}.",
+            "Update miStudio, or start the work anew from its tab.",
+        )
+    known = {entry.name for entry in fields(KINDS[kind])}
+    job: Job = KINDS[kind](**{name: value for name, value in params.items() if name in known})
+    return job

@@ -1,0 +1,382 @@
+"""Jobs on dictionaries: train, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import mistudio
+from mistudio import device
+from mistudio.engine.progress import Progress
+from mistudio.errors import InvalidInput, NotFound
+from mistudio.jobs.control import Phase
+from mistudio.jobs.datasets import tokenize
+from mistudio.jobs.job import JobContext
+from mistudio.jobs.models import loaded_model, parse_points, precision_of
+from mistudio.jobs.stages import Stage
+from mistudio.library.library import Library
+from mistudio.library.records import Extraction, Tokenization, Training
+
+if TYPE_CHECKING:
+    from mistudio.engine.activations.source import ActivationSource
+    from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+    from mistudio.engine.sae.metrics import LossRecovered
+    from mistudio.engine.training.run import TrainedRun, TrainedSite
+
+TRAIN_PARTS = {
+    "prepare": (0.0, 0.05),
+    "train": (0.05, 0.85),
+    "calibrate": (0.85, 0.93),
+    "judge": (0.93, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Train:
+    """One dictionary per hook point learns from a dataset through a model.
+
+    `extraction_id` names stored activations to learn from; without it they are streamed from the
+    model. `config` holds fields of `TrainingConfig`; what is missing has its default.
+    """
+
+    model_id: int
+    dataset_id: int
+    hook_points: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+    extraction_id: int | None = None
+    name: str = ""
+    loss_tokens: int = 8192
+
+    kind: ClassVar[str] = "train"
+    lane: ClassVar[str] = "compute"
+    phases: ClassVar[tuple[Phase, ...]] = (
+        Phase("tokenize", 3),
+        Phase("load model", 5),
+        Phase("train", 100),
+        Phase("evaluate", 25),
+    )
+
+    def title(self, library: Library) -> str:
+        model = library.models.get(self.model_id)
+        dataset = library.datasets.get(self.dataset_id)
+        layers = ", ".join(str(point.layer) for point in parse_points(self.hook_points))
+        return f"Train on {model.name} + {dataset.name}, layer {layers}"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        library, work = context.library, context.work_folder
+        tokens = tokenize(library, work, self.dataset_id, self.model_id, Stage(context, "tokenize"))
+        record = train(library, work, self, tokens, context, {})
+        return {"training_id": record.id, "status": record.status}
+
+
+@dataclass(frozen=True)
+class Export:
+    """The SAEs of a run are written to a folder outside the library."""
+
+    training_id: int
+    folder: str
+    format: str = "saelens"
+
+    kind: ClassVar[str] = "export"
+    lane: ClassVar[str] = "disk"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("export"),)
+
+    def title(self, library: Library) -> str:
+        return f"Export {library.trainings.get(self.training_id).name} as {self.format}"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        return {
+            "folders": export(
+                context.library, self.training_id, self.format, Path(self.folder).expanduser()
+            )
+        }
+
+
+def train(
+    library: Library,
+    work: Path,
+    job: Train,
+    tokenization: Tokenization,
+    context: JobContext,
+    stages: dict[str, Progress],
+) -> Training:
+    """Train, judge, save, commit. `stages` may bring the caller's own progress for `train` and
+    `evaluate`."""
+    from mistudio.engine.training import run as engine
+    from mistudio.engine.training.config import parse
+
+    began = time.monotonic()
+    config = parse(job.config)
+    points = parse_points(job.hook_points)
+    model = loaded_model(library, job.model_id, stages.get("load") or Stage(context, "load model"))
+    for point in points:
+        model.check_point(point)
+    source = _source(library, job, model, tokenization, points, config.context)
+    stage = stages.get("train") or Stage(context, "train", TRAIN_PARTS)
+    trained = engine.train(
+        source,
+        config,
+        progress=stage,
+        record=context.record,
+        wants_finish=context.wants_finish,
+    )
+    stage = stages.get("evaluate") or Stage(context, "evaluate")
+    losses = _losses(library, model, tokenization, source, trained, job, config.context, stage)
+    folder = work / "training"
+    metrics = {
+        point: _save_site(library, folder, model, job, site, point, losses[point], source)
+        for point, site in trained.sites.items()
+    }
+    history = work / "metrics.jsonl"
+    if history.exists():
+        shutil.copy(history, folder / "metrics.jsonl")
+    record = _run_record(library, job, model, tokenization, trained, metrics, source)
+    (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return _commit(
+        library, folder, job, tokenization, trained, record, metrics, context.job_id,
+        time.monotonic() - began,
+    )
+
+
+def _source(
+    library: Library,
+    job: Train,
+    model: HookedDecoder,
+    tokenization: Tokenization,
+    points: tuple[HookPoint, ...],
+    context: int,
+) -> ActivationSource:
+    from mistudio.engine.activations.source import LiveActivations
+    from mistudio.engine.activations.store import StoredActivations
+    from mistudio.engine.datasets.tokens import TokenStore
+
+    if job.extraction_id is None:
+        store = TokenStore(library.path(tokenization.folder))
+        return LiveActivations(model, store, points, context)
+    extraction: Extraction = library.extractions.get(job.extraction_id)
+    if extraction.model_id != job.model_id or extraction.tokenization_id != tokenization.id:
+        raise InvalidInput(
+            "These activations belong to another model or dataset",
+            f"Extraction {extraction.id} was made from other inputs.",
+            "Choose activations of this model and dataset, or stream them.",
+            field="extraction_id",
+        )
+    missing = [point.name for point in points if point.name not in extraction.hook_points]
+    if missing:
+        raise InvalidInput(
+            "These activations lack a layer",
+            f"{', '.join(missing)} is not among {', '.join(extraction.hook_points)}.",
+            "Extract that layer too, or stream from the model.",
+            field="layers",
+        )
+    return StoredActivations(library.path(extraction.folder)).select(points)
+
+
+def _losses(
+    library: Library,
+    model: HookedDecoder,
+    tokenization: Tokenization,
+    source: ActivationSource,
+    trained: TrainedRun,
+    job: Train,
+    context: int,
+    progress: Progress,
+) -> dict[HookPoint, LossRecovered]:
+    """Cross-entropy with each dictionary spliced into the model, on held-out text."""
+    from mistudio.engine.datasets.tokens import TokenStore
+    from mistudio.engine.sae.metrics import loss_recovered
+
+    heldout = TokenStore(library.path(tokenization.folder)).heldout
+    found = {}
+    for number, (point, site) in enumerate(trained.sites.items()):
+        share = Within(progress, number, len(trained.sites))
+        found[point] = loss_recovered(
+            model,
+            heldout,
+            point,
+            site.dictionary.to(model.device),
+            source.medians[point],
+            context=context,
+            max_tokens=job.loss_tokens,
+            progress=share,
+        )
+    return found
+
+
+class Within:
+    """Progress of item `number` of `count` equal ones."""
+
+    def __init__(self, outer: Progress, number: int, count: int) -> None:
+        self._outer, self._number, self._count = outer, number, count
+
+    def check(self) -> None:
+        self._outer.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        share = done / total if total else 0.0
+        self._outer.report(self._number + share, self._count, phase, **metrics)
+
+
+def _save_site(
+    library: Library,
+    folder: Path,
+    model: HookedDecoder,
+    job: Train,
+    site: TrainedSite,
+    point: HookPoint,
+    loss: LossRecovered,
+    source: ActivationSource,
+) -> dict[str, Any]:
+    from mistudio.engine.sae.files import save_sae
+
+    metrics = {
+        **site.quality.as_dict(),
+        **{f"loss_{name}" if name == "tokens" else name: value
+           for name, value in loss.as_dict().items()},
+        "median_norm": source.medians[point],
+        "train_fvu": site.train_fvu,
+        "calibration_tokens": site.calibration_tokens,
+        "revived": site.revived,
+        "learning_rate": site.plan.learning_rate,
+        "batch_size": site.plan.batch_size,
+        "steps": site.plan.steps,
+        "dead_window": site.plan.dead_window,
+    }
+    record = library.models.get(job.model_id)
+    save_sae(
+        site.dictionary,
+        folder / point.name,
+        hook_point=point,
+        model_name=record.name if record.source == "local" else record.origin,
+        hf_hook_name=model.module_path(point),
+        context=site.plan.config.context,
+        training_architecture=site.plan.config.sparsity,
+        frequencies=site.frequencies,
+        record={
+            "metrics": metrics,
+            "plan": site.plan.as_dict(),
+            "model": {"name": record.name, "origin": record.origin, "provenance": record.provenance},
+        },
+        version=mistudio.__version__,
+    )
+    return {**metrics, "d_in": site.dictionary.d_in, "d_sae": site.dictionary.d_sae,
+            "k": site.plan.k, "architecture": site.dictionary.activation.name}
+
+
+def _run_record(
+    library: Library,
+    job: Train,
+    model: HookedDecoder,
+    tokenization: Tokenization,
+    trained: TrainedRun,
+    metrics: dict[HookPoint, dict[str, Any]],
+    source: ActivationSource,
+) -> dict[str, Any]:
+    """Everything that says how the run came about, kept beside the SAEs."""
+    dataset = library.datasets.get(job.dataset_id)
+    record = library.models.get(job.model_id)
+    return {
+        "job": asdict(job),
+        "model": {"name": record.name, "origin": record.origin, "provenance": record.provenance,
+                  "precision": precision_of(model)},
+        "dataset": {"name": dataset.name, "provenance": dataset.provenance},
+        "tokenizer_hash": tokenization.tokenizer_hash,
+        "source": "stored activations" if job.extraction_id is not None else "streamed",
+        "dropped_outliers": source.dropped_outliers,
+        "tokens": trained.tokens,
+        "tokens_per_second": trained.tokens_per_second,
+        "training_seconds": trained.seconds,
+        "stopped": trained.stopped,
+        "sites": {point.name: row for point, row in metrics.items()},
+        "versions": device.versions(),
+        "device": device.current().name,
+    }
+
+
+def _commit(
+    library: Library,
+    folder: Path,
+    job: Train,
+    tokenization: Tokenization,
+    trained: TrainedRun,
+    record: dict[str, Any],
+    metrics: dict[HookPoint, dict[str, Any]],
+    job_id: int,
+    seconds: float,
+) -> Training:
+    name = job.name or _default_name(library, job)
+    target = library.new_folder("trainings", name)
+    with library.commit(folder, target):
+        training_id = library.trainings.add(
+            name=name,
+            model_id=job.model_id,
+            dataset_id=job.dataset_id,
+            tokenization_id=tokenization.id,
+            extraction_id=job.extraction_id,
+            job_id=job_id,
+            status="stopped" if trained.stopped else "completed",
+            config=job.config,
+            record=record,
+            folder=target,
+            seconds=seconds,
+        )
+        for point, row in metrics.items():
+            library.saes.add(
+                training_id=training_id,
+                model_id=job.model_id,
+                hook_point=point.name,
+                layer=point.layer,
+                folder=f"{target}/{point.name}",
+                architecture=row["architecture"],
+                d_in=row["d_in"],
+                d_sae=row["d_sae"],
+                k=row["k"],
+                metrics=row,
+            )
+    return library.trainings.get(training_id)
+
+
+def _default_name(library: Library, job: Train) -> str:
+    layers = "-".join(str(point.layer) for point in parse_points(job.hook_points))
+    return f"{library.models.get(job.model_id).name} layer {layers} {time.strftime('%H%M')}"
+
+
+def export(library: Library, training_id: int, format: str, folder: Path) -> list[str]:
+    """Copy the run's SAE folders (SAELens' format is our own), complete or not at all, and read
+    each back. Returns the folders."""
+    from mistudio.engine.sae.files import load_sae
+
+    if format != "saelens":
+        raise InvalidInput(
+            "Unknown export format", f"{format!r} is not known.", "Use `saelens`.", field="format"
+        )
+    saes = library.saes.of_training(training_id)
+    if not saes:
+        raise NotFound("This run has no SAEs", next_step="Choose another run.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInput(
+            "The target is not an empty folder",
+            f"{folder} already holds something.",
+            "Choose a new or empty folder.",
+            field="folder",
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for sae in saes:
+            shutil.copytree(library.path(sae.folder), partial / sae.hook_point)
+            load_sae(partial / sae.hook_point)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [str(folder / sae.hook_point) for sae in saes]
