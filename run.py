@@ -736,7 +736,7 @@ def run_setup(arguments: list[str]) -> int:
 IMPORT_LINTER = "import sys; from importlinter.cli import lint_imports_command as c; sys.exit(c())"
 CHECKS = {
     "lint": ["-m", "ruff", "check", "."],
-    "format": ["-m", "ruff", "format", "--check", "."],
+    "format": ["-m", "ruff", "format", "--check", "--output-format", "concise", "."],
     "types": ["-m", "mypy"],
     "layers": ["-c", IMPORT_LINTER, "--no-logo"],
 }
