@@ -59,15 +59,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "library", str, "", "Library folder",
         "Where datasets, models and runs are kept. Empty: the usual place for your system. "
-        "`--library` and MISTUDIO_HOME come first.",
+        "--library and MISTUDIO_HOME come first.",
         "General", needs_restart=True,
-    ),
-    Setting(
-        "device", str, "auto", "Compute device",
-        "What models run on. Automatic takes the GPU where there is one.",
-        "General", choices=(("auto", "Automatic"), ("cpu", "CPU"), ("cuda", "NVIDIA GPU (CUDA)"),
-                            ("mps", "Apple GPU (Metal)")),
-        needs_restart=True,
     ),
     Setting(
         "threads", int, 0, "CPU threads",

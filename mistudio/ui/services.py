@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mistudio.library.library import Library
 from mistudio.settings import Settings
-from mistudio.ui.bridge import ChangeNotifier, JobManager
+from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
 from mistudio.ui.widgets.toast import ToastArea
 
 
@@ -22,6 +22,7 @@ class Services:
     library: Library
     jobs: JobManager
     changes: ChangeNotifier
+    background: Background
     settings: Settings
     toasts: ToastArea
     navigate: Navigate

@@ -3,6 +3,7 @@
 from mistudio.ui.widgets.buttons import Button, IconButton, Toggle
 from mistudio.ui.widgets.containers import (
     Card,
+    CardGrid,
     Collapsible,
     ColumnPage,
     FlowLayout,
@@ -14,6 +15,7 @@ from mistudio.ui.widgets.containers import (
     row,
 )
 from mistudio.ui.widgets.form import FormRow
+from mistudio.ui.widgets.inputs import Choice, FloatBox, IntBox
 from mistudio.ui.widgets.layer_grid import LayerGrid
 from mistudio.ui.widgets.messages import ConfirmDialog, EmptyState, ErrorPanel, picture
 from mistudio.ui.widgets.stats import ProgressRow, StatTile
@@ -26,6 +28,8 @@ __all__ = [
     "Badge",
     "Button",
     "Card",
+    "CardGrid",
+    "Choice",
     "Collapsible",
     "ColumnPage",
     "ConfirmDialog",
@@ -33,9 +37,11 @@ __all__ = [
     "ElidedLabel",
     "EmptyState",
     "ErrorPanel",
+    "FloatBox",
     "FlowLayout",
     "FormRow",
     "IconButton",
+    "IntBox",
     "LayerGrid",
     "PageTitle",
     "ProgressRow",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from PySide6.QtCore import QMargins, QPoint, QRect, QSize, Qt, Signal
+from PySide6.QtGui import QResizeEvent
 from PySide6.QtWidgets import (
     QFrame,
+    QGridLayout,
     QHBoxLayout,
     QLabel,
     QLayout,
@@ -244,6 +246,54 @@ class PageTitle(QWidget):
     def add_action(self, *widgets: QWidget) -> None:
         for widget in widgets:
             self.header.addWidget(widget, 0, Qt.AlignmentFlag.AlignVCenter)
+
+
+class CardGrid(QWidget):
+    """Cards in as many columns as fit, each at least `card_width` wide."""
+
+    def __init__(
+        self, card_width: int = 520, most_columns: int = 2, parent: QWidget | None = None
+    ) -> None:
+        super().__init__(parent)
+        self._card_width, self._most = card_width, most_columns
+        self._cards: list[QWidget] = []
+        self._columns = most_columns
+        self._grid = QGridLayout(self)
+        self._grid.setContentsMargins(0, 0, 0, 0)
+        self._grid.setSpacing(tokens.GAP)
+
+    @property
+    def cards(self) -> list[QWidget]:
+        return list(self._cards)
+
+    def set_cards(self, cards: list[QWidget]) -> None:
+        """Show these; those that are not among them any more are deleted."""
+        for card in self._cards:
+            self._grid.removeWidget(card)
+            if card not in cards:
+                card.hide()
+                card.deleteLater()
+        self._cards = list(cards)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        for place, card in enumerate(self._cards):
+            self._grid.addWidget(card, place // self._columns, place % self._columns)
+        for place in range(self._most):
+            self._grid.setColumnStretch(place, 1 if place < self._columns else 0)
+
+    def minimumSizeHint(self) -> QSize:
+        """As narrow as one card: the grid gives way before its page scrolls sideways."""
+        narrow = max((card.minimumSizeHint().width() for card in self._cards), default=0)
+        return QSize(narrow, super().minimumSizeHint().height())
+
+    def resizeEvent(self, event: QResizeEvent) -> None:
+        super().resizeEvent(event)
+        fitting = (self.width() + tokens.GAP) // (self._card_width + tokens.GAP)
+        columns = min(max(fitting, 1), self._most)
+        if columns != self._columns:
+            self._columns = columns
+            self._arrange()
 
 
 class FlowLayout(QLayout):

@@ -5,15 +5,21 @@ from __future__ import annotations
 from PySide6.QtWidgets import QWidget
 
 from mistudio.ui.theme import set_look
-from mistudio.ui.widgets.containers import column
+from mistudio.ui.widgets.containers import column, row
 from mistudio.ui.widgets.text import Text
 
 
 class FormRow(QWidget):
-    """A label above its editor (its buddy, which also names it), helper text and error below."""
+    """A label above its editor (its buddy, which also names it), helper text and error
+    below; `beside` is a button at its right."""
 
     def __init__(
-        self, label: str, editor: QWidget, helper: str = "", parent: QWidget | None = None
+        self,
+        label: str,
+        editor: QWidget,
+        helper: str = "",
+        beside: QWidget | None = None,
+        parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
         self.editor = editor
@@ -27,7 +33,12 @@ class FormRow(QWidget):
         self.error.hide()
         layout = column(6)
         layout.addWidget(self.label)
-        layout.addWidget(editor)
+        if beside is None:
+            layout.addWidget(editor)
+        else:
+            line = row(editor, beside, spacing=8)
+            line.setStretch(0, 1)
+            layout.addLayout(line)
         layout.addWidget(self.helper)
         layout.addWidget(self.error)
         layout.addStretch(1)

@@ -119,7 +119,7 @@ class ProgressRow(QWidget):
         remaining: float | None = None,
     ) -> None:
         """`fraction` None shows an empty bar and an em dash."""
-        _set(self._phase, phase)
+        _set(self._phase, phase[:1].upper() + phase[1:])
         _set(self._percent, formatting.percent(fraction))
         self._bar.setValue(0 if fraction is None else round(fraction * 1000))
         _set(self._times, times_text(elapsed, remaining))

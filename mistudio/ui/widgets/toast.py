@@ -103,7 +103,7 @@ class ToastArea(QObject):
         self.window_widget = window_widget
         self._seconds = seconds
         self._toasts: list[Toast] = []
-        self.bottom_margin = 48
+        self.anchor = window_widget  # toasts stand at its lower right corner
         window_widget.installEventFilter(self)
 
     @property
@@ -166,12 +166,13 @@ class ToastArea(QObject):
             self._place()
 
     def _place(self) -> None:
-        bottom = self.window_widget.height() - self.bottom_margin
+        corner = self.anchor.mapTo(self.window_widget, self.anchor.rect().bottomRight())
+        bottom, right = corner.y() - 16, corner.x() - 24
         for toast in reversed(self._toasts):
             height = max(toast.heightForWidth(toast.width()), toast.sizeHint().height())
             toast.resize(toast.width(), height)
             bottom -= height
-            toast.move(self.window_widget.width() - toast.width() - 24, bottom)
+            toast.move(right - toast.width(), bottom)
             toast.raise_()
             bottom -= 8
 

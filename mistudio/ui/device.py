@@ -1,0 +1,43 @@
+"""What models run on here, as the window shows it. Imports torch: call it off the GUI thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistudio import device, formatting
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """`kind` is torch's word: cpu, cuda, mps."""
+
+    kind: str
+    name: str
+    detail: str
+
+
+def find_device(threads: int = 0) -> DeviceInfo:
+    """Import torch, set its thread count (one core is left to the window), name the device."""
+    import torch
+
+    torch.set_num_threads(threads or max(1, device.cores() - 1))
+    found = device.current()
+    detail = (
+        f"{found.name}, {formatting.size(found.memory)} memory, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} of {device.cores()} CPU cores compute"
+    )
+    return DeviceInfo(found.kind, short_name(found.name), detail)
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """(free, total) bytes of the GPU once a job has opened it; None before."""
+    import torch
+
+    return torch.cuda.mem_get_info() if torch.cuda.is_initialized() else None
+
+
+def short_name(name: str) -> str:
+    """A processor's name without its marks and its clock."""
+    for mark in ("(R)", "(TM)", " CPU", " Processor"):
+        name = name.replace(mark, "")
+    return " ".join(name.partition("@")[0].split())
