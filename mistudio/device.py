@@ -61,8 +61,16 @@ def versions() -> dict[str, str]:
     import mistudio
 
     found: dict[str, Any] = {"mistudio": mistudio.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy",
-                    "PySide6-Essentials", "pyqtgraph", "sqlite-utils"):
+    for package in (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "PySide6-Essentials",
+        "pyqtgraph",
+        "sqlite-utils",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -119,7 +119,9 @@ def _explain_sqlite_error(exc: sqlite3.OperationalError) -> UserError | None:
             "Close the other miStudio that uses this library, then try again.",
         )
     if "full" in text:
-        return DiskFull("The disk is full", f"SQLite says: {text}.", "Free some space and try again.")
+        return DiskFull(
+            "The disk is full", f"SQLite says: {text}.", "Free some space and try again."
+        )
     if "readonly" in text or "unable to open" in text:
         return UserError(
             "The library cannot be written",

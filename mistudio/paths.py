@@ -22,7 +22,9 @@ def default_library() -> Path:
 def config_folder() -> Path:
     """Settings and window state. Follows MISTUDIO_HOME so that tests touch nothing of the user."""
     home = os.environ.get("MISTUDIO_HOME")
-    return Path(home) / "config" if home else Path(platformdirs.user_config_dir(APP, appauthor=False))
+    return (
+        Path(home) / "config" if home else Path(platformdirs.user_config_dir(APP, appauthor=False))
+    )
 
 
 def log_folder() -> Path:

@@ -1,4 +1,4 @@
-"""How long work tells what it does and hears that it should stop; knows nothing of jobs or windows."""
+"""How long work tells how far it is and hears that it should stop; knows no jobs, no windows."""
 
 from __future__ import annotations
 

@@ -205,7 +205,13 @@ def tokenize(
 def hash_tokenizer(model_folder: Path) -> str:
     """Names a tokenizer by its content, so that two models with the same one share a store."""
     digest = hashlib.sha256()
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+    )
     found = [model_folder / name for name in names if (model_folder / name).is_file()]
     if not found:
         raise InvalidInput(

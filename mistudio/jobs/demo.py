@@ -164,12 +164,19 @@ class _Road:
         from mistudio.engine.features.effect import best_steering_feature
 
         store, _ = features.open_features(self._library, feature_run)
-        stage = Stage(self._context, "steer", {"choose": (0.0, 0.2), "generate": (0.2, 0.9),
-                                               "measure": (0.9, 1.0)})
+        stage = Stage(
+            self._context,
+            "steer",
+            {"choose": (0.0, 0.2), "generate": (0.2, 0.9), "measure": (0.9, 1.0)},
+        )
         neutral = self._tokenizer(model_id)(NEUTRAL_PROMPT)["input_ids"]
         feature = best_steering_feature(self._saved(sae_id), store, model, neutral, stage)
         job = steering.Steer(
-            sae_id, [[feature, 1.0]], PROMPT, max_new_tokens=40, seed=self._job.seed,
+            sae_id,
+            [[feature, 1.0]],
+            PROMPT,
+            max_new_tokens=40,
+            seed=self._job.seed,
             scales=STRENGTHS,
         )
         result = steering.steer(self._library, job, model, stage)
@@ -198,9 +205,7 @@ class _Road:
     def _tokenizer(self, model_id: int) -> Any:
         from mistudio.engine.models import loading
 
-        return loading.load_tokenizer(
-            self._library.path(self._library.models.get(model_id).folder)
-        )
+        return loading.load_tokenizer(self._library.path(self._library.models.get(model_id).folder))
 
     def _showcase(self, model_id: int, store: Any, split: Any) -> list[dict[str, Any]]:
         """A few features with what their examples share, for the report."""

@@ -32,7 +32,15 @@ __all__ = [
 KINDS: dict[str, Any] = {
     kind.kind: kind
     for kind in (
-        AddDataset, AddSampleDataset, Tokenize, AddModel, Extract, Train, Discover, Steer, Export,
+        AddDataset,
+        AddSampleDataset,
+        Tokenize,
+        AddModel,
+        Extract,
+        Train,
+        Discover,
+        Steer,
+        Export,
         Demo,
     )
 }

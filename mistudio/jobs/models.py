@@ -105,7 +105,9 @@ def parse_points(names: list[str]) -> tuple[HookPoint, ...]:
     from mistudio.engine.models.hooks import HookPoint
 
     if not names:
-        raise InvalidInput("No layer chosen", next_step="Choose at least one layer.", field="layers")
+        raise InvalidInput(
+            "No layer chosen", next_step="Choose at least one layer.", field="layers"
+        )
     return tuple(sorted({HookPoint.parse(name) for name in names}))
 
 
@@ -165,9 +167,7 @@ def extract(
     return library.extractions.get(extraction_id)
 
 
-def add_model(
-    library: Library, work: Path, source: str, precision: str, progress: Progress
-) -> int:
+def add_model(library: Library, work: Path, source: str, precision: str, progress: Progress) -> int:
     """Check, copy or make, then commit. The sample is added only once."""
     from mistudio.engine.models import hub, loading, sample
 
@@ -260,9 +260,7 @@ _lock = threading.Lock()
 _loaded: tuple[tuple[str, str], HookedDecoder] | None = None
 
 
-def loaded_model(
-    library: Library, model_id: int, progress: Progress = SILENT
-) -> HookedDecoder:
+def loaded_model(library: Library, model_id: int, progress: Progress = SILENT) -> HookedDecoder:
     """The model, kept in memory until another one is asked for. One at a time, as the compute
     lane runs one job at a time."""
     global _loaded

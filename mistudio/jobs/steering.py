@@ -58,9 +58,7 @@ class Steer:
         return {"generation_id": generation_id}
 
 
-def steer(
-    library: Library, job: Steer, model: HookedDecoder, progress: Progress
-) -> dict[str, Any]:
+def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress) -> dict[str, Any]:
     """Generate and measure. The result is plain JSON: `unsteered`, and per scale a `variants`
     entry with `text`, `coefficients`, `percent_of_norm` and the effect's measures."""
     import torch

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -103,7 +104,7 @@ def train(
     job: Train,
     tokenization: Tokenization,
     context: JobContext,
-    stages: dict[str, Progress],
+    stages: Mapping[str, Progress],
 ) -> Training:
     """Train, judge, save, commit. `stages` may bring the caller's own progress for `train` and
     `evaluate`."""
@@ -138,7 +139,14 @@ def train(
     record = _run_record(library, job, model, tokenization, trained, metrics, source)
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return _commit(
-        library, folder, job, tokenization, trained, record, metrics, context.job_id,
+        library,
+        folder,
+        job,
+        tokenization,
+        trained,
+        record,
+        metrics,
+        context.job_id,
         time.monotonic() - began,
     )
 
@@ -238,8 +246,10 @@ def _save_site(
 
     metrics = {
         **site.quality.as_dict(),
-        **{f"loss_{name}" if name == "tokens" else name: value
-           for name, value in loss.as_dict().items()},
+        **{
+            f"loss_{name}" if name == "tokens" else name: value
+            for name, value in loss.as_dict().items()
+        },
         "median_norm": source.medians[point],
         "train_fvu": site.train_fvu,
         "calibration_tokens": site.calibration_tokens,
@@ -262,12 +272,21 @@ def _save_site(
         record={
             "metrics": metrics,
             "plan": site.plan.as_dict(),
-            "model": {"name": record.name, "origin": record.origin, "provenance": record.provenance},
+            "model": {
+                "name": record.name,
+                "origin": record.origin,
+                "provenance": record.provenance,
+            },
         },
         version=mistudio.__version__,
     )
-    return {**metrics, "d_in": site.dictionary.d_in, "d_sae": site.dictionary.d_sae,
-            "k": site.plan.k, "architecture": site.dictionary.activation.name}
+    return {
+        **metrics,
+        "d_in": site.dictionary.d_in,
+        "d_sae": site.dictionary.d_sae,
+        "k": site.plan.k,
+        "architecture": site.dictionary.activation.name,
+    }
 
 
 def _run_record(
@@ -284,8 +303,12 @@ def _run_record(
     record = library.models.get(job.model_id)
     return {
         "job": asdict(job),
-        "model": {"name": record.name, "origin": record.origin, "provenance": record.provenance,
-                  "precision": precision_of(model)},
+        "model": {
+            "name": record.name,
+            "origin": record.origin,
+            "provenance": record.provenance,
+            "precision": precision_of(model),
+        },
         "dataset": {"name": dataset.name, "provenance": dataset.provenance},
         "tokenizer_hash": tokenization.tokenizer_hash,
         "source": "stored activations" if job.extraction_id is not None else "streamed",

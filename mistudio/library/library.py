@@ -220,7 +220,9 @@ class Library:
             return  # another process may be between the two right now
         for kind, tables in _OWNERS.items():
             named = {
-                row["folder"] for table in tables for row in self.rows(f"SELECT folder FROM {table}")
+                row["folder"]
+                for table in tables
+                for row in self.rows(f"SELECT folder FROM {table}")
             }
             for folder in (self.root / kind).iterdir():
                 if not any(name == f"{kind}/{folder.name}" for name in named):

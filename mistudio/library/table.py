@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import types
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, get_origin, get_type_hints
 
 from mistudio.errors import NotFound
 
@@ -38,7 +39,9 @@ class Table(Generic[R]):
 
     def all(self, where: str = "1", params: tuple[object, ...] = ()) -> list[R]:
         """Records newest first, limited by an SQL condition."""
-        rows = self._library.rows(f"SELECT * FROM {self.name} WHERE {where} ORDER BY id DESC", params)
+        rows = self._library.rows(
+            f"SELECT * FROM {self.name} WHERE {where} ORDER BY id DESC", params
+        )
         return [self._decode(row) for row in rows]
 
     def get(self, record_id: int) -> R:
@@ -90,7 +93,7 @@ class Table(Generic[R]):
             for name, value in values.items()
         )
 
-    def _decode(self, row: Mapping[str, Any]) -> R:
+    def _decode(self, row: sqlite3.Row) -> R:
         values = {}
         for name in self._fields:
             value = row[name]
@@ -99,9 +102,13 @@ class Table(Generic[R]):
             elif name in self._flags:
                 value = bool(value)
             values[name] = value
-        return self.record(**values)  # type: ignore[no-any-return]
+        return self.record(**values)
 
 
 def _is_container(hint: object) -> bool:
     origin = get_origin(hint)
-    return origin in (dict, list, tuple) or hint in (dict, list) or isinstance(hint, types.GenericAlias)
+    return (
+        origin in (dict, list, tuple)
+        or hint in (dict, list)
+        or isinstance(hint, types.GenericAlias)
+    )

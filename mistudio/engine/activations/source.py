@@ -150,9 +150,7 @@ class LiveActivations:
             for rows in self._rows(self._store.train, order, progress):
                 yield from mixer.add(rows, generator)
 
-    def heldout(
-        self, batch_size: int, limit: int, progress: Progress = SILENT
-    ) -> Iterator[Batch]:
+    def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:
         order = np.arange(self._store.heldout.n_windows(self._context))
         given = 0
         for rows in self._rows(self._store.heldout, order, progress):
@@ -168,8 +166,14 @@ class LiveActivations:
     ) -> Iterator[dict[HookPoint, Tensor]]:
         special = tokens.meta.special_ids
         for batch in capture_windows(
-            self._model, tokens, self.points, self.medians, order, self._context,
-            self._batch_windows, progress,
+            self._model,
+            tokens,
+            self.points,
+            self.medians,
+            order,
+            self._context,
+            self._batch_windows,
+            progress,
         ):
             self.dropped_outliers += int((countable(batch.ids, special) & ~batch.mask).sum())
             yield {point: batch.captured[point][batch.mask].float() for point in self.points}

@@ -180,9 +180,7 @@ class StoredActivations:
                 rows = (chosen[:, None] * READ_BLOCK + np.arange(READ_BLOCK)).ravel() % n
                 yield {point: self._read("train", point, rows) for point in self.points}
 
-    def heldout(
-        self, batch_size: int, limit: int, progress: Progress = SILENT
-    ) -> Iterator[Batch]:
+    def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:
         n = min(limit, self.meta.tokens["heldout"])
         for start in range(0, n, batch_size):
             progress.check()

@@ -47,7 +47,9 @@ def local_files(path: Path) -> list[Path]:
 def check_is_text(file: Path) -> None:
     """Refuse empty and binary files before anything is written."""
     if file.stat().st_size == 0:
-        raise InvalidInput("The file is empty", f"{file} has 0 bytes.", "Choose a file with text in it.")
+        raise InvalidInput(
+            "The file is empty", f"{file} has 0 bytes.", "Choose a file with text in it."
+        )
     with file.open("rb") as handle:
         head = handle.read(65536)
     if b"\0" in head:
@@ -106,12 +108,15 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as exc:
         raise InvalidInput(
             "The file is not UTF-8 text",
-            f"{file.name}, after line {number}: byte 0x{exc.object[exc.start]:02x} is not valid there.",
+            f"{file.name}, after line {number}: byte 0x{exc.object[exc.start]:02x} is not valid "
+            "there.",
             "Save the file as UTF-8 (most editors can), then add it again.",
         ) from exc
 
 
-def _read_text(file: Path, text_column: str | None, skipped: list[str] | None) -> Iterator[Document]:
+def _read_text(
+    file: Path, text_column: str | None, skipped: list[str] | None
+) -> Iterator[Document]:
     paragraphs: list[str] = []
     length = 0
     for _, line in _lines(file):
@@ -128,7 +133,9 @@ def _read_text(file: Path, text_column: str | None, skipped: list[str] | None) -
         yield Document("".join(paragraphs).strip(), title=file.stem)
 
 
-def _read_jsonl(file: Path, text_column: str | None, skipped: list[str] | None) -> Iterator[Document]:
+def _read_jsonl(
+    file: Path, text_column: str | None, skipped: list[str] | None
+) -> Iterator[Document]:
     for number, line in _lines(file):
         if not line.strip():
             continue
@@ -149,7 +156,9 @@ def _read_jsonl(file: Path, text_column: str | None, skipped: list[str] | None) 
             yield document
 
 
-def _read_json(file: Path, text_column: str | None, skipped: list[str] | None) -> Iterator[Document]:
+def _read_json(
+    file: Path, text_column: str | None, skipped: list[str] | None
+) -> Iterator[Document]:
     for number, row in enumerate(_json_rows(file), start=1):
         document = _document(file, number, row, text_column, skipped)
         if document:
@@ -211,10 +220,12 @@ def _document(
         raise InvalidInput(
             "A row has no text",
             f"{file.name}, row at line {number}: "
-            + (f"column {column!r} holds {type(value).__name__}, not text." if column else
-               f"it is {type(row).__name__}, not an object with columns."),
-            "Choose the text column (--text-column), or let bad rows be skipped "
-            "(--skip-bad-rows).",
+            + (
+                f"column {column!r} holds {type(value).__name__}, not text."
+                if column
+                else f"it is {type(row).__name__}, not an object with columns."
+            ),
+            "Choose the text column (--text-column), or let bad rows be skipped (--skip-bad-rows).",
             field="text_column",
         )
     assert isinstance(row, dict)

@@ -194,7 +194,9 @@ class _SplitWriter:
     def close(self) -> None:
         self._file.close()
         np.save(self._folder / f"{self._split}.starts.npy", np.asarray(self._starts, np.int64))
-        np.save(self._folder / f"{self._split}.documents.npy", np.asarray(self._documents, np.int64))
+        np.save(
+            self._folder / f"{self._split}.documents.npy", np.asarray(self._documents, np.int64)
+        )
 
 
 class _Statistics:

@@ -116,7 +116,7 @@ def showcase(
 
 
 def _tellingness(item: tuple[int, Description]) -> tuple[int, float]:
-    feature, description = item
+    description = item[1]
     return ({"words": 0, "token": 1, "mixed": 2}[description.kind], -description.share)
 
 

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub: which files, how large, and fetching them so that it can stop."""
+"""Models from the Hugging Face Hub: which files, how large, and a download that can be stopped."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def explained(repository: str) -> Iterator[None]:
         raise UserError(
             "This model is gated",
             f"{repository} asks for its terms to be accepted first.",
-            f"Accept them at https://huggingface.co/{repository}, then sign in with `hf auth login`.",
+            f"Accept them at https://huggingface.co/{repository}, then sign in: `hf auth login`.",
         ) from exc
     except errors.RepositoryNotFoundError as exc:
         raise NotFound(

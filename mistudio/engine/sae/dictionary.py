@@ -44,7 +44,9 @@ class Codes:
 
     def dense(self) -> Tensor:
         """[n_rows, d_sae]"""
-        out = torch.zeros(self.n_rows, self.d_sae, dtype=self.values.dtype, device=self.values.device)
+        out = torch.zeros(
+            self.n_rows, self.d_sae, dtype=self.values.dtype, device=self.values.device
+        )
         out[self.rows, self.latents] = self.values
         return out
 
@@ -52,7 +54,8 @@ class Codes:
 class Activation(Protocol):
     """Which pre-activations survive. `name` is SAELens' architecture name."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, latents, values) of the active entries of `pre` [n, d_sae], sorted by row."""
@@ -118,12 +121,12 @@ class Dictionary:
         return self.decoder.shape[1]
 
     @property
-    def W_enc(self) -> Tensor:  # noqa: N802 (the field's name)
+    def W_enc(self) -> Tensor:
         """[d_in, d_sae]"""
         return self.encoder.T
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802 (the field's name)
+    def W_dec(self) -> Tensor:
         """[d_sae, d_out]"""
         return self.decoder
 

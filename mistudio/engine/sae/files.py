@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU, TopK
+from mistudio.engine.sae.dictionary import Activation, Dictionary, JumpReLU, TopK
 from mistudio.errors import CorruptFile, NotFound
 
 CONFIG = "cfg.json"
@@ -144,7 +144,7 @@ def _build(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
     if not config.get("apply_b_dec_to_input", True):
         b_enc = b_enc + encoder @ b_dec  # our encoder subtracts b_dec: undo it in the bias
     if architecture == "topk":
-        activation: TopK | JumpReLU = TopK(int(config["k"]))
+        activation: Activation = TopK(int(config["k"]))
     elif architecture == "jumprelu":
         activation = JumpReLU(tensors["threshold"].float())
     elif architecture == "standard":

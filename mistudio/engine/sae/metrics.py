@@ -5,6 +5,7 @@ All statistics are over tokens that count (`engine/activations/positions.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from mistudio.engine.datasets.tokens import TokenSplit
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.dictionary import Codes, Dictionary
+
+Replacement = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,33 +125,21 @@ def loss_recovered(
     for start in range(0, len(chosen), batch_windows):
         ids = tokens.windows(chosen[start : start + batch_windows], context).to(model.device)
         special = tokens.meta.special_ids
-        masks: list[Tensor] = []
-
-        def keep_mask(x: Tensor, ids: Tensor = ids, masks: list[Tensor] = masks) -> Tensor:
-            masks.append(counted(ids, {point: x}, {point: median}, special))
-            return x
-
-        def splice(x: Tensor, masks: list[Tensor] = masks) -> Tensor:
-            out = x.clone()
-            out[masks[0]] = dictionary.reconstruct(x[masks[0]]).to(x.dtype)
-            return out
-
-        def fill(value: Tensor, masks: list[Tensor] = masks) -> Any:
-            def edit(x: Tensor) -> Tensor:
-                out = x.clone()
-                out[masks[0]] = value.to(x.dtype)
-                return out
-
-            return edit
-
-        zero = torch.zeros_like(mean)
-        edits = {"clean": keep_mask, "sae": splice, "zero": fill(zero), "mean": fill(mean)}
-        for name, edit in edits.items():
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        replacements: dict[str, Replacement] = {
+            "clean": lambda x: x,
+            "sae": dictionary.reconstruct,
+            "zero": torch.zeros_like,
+            "mean": mean.expand_as,
+        }
+        for name, replacement in replacements.items():
             progress.check()
-            with model.intervene({point: edit}):
+            splice = _Splice(point, ids, median, special, replacement)
+            with model.intervene({point: splice}):
                 logits = model.model(ids, use_cache=False).logits
-            sums[name] += _cross_entropy(logits, ids, masks[0])
-        predictions += int(masks[0][:, :-1].sum())
+            mask = splice.mask
+            sums[name] += _cross_entropy(logits, ids, mask)
+        predictions += int(mask[:, :-1].sum())
         progress.report(start + len(ids), len(chosen))
     ce = {name: total / max(predictions, 1) for name, total in sums.items()}
     return LossRecovered(
@@ -161,6 +152,28 @@ def loss_recovered(
         ce_loss_score=_recovered(ce["zero"], ce["sae"], ce["clean"]),
         ce_loss_score_mean=_recovered(ce["mean"], ce["sae"], ce["clean"]),
     )
+
+
+class _Splice:
+    """Replaces the activations at the positions that count, and remembers which those were."""
+
+    def __init__(
+        self,
+        point: HookPoint,
+        ids: Tensor,
+        median: float,
+        special_ids: Sequence[int],
+        replacement: Replacement,
+    ) -> None:
+        self._point, self._ids, self._median = point, ids, median
+        self._special, self._replacement = special_ids, replacement
+        self.mask = torch.zeros_like(ids, dtype=torch.bool)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.mask = counted(self._ids, {self._point: x}, {self._point: self._median}, self._special)
+        out = x.clone()
+        out[self.mask] = self._replacement(x[self.mask]).to(x.dtype)
+        return out
 
 
 def _recovered(ablated: float, spliced: float, clean: float) -> float:

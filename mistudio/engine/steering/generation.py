@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,8 @@ class Sampling:
             if not low <= value <= high:
                 raise InvalidInput(
                     "A generation setting is out of range",
-                    f"{name.replace('_', ' ')} must be between {low:g} and {high:g}; it is {value:g}.",
+                    f"{name.replace('_', ' ')} must be between {low:g} and {high:g}; "
+                    f"it is {value:g}.",
                     field=name,
                 )
 
@@ -88,7 +89,7 @@ def generate(
     sampling: Sampling,
     *,
     special_ids: Sequence[int],
-    stop_ids: Sequence[int],
+    stop_ids: Collection[int],
     progress: Progress = SILENT,
 ) -> Generated:
     """Continue one prompt in `len(vectors) + 1` rows: row 0 unsteered, row r with vectors[r - 1].

@@ -62,12 +62,18 @@ class TrainingConfig:
         None, "Learning rate", "Peak rate of Adam.", minimum=1e-6, maximum=1e-1
     )
     warmup_share: float = _option(
-        0.05, "Warm-up", "Share of the steps over which the learning rate rises.",
-        minimum=0.0, maximum=0.5,
+        0.05,
+        "Warm-up",
+        "Share of the steps over which the learning rate rises.",
+        minimum=0.0,
+        maximum=0.5,
     )
     decay_share: float = _option(
-        0.2, "Decay", "Share of the steps, at the end, over which the learning rate falls to 0.",
-        minimum=0.0, maximum=1.0,
+        0.2,
+        "Decay",
+        "Share of the steps, at the end, over which the learning rate falls to 0.",
+        minimum=0.0,
+        maximum=1.0,
     )
     anneal_share: float = _option(
         0.1,
@@ -122,8 +128,10 @@ def option(name: str) -> dict[str, Any]:
     """The table's entry for a field: label, help, limits, default."""
     for entry in fields(TrainingConfig):
         if entry.name == name:
-            return {"default": entry.default if entry.default is not MISSING else None,
-                    **entry.metadata}
+            return {
+                "default": entry.default if entry.default is not MISSING else None,
+                **entry.metadata,
+            }
     raise KeyError(name)
 
 
@@ -173,8 +181,16 @@ def _convert(name: str, kind: str, value: Any) -> Any:
         return None
     try:
         if kind.startswith("bool"):
-            return {"true": True, "on": True, "1": True, "yes": True,
-                    "false": False, "off": False, "0": False, "no": False}[value.lower()]
+            return {
+                "true": True,
+                "on": True,
+                "1": True,
+                "yes": True,
+                "false": False,
+                "off": False,
+                "0": False,
+                "no": False,
+            }[value.lower()]
         if kind.startswith("int"):
             return int(float(value.replace("_", "")))
         if kind.startswith("float"):

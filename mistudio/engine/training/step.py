@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistudio.engine.sae.dictionary import Codes, Dictionary, JumpReLU, TopK, weighted_rows
+from mistudio.engine.sae.dictionary import (
+    Activation,
+    Codes,
+    Dictionary,
+    JumpReLU,
+    TopK,
+    weighted_rows,
+)
 from mistudio.engine.training.config import Plan
 from mistudio.errors import TrainingDiverged
 
@@ -117,7 +124,7 @@ class SiteTrainer:
     def dictionary(self) -> Dictionary:
         """The dictionary as it stands, in training units (scale not folded)."""
         if self.plan.config.sparsity == "topk":
-            activation: TopK | JumpReLU = TopK(self.plan.k)
+            activation: Activation = TopK(self.plan.k)
         else:
             threshold = torch.full_like(self.b_enc, self.threshold or 0.0)
             activation = JumpReLU(threshold)
@@ -150,9 +157,7 @@ class SiteTrainer:
         if self.threshold is None or self.step_number < 10:
             self.threshold = here
         else:
-            self.threshold = (
-                THRESHOLD_MEMORY * self.threshold + (1 - THRESHOLD_MEMORY) * here
-            )
+            self.threshold = THRESHOLD_MEMORY * self.threshold + (1 - THRESHOLD_MEMORY) * here
         return self.threshold
 
     def _add_aux_gradients(

@@ -1,0 +1,707 @@
+"""The command line: the very jobs that the window runs, without the window."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mistudio import __version__, paths
+from mistudio.errors import InvalidInput, NotFound, UserError, explain
+from mistudio.formatting import count, duration, number, percent, short_count, size
+from mistudio.jobs.control import Control
+from mistudio.library.library import Library
+
+DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 130
+SORTS = ("density", "context_density", "max_activation", "mean_activation", "top_token_share", "id")
+
+Command = Callable[[argparse.Namespace, Library], "dict[str, Any]"]
+
+
+class _Stopped(Exception):
+    """The user pressed Ctrl-C and the job ended for it; `result` is what was kept."""
+
+    def __init__(self, result: dict[str, Any] | None = None) -> None:
+        self.result = result
+
+
+class _JobFailed(Exception):
+    """A job ended with an error that its row holds."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        self.error = error
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, do, and return the exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    if options.command is None or options.command == "app":
+        from mistudio.app import main as window
+
+        return window([*_window_arguments(options)])
+    from mistudio import bootstrap, logs
+
+    bootstrap.prepare()
+    logs.set_up()
+    try:
+        library = Library(options.library or paths.default_library())
+        result = options.do(options, library)
+        _write_json(options, result)
+        if options.command == "demo":
+            return _show_results(options, result)
+        return DONE if result.get("healthy", True) else FAILED
+    except _Stopped as stopped:
+        if stopped.result is not None:
+            _write_json(options, stopped.result)
+        print("Stopped.", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return STOPPED
+    except _JobFailed as failure:
+        _print_error(failure.error)
+        return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as exc:
+        known = explain(exc)
+        if known is None:
+            raise
+        _print_error({"title": known.title, "what": known.what, "next_step": known.next_step})
+        return FAILED
+
+
+# --- what can be typed --------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--library", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="library folder"
+    )
+    common.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="also write the result as JSON",
+    )
+    parser = argparse.ArgumentParser(
+        prog="mistudio",
+        description="Look inside a language model. Without a command the window opens.",
+        parents=[common],
+    )
+    parser.set_defaults(library=None, json=None)
+    parser.add_argument("--version", action="version", version=f"miStudio {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, do: Command, help: str, group: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = group.add_parser(
+            name, help=help, description=help, parents=[common]
+        )
+        sub.set_defaults(do=do)
+        return sub
+
+    commands.add_parser("app", help="open the window", parents=[common])
+    demo = add("demo", _demo, "the whole road on the embedded sample")
+    demo.add_argument("--no-window", action="store_true", help="print the report and end")
+    demo.add_argument("--seed", type=int, default=0)
+    add("doctor", _doctor, "device, memory, versions, library health, what to mend")
+    add("list", _list, "what the library holds")
+
+    dataset = commands.add_parser("dataset", help="datasets").add_subparsers(required=True)
+    sub = add("add", _dataset_add, "add a text file or folder (or `sample`)", dataset)
+    sub.add_argument("path", metavar="PATH")
+    sub.add_argument("--text-column", metavar="C")
+    sub.add_argument("--name")
+    sub.add_argument("--skip-bad-rows", action="store_true", help="leave out rows without text")
+    sub = add("remove", _dataset_remove, "move a dataset to the trash", dataset)
+    sub.add_argument("dataset", metavar="DATASET")
+
+    model = commands.add_parser("model", help="models").add_subparsers(required=True)
+    sub = add("add", _model_add, "add a model folder, a Hub id or `sample`", model)
+    sub.add_argument("source", metavar="PATH_OR_ID")
+    sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    sub = add("remove", _model_remove, "move a model to the trash", model)
+    sub.add_argument("model", metavar="MODEL")
+
+    train = add("train", _train, "train one SAE per layer")
+    train.add_argument("--model", required=True, metavar="M", help="name or number")
+    train.add_argument("--dataset", required=True, metavar="D", help="name or number")
+    train.add_argument("--layers", required=True, metavar="L,L", help="such as 10 or 10,20")
+    train.add_argument(
+        "--site",
+        default="resid_post",
+        choices=("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"),
+    )
+    train.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one option, repeatable"
+    )
+    train.add_argument("--name", default="", help="what to call the run")
+    train.add_argument(
+        "--source",
+        default="auto",
+        choices=("auto", "stream", "store"),
+        help="stream activations, or store them first (auto: store where the text is repeated)",
+    )
+
+    discover = add("discover", _discover, "find what every latent fires on")
+    discover.add_argument("run", metavar="RUN")
+    discover.add_argument("--max-tokens", type=int, default=500_000)
+    discover.add_argument("--top-k", type=int, default=20)
+
+    features = add("features", _features, "list features")
+    _add_sae_options(features)
+    features.add_argument("--search", metavar="TEXT", help="in labels and tokens")
+    features.add_argument(
+        "--sort", default="density", choices=SORTS, metavar="COLUMN", help=", ".join(SORTS)
+    )
+    features.add_argument("--top", type=int, default=20, metavar="N")
+
+    steer = add("steer", _steer, "continue a prompt with a feature added")
+    _add_sae_options(steer)
+    steer.add_argument("--feature", type=int, required=True, metavar="N")
+    steer.add_argument(
+        "--strength",
+        type=float,
+        required=True,
+        metavar="S",
+        help="multiples of the feature's largest activation",
+    )
+    steer.add_argument("--prompt", required=True, metavar="TEXT")
+    steer.add_argument("--temperature", type=float, default=0.7)
+    steer.add_argument("--top-p", type=float, default=1.0)
+    steer.add_argument("--max-tokens", type=int, default=60)
+    steer.add_argument("--seed", type=int, default=0)
+    steer.add_argument("--chat", action="store_true", help="use the model's chat format")
+
+    export = add("export", _export, "write a run's SAEs to a folder")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--format", default="saelens", choices=("saelens",))
+    export.add_argument("--to", required=True, type=Path, metavar="DIR")
+
+    job = commands.add_parser("job", help="jobs that were interrupted").add_subparsers(
+        required=True
+    )
+    sub = add("retry", _job_retry, "run an interrupted, failed or stopped job again", job)
+    sub.add_argument("job", type=int)
+    sub = add("dismiss", _job_dismiss, "put an ended job away", job)
+    sub.add_argument("job", type=int)
+    return parser
+
+
+def _add_sae_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run name or number")
+    parser.add_argument("--layer", type=int, help="which SAE, where the run has several")
+
+
+def _window_arguments(options: argparse.Namespace) -> Iterator[str]:
+    if options.library:
+        yield from ("--library", str(options.library))
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import Demo
+    from mistudio.report import demo_report
+
+    print(
+        "The whole road on the embedded sample: model, text, activations, SAE, features, steering."
+    )
+    result = _run(library, Demo(seed=options.seed))
+    print(demo_report(result, str(library.root)))
+    return result
+
+
+def _show_results(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Open the window on the demo's features, where there is a display and it is wanted."""
+    if options.no_window or not _has_display():
+        return DONE
+    from mistudio.app import main as window
+
+    return window([*_window_arguments(options)], ("features", {"sae_id": result["sae_id"]}))
+
+
+def _has_display() -> bool:
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _doctor(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.doctor import examine
+
+    findings = examine(library)
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'MEND'}  {finding.area:<11} {finding.text}")
+        if not finding.ok:
+            print(f"      {'':<11} -> {finding.mend}")
+    healthy = all(finding.ok for finding in findings)
+    print("All is well." if healthy else "Some things need mending.")
+    return {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+
+
+def _list(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.terminal import table
+
+    models = [
+        {
+            "id": m.id,
+            "name": m.name,
+            "parameters": short_count(m.parameters),
+            "layers": m.n_layers,
+            "d_model": m.d_model,
+            "size": size(m.bytes),
+        }
+        for m in library.models.all()
+    ]
+    datasets = [
+        {
+            "id": d.id,
+            "name": d.name,
+            "documents": count(d.documents),
+            "size": size(d.bytes),
+            "tokens": ", ".join(count(t.tokens) for t in library.tokenizations.of_dataset(d.id))
+            or "-",
+        }
+        for d in library.datasets.all()
+    ]
+    runs = [
+        {
+            "id": t.id,
+            "name": t.name,
+            "status": t.status,
+            "layer": sae.layer,
+            "latents": sae.d_sae,
+            "l0": number(sae.metrics.get("l0"), 1),
+            "explained": number(sae.metrics.get("explained_variance"), 3),
+            "features": "yes" if library.feature_runs.newest_of_sae(sae.id) else "no",
+        }
+        for t in library.trainings.all()
+        for sae in library.saes.of_training(t.id)
+    ]
+    jobs = [
+        {"id": j.id, "title": j.title, "status": j.status, "progress": percent(j.fraction, 0)}
+        for j in library.jobs.all("status NOT IN ('finished', 'cancelled')")
+    ]
+    sections: dict[str, list[dict[str, Any]]] = {
+        "Models": models,
+        "Datasets": datasets,
+        "Runs": runs,
+        "Jobs": jobs,
+    }
+    print(f"Library: {library.root}")
+    for heading, rows in sections.items():
+        print(f"\n{heading}")
+        print(table(rows, {key: key for key in rows[0]}) if rows else "  none")
+    return {name.lower(): rows for name, rows in sections.items()}
+
+
+def _dataset_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import AddDataset, AddSampleDataset
+
+    if options.path == "sample":
+        result = _run(library, AddSampleDataset())
+    else:
+        path = str(Path(options.path).expanduser().resolve())
+        result = _run(
+            library, AddDataset(path, options.text_column, options.name, options.skip_bad_rows)
+        )
+    dataset = library.datasets.get(result["dataset_id"])
+    left_out = f" ({count(result['skipped'])} bad rows left out)" if result.get("skipped") else ""
+    print(
+        f"Dataset {dataset.id}: {dataset.name}, {count(dataset.documents)} documents, "
+        f"{count(dataset.characters)} characters{left_out}"
+    )
+    return {**result, "documents": dataset.documents, "characters": dataset.characters}
+
+
+def _dataset_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    dataset = _find(library.datasets, options.dataset)
+    library.discard("datasets", dataset.id)
+    print(f"Moved {dataset.name} to the trash (kept seven days).")
+    return {"dataset_id": dataset.id}
+
+
+def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import AddModel
+
+    path = Path(options.source).expanduser()
+    source = str(path.resolve()) if path.exists() else options.source
+    result = _run(library, AddModel(source, options.precision))
+    model = library.models.get(result["model_id"])
+    print(
+        f"Model {model.id}: {model.name}, {short_count(model.parameters)} parameters, "
+        f"{model.n_layers} layers, width {model.d_model}, {size(model.bytes)}"
+    )
+    return {**result, "name": model.name, "parameters": model.parameters}
+
+
+def _model_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    model = _find(library.models, options.model)
+    library.discard("models", model.id)
+    print(f"Moved {model.name} to the trash (kept seven days).")
+    return {"model_id": model.id}
+
+
+def _train(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.engine.models.hooks import HookPoint
+    from mistudio.engine.training.config import parse
+    from mistudio.jobs.kinds import Train
+
+    model, dataset = _find(library.models, options.model), _find(library.datasets, options.dataset)
+    config = _training_options(options)
+    parse(config)
+    points = [HookPoint(options.site, layer).name for layer in _layers(options.layers)]
+    extraction_id = _stored_activations(options, library, model.id, dataset.id, points, config)
+    result = _run(
+        library,
+        Train(model.id, dataset.id, points, config, extraction_id, options.name),
+        keep_on_stop=True,
+    )
+    training = library.trainings.get(result["training_id"])
+    print(
+        f"Run {training.id}: {training.name} ({training.status}), "
+        f"{duration(training.seconds)}, {count(training.record['tokens_per_second'])} tokens/s"
+    )
+    summary: dict[str, Any] = {**result, "run": training.name, "saes": []}
+    for sae in library.saes.of_training(training.id):
+        m = sae.metrics
+        print(
+            f"  {sae.hook_point}: explained variance {number(m['explained_variance'], 3)}, "
+            f"L0 {number(m['l0'], 1)} (target {sae.k:g}), dead {percent(m['dead_share'])} over "
+            f"{count(m['tokens'])} held-out tokens, loss recovered {percent(m['ce_loss_score'])}"
+        )
+        summary["saes"].append({"hook_point": sae.hook_point, "sae_id": sae.id, **m})
+    if training.status == "stopped":
+        raise _Stopped(summary)
+    return summary
+
+
+def _stored_activations(
+    options: argparse.Namespace,
+    library: Library,
+    model_id: int,
+    dataset_id: int,
+    points: list[str],
+    config: dict[str, Any],
+) -> int | None:
+    """Store activations first where that is asked for, or where training will repeat the text."""
+    from mistudio.engine.training.config import parse
+    from mistudio.jobs.kinds import Extract, Tokenize
+
+    parsed = parse(config)
+    if options.source == "stream":
+        return None
+    tokenization_id = _run(library, Tokenize(dataset_id, model_id), quiet=True)["tokenization_id"]
+    tokens = library.tokenizations.get(tokenization_id).tokens
+    if options.source == "auto" and parsed.tokens <= 1.2 * tokens:
+        return None
+    for found in library.extractions.of_model(model_id):
+        if (
+            found.tokenization_id == tokenization_id
+            and set(points) <= set(found.hook_points)
+            and found.settings.get("context") == parsed.context
+            and found.tokens >= 0.9 * tokens
+        ):
+            return found.id
+    job = Extract(model_id, dataset_id, points, max_tokens=tokens, context=parsed.context)
+    return int(_run(library, job)["extraction_id"])
+
+
+def _training_options(options: argparse.Namespace) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if options.config:
+        try:
+            config = json.loads(options.config.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as exc:
+            raise InvalidInput(
+                "The configuration is not valid JSON",
+                f"{options.config}, line {exc.lineno}: {exc.msg}.",
+                'Write an object such as {"k": 32, "tokens": 1000000}.',
+            ) from exc
+        if not isinstance(config, dict):
+            raise InvalidInput(
+                "The configuration is not a JSON object",
+                f"{options.config} holds a {type(config).__name__}.",
+                'Write an object such as {"k": 32, "tokens": 1000000}.',
+            )
+    for pair in options.set:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InvalidInput("--set takes KEY=VALUE", f"It got {pair!r}.", "Write --set k=32.")
+        config[key.strip()] = value.strip()
+    return config
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as exc:
+        raise InvalidInput(
+            "Layers are numbers", f"{text!r} cannot be read.", "Write them as 10 or 10,20."
+        ) from exc
+
+
+def _discover(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import Discover
+
+    training = _find(library.trainings, options.run)
+    rows = []
+    for sae in library.saes.of_training(training.id):
+        job = Discover(sae.id, max_tokens=options.max_tokens, top_k=options.top_k)
+        run = library.feature_runs.get(_run(library, job)["feature_run_id"])
+        print(
+            f"{sae.hook_point}: {count(run.summary['alive'])} of {count(run.n_features)} "
+            f"features fired on {count(run.tokens)} tokens"
+        )
+        rows.append(
+            {
+                "sae_id": sae.id,
+                "feature_run_id": run.id,
+                "alive": run.summary["alive"],
+                "total": run.n_features,
+                "tokens": run.tokens,
+            }
+        )
+    return {"run": training.name, "feature_runs": rows}
+
+
+def _features(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    import numpy as np
+
+    from mistudio.engine.features.describe import search
+    from mistudio.engine.models.loading import load_tokenizer
+    from mistudio.jobs.features import newest_run, open_features
+    from mistudio.terminal import table
+
+    sae = _find_sae(library, options)
+    store, tokens = open_features(library, newest_run(library, sae.id))
+    tokenizer = load_tokenizer(library.path(library.models.get(sae.model_id).folder))
+    notes = library.feature_notes.of_sae(sae.id)
+    shown = np.flatnonzero(store.alive)
+    if options.search:
+        wanted = options.search.lower()
+        labelled = {f for f, note in notes.items() if wanted in note.label.lower()}
+        shown = np.asarray(
+            sorted(labelled | set(search(store, tokenizer, options.search, shown.tolist()))), int
+        )
+    if options.sort != "id":
+        shown = shown[np.argsort(-np.asarray(store.columns[options.sort])[shown], kind="stable")]
+    rows = []
+    for feature in map(int, shown[: options.top]):
+        example = store.examples(feature, tokens, 1)[0]
+        around = example.ids[max(0, example.peak - 8) : example.peak + 5]
+        rows.append(
+            {
+                "feature": feature,
+                "label": notes[feature].label if feature in notes else "",
+                "density": float(store.columns["density"][feature]),
+                "max_activation": float(store.columns["max_activation"][feature]),
+                "top_token": tokenizer.decode([int(store.columns["top_token"][feature])]),
+                "top_token_share": float(store.columns["top_token_share"][feature]),
+                "promotes": [tokenizer.decode([i]) for i, _ in store.promoted(feature)[:5]],
+                "example": tokenizer.decode(around),
+            }
+        )
+    display = [
+        {
+            "#": row["feature"],
+            "label": row["label"],
+            "freq": percent(row["density"], 3),
+            "max": number(row["max_activation"], 2),
+            "token": repr(row["top_token"]),
+            "share": percent(row["top_token_share"], 0),
+            "promotes": " ".join(repr(t) for t in row["promotes"][:3]),
+            "example": " ".join(row["example"].split()),
+        }
+        for row in rows
+    ]
+    print(
+        f"{len(rows)} of {count(len(shown))} features of {sae.hook_point} "
+        f"(sample: {count(store.meta.tokens)} tokens)"
+    )
+    if display:
+        print(table(display, {key: key for key in display[0]}))
+    return {"sae_id": sae.id, "tokens": store.meta.tokens, "matching": len(shown), "features": rows}
+
+
+def _steer(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import Steer
+
+    sae = _find_sae(library, options)
+    job = Steer(
+        sae.id,
+        [[options.feature, options.strength]],
+        options.prompt,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_tokens,
+        seed=options.seed,
+        chat=options.chat,
+    )
+    generation = library.generations.get(_run(library, job)["generation_id"])
+    result = generation.result
+    variant = result["variants"][0]
+    print(f"Unsteered: {result['unsteered']}\n\nSteered:   {variant['text']}\n")
+    print(
+        f"KL {number(variant['kl_per_token'], 4)} nats/token over {variant['tokens']} tokens, "
+        f"perplexity x{number(variant['perplexity_ratio'], 2)}, "
+        f"word overlap {percent(variant['word_overlap'], 0)}, coefficient "
+        f"{number(variant['coefficients'][0], 2)} "
+        f"({number(variant['percent_of_norm'], 0)} % of the layer's norm)"
+    )
+    return {
+        "feature": options.feature,
+        "strength": options.strength,
+        "unsteered": result["unsteered"],
+        "steered": variant["text"],
+        "unsteered_ids": result["unsteered_ids"],
+        "steered_ids": variant["ids"],
+        "kl_per_token": variant["kl_per_token"],
+        "perplexity_ratio": variant["perplexity_ratio"],
+        "word_overlap": variant["word_overlap"],
+        "generation_id": generation.id,
+    }
+
+
+def _export(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import Export
+
+    training = _find(library.trainings, options.run)
+    job = Export(training.id, str(options.to.expanduser().resolve()), options.format)
+    result = _run(library, job)
+    for folder in result["folders"]:
+        print(folder)
+    return result
+
+
+def _job_retry(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import job_from_row
+
+    record = library.jobs.get(options.job)
+    if record.active:
+        raise InvalidInput("This job has not ended", f"Job {record.id} is {record.status}.")
+    result = _run(library, job_from_row(record.kind, record.params))
+    if record.status == "interrupted":
+        library.jobs.move(record.id, ("interrupted",), "cancelled")
+    print(f"{record.title}: done.")
+    return result
+
+
+def _job_dismiss(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    record = library.jobs.get(options.job)
+    if record.active:
+        raise InvalidInput("This job has not ended", f"Job {record.id} is {record.status}.")
+    library.jobs.remove(record.id)
+    return {"job_id": record.id}
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _run(
+    library: Library, job: Any, *, keep_on_stop: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Submit and run one job here, with progress and Ctrl-C; its result.
+
+    Where `keep_on_stop` is set, the first Ctrl-C ends the work early and keeps it; the second
+    throws it away.
+    """
+    from mistudio.jobs.job import run_job, submit
+    from mistudio.terminal import ProgressLines
+
+    control = Control()
+    lines = ProgressLines()
+    job_id = submit(library, job)
+    with _interrupts(control, keep_on_stop):
+        record = run_job(library, job, job_id, control, None if quiet else lines.show)
+    if record.status == "finished":
+        lines.finish_phase()
+        return record.result
+    lines.break_off()
+    if record.status == "failed":
+        raise _JobFailed(record.error)
+    raise _Stopped
+
+
+@contextmanager
+def _interrupts(control: Control, keep: bool) -> Iterator[None]:
+    def on_interrupt(signum: int, frame: object) -> None:
+        if keep and not control.wants_finish:
+            print("\nStopping; the SAE is kept. Ctrl-C again discards it.", file=sys.stderr)
+            control.finish_early()
+        else:
+            control.cancel()
+
+    try:
+        before = signal.signal(signal.SIGINT, on_interrupt)
+    except ValueError:  # not the main thread: nobody can press Ctrl-C here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _find(table: Any, wanted: str) -> Any:
+    """A record by its number or its name (the newest of several)."""
+    if wanted.isdigit() and (record := table.find(int(wanted))):
+        return record
+    for record in table.all():
+        if record.name.lower() == wanted.lower():
+            return record
+    names = ", ".join(f"{record.id} {record.name!r}" for record in table.all()) or "none yet"
+    raise NotFound(
+        f"No {table.noun} called {wanted!r}", f"The library has: {names}.", "Use a name or number."
+    )
+
+
+def _find_sae(library: Library, options: argparse.Namespace) -> Any:
+    training = _find(library.trainings, options.run)
+    saes = library.saes.of_training(training.id)
+    if options.layer is not None:
+        saes = [sae for sae in saes if sae.layer == options.layer]
+    if not saes:
+        raise NotFound(
+            "This run has no such layer",
+            f"{training.name} has the layers "
+            f"{', '.join(str(s.layer) for s in library.saes.of_training(training.id))}.",
+        )
+    return saes[0]
+
+
+def _write_json(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    if not options.json:
+        return
+    partial = options.json.with_name(options.json.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, options.json)
+
+
+def _print_error(error: dict[str, Any]) -> None:
+    print(f"{error['title']}.", file=sys.stderr)
+    for key in ("what", "next_step"):
+        if error.get(key):
+            print(f"  {error[key]}", file=sys.stderr)
+    if error.get("traceback"):
+        print(error["traceback"], file=sys.stderr)
+
+
+__all__ = ["UserError", "run"]
