@@ -244,16 +244,25 @@ def test_many_points_in_one_forward_equal_one_by_one(name: str) -> None:
         assert together[point].shape == (2, 9, 32)
 
 
-def test_attention_mask_and_positions_reach_the_model() -> None:
-    decoder, ids, point = decoder_of("llama"), some_ids(1), HookPoint("resid_post", 2)
+def test_attention_mask_hides_what_it_masks() -> None:
+    decoder, point = decoder_of("gpt2"), HookPoint("resid_post", 1)
+    ids, others = some_ids(1), some_ids(1, seed=1)
+    others[:, 3:] = ids[:, 3:]
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    seen, same = (decoder.capture(i, [point], mask)[point][:, 3:] for i in (ids, others))
+    torch.testing.assert_close(seen, same)
+    seen, same = (decoder.capture(i, [point])[point][:, 3:] for i in (ids, others))
+    assert not torch.allclose(seen, same, atol=1e-3)
+
+
+def test_position_ids_place_the_tokens() -> None:
+    decoder, ids, point = decoder_of("gpt2"), some_ids(1), HookPoint("resid_pre", 0)
+    counted = torch.arange(9)[None]
     plain = decoder.capture(ids, [point])[point]
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
-    mask = torch.tensor([[0] * 3 + [1] * 9])
-    positions = torch.tensor([[0] * 3 + list(range(9))])
-    shifted = decoder.capture(padded, [point], mask, positions)[point]
-    torch.testing.assert_close(shifted[:, 3:], plain, atol=1e-5, rtol=1e-4)
-    wrong = decoder.capture(padded, [point])[point]
-    assert not torch.allclose(wrong[:, 3:], plain, atol=1e-3)
+    assert torch.equal(decoder.capture(ids, [point], position_ids=counted)[point], plain)
+    table = decoder.model.get_submodule("transformer.wpe").weight
+    moved = decoder.capture(ids, [point], position_ids=counted + 5)[point]
+    torch.testing.assert_close(moved - plain, (table[5:14] - table[:9])[None])
 
 
 def test_captured_tensors_are_copies_that_autograd_can_save() -> None:
