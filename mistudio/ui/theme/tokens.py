@@ -20,6 +20,7 @@ INPUT = "#0F172A"
 RAISED = "#1E293B"
 RAISED_HOVER = "#334155"
 DIVIDER = "#1E293B"
+HANDLE = "#475569"  # of a scroll bar
 EDGE = "#64748B"  # input borders: 3:1 against every surface they stand on
 
 # --- text

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyqtgraph as pg
 from PySide6.QtCore import QSize, Qt
-from PySide6.QtGui import QColor, QFont
+from PySide6.QtGui import QColor, QFont, QPainter
+from PySide6.QtSvg import QSvgGenerator
 from PySide6.QtWidgets import QApplication, QCheckBox, QFileDialog, QMenu, QStackedLayout, QWidget
 
 from mistudio.ui.theme import fonts, tokens
@@ -27,6 +28,8 @@ from mistudio.ui.widgets.text import Text
 pg.setConfigOptions(
     antialias=False, useOpenGL=False, background=tokens.CARD, foreground=tokens.LABEL
 )
+
+_EMPTY = "No data yet"
 
 
 class _Series:
@@ -102,7 +105,7 @@ class MetricChart(QWidget):
         self._menu_button.setMenu(self._menu)
         self._menu_button.setPopupMode(IconButton.ToolButtonPopupMode.InstantPopup)
 
-        self._empty = Text("No data yet", "helper")
+        self._empty = Text(_EMPTY, "helper")
         self._empty.setAlignment(Qt.AlignmentFlag.AlignCenter)
         self._empty.setMinimumHeight(height)
         stack = QWidget()
@@ -116,6 +119,7 @@ class MetricChart(QWidget):
         layout.addWidget(stack, 1)
         self.setLayout(layout)
         self.setAccessibleName(title)
+        self.setAccessibleDescription(_EMPTY)
         for key, label in series.items():
             self.add_series(key, label)
         if log_y:
@@ -202,9 +206,14 @@ class MetricChart(QWidget):
     def save_picture(self, path: Path) -> None:
         """PNG or SVG by the name's ending."""
         if path.suffix.lower() == ".svg":
-            from pyqtgraph.exporters import SVGExporter
-
-            SVGExporter(self._plot.getPlotItem()).export(str(path))
+            generator = QSvgGenerator()
+            generator.setFileName(str(path))
+            generator.setSize(self._plot.size())
+            generator.setViewBox(self._plot.rect())
+            generator.setTitle(self._title)
+            painter = QPainter(generator)
+            self._plot.render(painter)
+            painter.end()
         else:
             self._plot.grab().save(str(path))
 
@@ -228,7 +237,7 @@ class MetricChart(QWidget):
             for series in self._series.values()
             if series.y
         ]
-        self.setAccessibleDescription("; ".join(last) or "No data yet")
+        self.setAccessibleDescription("; ".join(last) or _EMPTY)
         if self.isVisible():
             self._draw()
         else:
