@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -73,7 +74,8 @@ def _run(library_folder: Path | None, open_on: OpenOn | None, crash_log: bootstr
     from mistudio.settings import Settings
     from mistudio.ui import theme
 
-    logs.set_up()
+    if not logging.getLogger().handlers:  # `mistudio demo` has set the log up before it comes here
+        logs.set_up()
     app = QApplication.instance() or QApplication(["mistudio"])
     assert isinstance(app, QApplication)
     app.setApplicationName("miStudio")

@@ -59,7 +59,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "library", str, "", "Library folder",
         "Where datasets, models and runs are kept. Empty: the usual place for your system. "
-        "--library and MISTUDIO_HOME come first.",
+        "A library that is named at the start comes before it.",
         "General", needs_restart=True,
     ),
     Setting(

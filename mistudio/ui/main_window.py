@@ -121,7 +121,7 @@ class CloseDialog(QDialog):
             layout.addWidget(Text(f"• {title}", "body", wrap=True))
         layout.addWidget(
             Text(
-                "What a stopped job had not finished is lost; its checkpoints are kept.",
+                "What a stopped job had not finished is lost; the job list can run it again.",
                 "helper",
                 wrap=True,
             )

@@ -12,12 +12,13 @@ from mistudio.ui.widgets.containers import (
     add,
     clear,
     column,
+    picture,
     row,
 )
 from mistudio.ui.widgets.form import FormRow
 from mistudio.ui.widgets.inputs import Choice, FloatBox, IntBox
 from mistudio.ui.widgets.layer_grid import LayerGrid
-from mistudio.ui.widgets.messages import ConfirmDialog, EmptyState, ErrorPanel, picture
+from mistudio.ui.widgets.messages import ConfirmDialog, EmptyState, ErrorPanel
 from mistudio.ui.widgets.stats import ProgressRow, StatTile
 from mistudio.ui.widgets.text import Badge, ElidedLabel, Text, status_tone
 from mistudio.ui.widgets.timing import Debounced, debounced

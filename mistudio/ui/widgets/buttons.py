@@ -6,7 +6,7 @@ from PySide6.QtCore import QRectF, QSize, Qt
 from PySide6.QtGui import QColor, QPainter, QPaintEvent, QPen
 from PySide6.QtWidgets import QAbstractButton, QPushButton, QSizePolicy, QToolButton, QWidget
 
-from mistudio.ui.theme import icons, set_look, tokens
+from mistudio.ui.theme import fonts, icons, set_look, tokens
 
 _ICON_COLOURS = {
     "primary": tokens.WHITE,
@@ -39,7 +39,7 @@ class Button(QPushButton):
     def set_icon(self, name: str) -> None:
         variant = self.property("variant")
         self.setIcon(icons.icon_beside_text(name, _ICON_COLOURS.get(variant, tokens.TEXT)))
-        side = 16 if variant in ("link", "small") else 18
+        side = fonts.px(16 if variant in ("link", "small") else 18)
         self.setIconSize(QSize(round(side * 1.3), side))
 
     def set_variant(self, variant: str) -> None:
@@ -60,7 +60,7 @@ class IconButton(QToolButton):
     ) -> None:
         super().__init__(parent)
         self.setIcon(icons.icon(icon, colour, on_colour))
-        self.setIconSize(QSize(size, size))
+        self.setIconSize(QSize(fonts.px(size), fonts.px(size)))
         self.setAccessibleName(name)
         self.setToolTip(name)
         self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)

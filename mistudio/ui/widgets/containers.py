@@ -18,8 +18,18 @@ from PySide6.QtWidgets import (
     QWidget,
 )
 
-from mistudio.ui.theme import icons, tokens
+from mistudio.ui.theme import fonts, icons, tokens
 from mistudio.ui.widgets.text import Text
+
+
+def picture(name: str, colour: str = tokens.HELPER, size: int = 32) -> QLabel:
+    """An icon as a label of its own; grows with the text size."""
+    size = fonts.px(size)
+    label = QLabel()
+    label.setPixmap(icons.pixmap(name, colour, size, 2.0))
+    label.setScaledContents(True)
+    label.setFixedSize(size, size)
+    return label
 
 
 def column(spacing: int = tokens.GAP, margins: int = 0) -> QVBoxLayout:
@@ -104,11 +114,7 @@ class Card(QFrame):
         self.setLayout(layout)
         self.header = row()
         if icon:
-            picture = QLabel()
-            picture.setPixmap(icons.pixmap(icon, icon_colour, 22, 2.0))
-            picture.setFixedSize(22, 22)
-            picture.setScaledContents(True)
-            self.header.addWidget(picture)
+            self.header.addWidget(picture(icon, icon_colour, 22))
         self.title = Text(title, "card")
         self.header.addWidget(self.title)
         self.header.addStretch(1)

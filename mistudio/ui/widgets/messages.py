@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from PySide6.QtCore import Qt, Signal
-from PySide6.QtWidgets import QApplication, QDialog, QLabel, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QApplication, QDialog, QVBoxLayout, QWidget
 
 from mistudio.errors import UserError
-from mistudio.ui.theme import icons, tokens
+from mistudio.ui.theme import tokens
 from mistudio.ui.widgets.buttons import Button
-from mistudio.ui.widgets.containers import Surface, column, row
+from mistudio.ui.widgets.containers import Surface, column, picture, row
 from mistudio.ui.widgets.text import Text
-
-
-def picture(name: str, colour: str = tokens.HELPER, size: int = 32) -> QLabel:
-    """An icon as a label of its own."""
-    label = QLabel()
-    label.setPixmap(icons.pixmap(name, colour, size, 2.0))
-    label.setScaledContents(True)
-    label.setFixedSize(size, size)
-    return label
 
 
 class EmptyState(QWidget):

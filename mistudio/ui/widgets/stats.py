@@ -39,6 +39,7 @@ class StatTile(QFrame):
         layout.addWidget(self._label)
         layout.addWidget(self._value)
         layout.addWidget(self._note)
+        layout.addStretch(1)
         self.setLayout(layout)
         self.setToolTip(tooltip)
         self._name()

@@ -11,8 +11,7 @@ from PySide6.QtWidgets import QFrame, QWidget
 from mistudio.errors import UserError
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets.buttons import Button, IconButton
-from mistudio.ui.widgets.containers import column, row
-from mistudio.ui.widgets.messages import picture
+from mistudio.ui.widgets.containers import column, picture, row
 from mistudio.ui.widgets.text import Text
 
 _KINDS = {
