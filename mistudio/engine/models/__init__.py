@@ -1,0 +1,1 @@
+"""Language models: their folders, loading, hook points, and the sample model."""

