@@ -68,8 +68,10 @@ class MetricChart(QWidget):
         x_label: str = "Step",
         log_y: bool = False,
         height: int = 220,
+        counts: bool = False,
         parent: QWidget | None = None,
     ) -> None:
+        """`counts`: the values are counts, so the axis begins at 0 and never shows parts of one."""
         super().__init__(parent)
         self._title, self._x_key, self._x_label = title, x_key, x_label
         self._series: dict[str, _Series] = {}
@@ -84,6 +86,8 @@ class MetricChart(QWidget):
         self._plot.setClipToView(True)
         self._plot.showGrid(x=False, y=True, alpha=0.15)
         self._plot.setAccessibleName(title)
+        if counts:
+            self._plot.getPlotItem().getViewBox().setLimits(yMin=0, minYRange=4)
         self._style_axes(y_label)
         self._legend = self._plot.addLegend(
             offset=(-8, 4), labelTextColor=tokens.LABEL, labelTextSize=f"{fonts.px(14)}px"

@@ -1,0 +1,292 @@
+"""What the Training tab shows and does; no widgets, so tests need no window."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PySide6.QtCore import QObject, Signal
+
+from mistudio.errors import InvalidInput, UserError
+from mistudio.library.jobs import JobRecord
+from mistudio.library.records import Dataset, Extraction, Model, Sae, Training
+from mistudio.ui.services import Services
+from mistudio.ui.training.form import Check, Form, check
+
+# Kinds of jobs that train. Written out, since mistudio.jobs.kinds is slow to import.
+TRAINING_KINDS = ("train", "demo")
+ENDED_BADLY = ("failed", "interrupted", "cancelled")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training with its SAEs, and which of them have features."""
+
+    training: Training
+    saes: tuple[Sae, ...]
+    model: str
+    dataset: str
+    discovered: frozenset[int]
+    discovering: int | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} + {self.dataset}"
+
+
+class TrainingPresenter(QObject):
+    """The form's choices, the jobs that train, the runs that ended, and what can be done."""
+
+    choices_changed = Signal()
+    """Datasets, models or stored activations changed."""
+    list_changed = Signal()
+    """Jobs, runs or discoveries changed."""
+    starting_changed = Signal(bool)
+    """A job waits for the engine to be imported."""
+    submitted = Signal(int)
+
+    def __init__(self, services: Services, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._services = services
+        self._waiting: deque[Callable[[], int]] = deque()
+        self._corpus: dict[tuple[int, int], int] = {}
+        services.changes.changed.connect(self._on_changes_changed)
+
+    # --- the form -------------------------------------------------------------------------------
+
+    def datasets(self) -> list[Dataset]:
+        return self._services.library.datasets.all()
+
+    def models(self) -> list[Model]:
+        return self._services.library.models.all()
+
+    def extractions(self, model: Model | None, dataset: Dataset | None) -> list[Extraction]:
+        """Stored activations of this model over this dataset, newest first."""
+        if model is None or dataset is None:
+            return []
+        library = self._services.library
+        stores = {record.id for record in library.tokenizations.of_dataset(dataset.id)}
+        return [
+            record
+            for record in library.extractions.of_model(model.id)
+            if record.tokenization_id in stores
+        ]
+
+    def check(self, form: Form) -> Check:
+        corpus, speed = None, None
+        if form.model and form.dataset:
+            corpus = self._corpus_tokens(form.model, form.dataset)
+        if form.model:
+            speed = self._speed(form.model)
+        return check(form, corpus, speed)
+
+    def _corpus_tokens(self, model: Model, dataset: Dataset) -> int | None:
+        for record in self._services.library.tokenizations.of_dataset(dataset.id):
+            if record.statistics.get("tokenizer") == model.name:
+                return record.statistics.get("split_tokens", {}).get("train", record.tokens)
+        return None
+
+    def _speed(self, model: Model) -> float | None:
+        for training in self._services.library.trainings.all("model_id = ?", (model.id,)):
+            return training.record.get("tokens_per_second") or None
+        return None
+
+    # --- the list -------------------------------------------------------------------------------
+
+    def jobs(self) -> list[JobRecord]:
+        """Training jobs that have not become a run: active, failed, interrupted, cancelled."""
+        marks = ", ".join("?" for _ in TRAINING_KINDS)
+        return self._services.library.jobs.all(
+            f"kind IN ({marks}) AND status != 'finished'", TRAINING_KINDS
+        )
+
+    def runs(self) -> list[Run]:
+        library = self._services.library
+        models = {record.id: record.name for record in library.models.all()}
+        datasets = {record.id: record.name for record in library.datasets.all()}
+        discovered = {row["sae_id"] for row in library.rows("SELECT sae_id FROM feature_runs")}
+        discovering = {
+            job.params.get("sae_id"): job.id
+            for job in self._services.jobs.active()
+            if job.kind == "discover"
+        }
+        saes: dict[int, list[Sae]] = {}
+        for sae in library.saes.all("training_id IS NOT NULL"):
+            saes.setdefault(sae.training_id or 0, []).append(sae)
+        runs = []
+        for training in library.trainings.all():
+            own = tuple(sorted(saes.get(training.id, []), key=lambda sae: (sae.layer, sae.id)))
+            jobs = [discovering[sae.id] for sae in own if sae.id in discovering]
+            runs.append(
+                Run(
+                    training,
+                    own,
+                    models.get(training.model_id, "deleted model"),
+                    datasets.get(training.dataset_id, "deleted dataset"),
+                    frozenset(sae.id for sae in own if sae.id in discovered),
+                    min(jobs) if jobs else None,
+                )
+            )
+        return runs
+
+    def job_title(self, job: JobRecord) -> str:
+        library = self._services.library
+        model = library.models.find(job.params.get("model_id") or 0)
+        dataset = library.datasets.find(job.params.get("dataset_id") or 0)
+        return f"{model.name} + {dataset.name}" if model and dataset else job.title
+
+    def job_latents(self, job: JobRecord) -> int | None:
+        """Latents of one site of a job."""
+        from mistudio.engine.training.config import derive, parse
+
+        model = self._services.library.models.find(job.params.get("model_id") or 0)
+        try:
+            return (
+                derive(parse(job.params.get("config", {})), model.d_model).d_sae if model else None
+            )
+        except UserError:
+            return None
+
+    def read_history(
+        self, training: Training, then: Callable[[Any], None], or_else: Callable[[Any], None]
+    ) -> None:
+        """Read a run's metric rows in the background; a run without a file has none."""
+        path = self._services.library.path(training.folder) / "metrics.jsonl"
+        self._services.background.run(lambda: read_metrics(path), then, or_else)
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def start(self, form: Form) -> None:
+        """Queue the training that the form describes. InvalidInput where it cannot start."""
+        found = self.check(form)
+        if found.blocker:
+            raise InvalidInput("The training cannot start", found.blocker)
+        assert form.model and form.dataset
+        model_id, dataset_id = form.model.id, form.dataset.id
+        points, config = form.points, found.config
+        extraction_id = form.extraction.id if form.extraction else None
+
+        def submit() -> int:
+            from mistudio.jobs.kinds import Train
+
+            return self._services.jobs.submit(
+                Train(model_id, dataset_id, points, config, extraction_id)
+            )
+
+        self._submit(submit)
+
+    def retry(self, job: JobRecord) -> None:
+        self._submit(lambda: self._services.jobs.retry(job))
+
+    def discover(self, run: Run) -> None:
+        """Queue a discovery pass for every SAE of the run that has none."""
+        from mistudio.jobs.kinds import Discover
+
+        for sae in run.saes:
+            if sae.id not in run.discovered:
+                self._services.jobs.submit(Discover(sae.id))
+
+    def export(self, training: Training, parent: Path) -> Path:
+        """Queue the export into a new folder inside `parent`; returns that folder."""
+        from mistudio.jobs.kinds import Export
+
+        slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in training.name).strip("-.")
+        target = parent / (slug or f"run-{training.id}")
+        number = 2
+        while target.exists():
+            target = parent / f"{slug}-{number}"
+            number += 1
+        self._services.jobs.submit(Export(training.id, str(target)))
+        return target
+
+    def delete_refusal(self, training: Training) -> str:
+        """Why a run cannot be deleted now; empty where it can."""
+        saes = {sae.id for sae in self._services.library.saes.of_training(training.id)}
+        users = [
+            job.title
+            for job in self._services.jobs.active()
+            if job.params.get("training_id") == training.id or job.params.get("sae_id") in saes
+        ]
+        return f"A job uses it: {', '.join(users)}. Wait for it or cancel it." if users else ""
+
+    def delete(self, training: Training) -> None:
+        """Move a run, its SAEs and their features to the trash."""
+        if refusal := self.delete_refusal(training):
+            raise InvalidInput("This run is in use", refusal)
+        library = self._services.library
+        for sae in library.saes.of_training(training.id):
+            for run in library.feature_runs.all("sae_id = ?", (sae.id,)):
+                library.discard("feature_runs", run.id)
+        library.discard("trainings", training.id)
+
+    # --- submitting without a pause of the window -----------------------------------------------
+
+    @property
+    def starting(self) -> bool:
+        return bool(self._waiting)
+
+    def _submit(self, submit: Callable[[], int]) -> None:
+        """A training job's title needs the engine, whose first import takes seconds: it is done
+        in the background, and the job is queued when it is there."""
+        if engine_imported():
+            self._run(submit)
+            return
+        self._waiting.append(submit)
+        self.starting_changed.emit(True)
+        self._services.background.run(
+            import_engine, self._on_engine_imported, self._on_engine_failed
+        )
+
+    def _run(self, submit: Callable[[], int]) -> None:
+        try:
+            self.submitted.emit(submit())
+        except UserError as exc:
+            self._services.toasts.error(exc)
+
+    def _on_engine_imported(self, _: object) -> None:
+        while self._waiting:
+            self._run(self._waiting.popleft())
+        self.starting_changed.emit(False)
+
+    def _on_engine_failed(self, error: Exception) -> None:
+        self._waiting.clear()
+        self.starting_changed.emit(False)
+        self._services.toasts.error(
+            "The engine cannot be loaded",
+            f"{type(error).__name__}: {error} Run `mistudio doctor` to see what is missing.",
+        )
+
+    def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
+        if table in ("datasets", "models", "extractions", "tokenizations"):
+            self.choices_changed.emit()
+        if table in ("jobs", "trainings", "saes", "feature_runs", "models", "datasets"):
+            self.list_changed.emit()
+
+
+def engine_imported() -> bool:
+    """Whether the engine is there as a whole (another thread may be half through importing it)."""
+    hooks = sys.modules.get("mistudio.engine.models.hooks")
+    return hasattr(hooks, "HookedDecoder") and "mistudio.jobs.kinds" in sys.modules
+
+
+def import_engine() -> None:
+    import mistudio.engine.models.hooks
+    import mistudio.jobs.kinds  # noqa: F401
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
