@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from PySide6.QtNetwork import QLocalServer
 
     from mistudio.ui.main_window import MainWindow
+
+log = logging.getLogger(__name__)
 
 OpenOn = tuple[str, dict[str, Any]]
 
@@ -111,23 +114,11 @@ def _show(
 ) -> int:
     from PySide6.QtCore import QTimer
 
-    from mistudio.errors import explain
-    from mistudio.library.library import Library
     from mistudio.ui.main_window import MainWindow
 
-    try:
-        library = Library(root)
-    except Exception as exc:
-        known = explain(exc)
-        if known is None:
-            raise
-        _refuse(known.title, known.what, known.next_step)
-        return 1
-    window = MainWindow(library, settings, open_on)
+    window = MainWindow(None, settings, open_on)
     window.crash.install()
-    starter = _Starter(window, crash_log)
-    window.painted.connect(starter.on_painted)
-    window.closed.connect(starter.on_closed)
+    starter = make_starter(window, root, crash_log)
     instance.listen(starter.raise_window)
     window.show()
 
@@ -142,43 +133,94 @@ def _show(
     if not starter.clean:  # a thread that does not stop: Python must not tear it down
         crash_log.close()
         os._exit(0)
+    starter.close_library()
+    return code or starter.code
+
+
+def make_starter(window: MainWindow, root: Path, crash_log: bootstrap.CrashLog) -> Any:
+    """What follows the first paint: the library is opened, then torch is imported, in a thread."""
+    from PySide6.QtCore import QObject
+
+    from mistudio.ui.background import Background
+
+    class Starter(QObject):
+        def __init__(self) -> None:
+            super().__init__(window)
+            self.clean = True
+            self.code = 0
+            self._library: Any = None
+            self._background = Background(parent=self)
+            window.painted.connect(self.on_painted)
+            window.closed.connect(self.on_closed)
+
+        def on_painted(self) -> None:
+            if target := os.environ.get("MISTUDIO_FIRST_PAINT_FILE"):
+                paint = milliseconds_since_process_start()
+                Path(target).write_text(f"{paint:.0f}\n", encoding="utf-8")
+                window.close()
+                return
+            self._background.run(lambda: open_library(root), self.on_opened, self.on_refused)
+
+        def on_opened(self, library: Any) -> None:
+            from mistudio.ui.device import find_device
+
+            self._library = library
+            if not window.isVisible():
+                return
+            window.open_library(library)
+            window.start()
+            threads = window.services.settings.get("threads")
+            window.services.background.run(lambda: find_device(threads), window.set_device)
+            if last := crash_log.take_last():
+                window.crash.show_last_crash(last)
+
+        def on_refused(self, error: Exception) -> None:
+            from mistudio.errors import explain
+
+            self.code = 1
+            known = explain(error)
+            if known is None:
+                log.error("The library cannot be opened", exc_info=error)
+                what, step = f"{type(error).__name__}: {error}", f"The log is in {log_folder()}."
+                _refuse("The library cannot be opened", what, step)
+            else:
+                _refuse(known.title, known.what, known.next_step)
+            window.close()
+
+        def on_closed(self, clean: bool) -> None:
+            self.clean = self._background.wait(10) and clean
+
+        def raise_window(self) -> None:
+            if window.isMinimized():
+                window.showNormal()
+            window.raise_()
+            window.activateWindow()
+
+        def close_library(self) -> None:
+            if self._library is not None:
+                self._library.close()
+
+    return Starter()
+
+
+def open_library(root: Path) -> Any:
+    """In a thread: the import alone takes a fifth of a second. What the window needs next is
+    imported here too, so that it does not stand still for it."""
+    from mistudio.library.library import Library
+
+    library = Library(root)
+    for module in ("bridge", "job_drawer", "services", "status_bar", "welcome", "datasets.page"):
+        importlib.import_module(f"mistudio.ui.{module}")
     library.close()
-    return code
-
-
-class _Starter:
-    """What follows the first paint, and what the window says at its end."""
-
-    def __init__(self, window: MainWindow, crash_log: bootstrap.CrashLog) -> None:
-        self._window, self._crash_log = window, crash_log
-        self.clean = True
-
-    def on_painted(self) -> None:
-        if target := os.environ.get("MISTUDIO_FIRST_PAINT_FILE"):
-            Path(target).write_text(f"{milliseconds_since_process_start():.0f}\n", encoding="utf-8")
-            self._window.close()
-            return
-        from mistudio.ui.device import find_device
-
-        window = self._window
-        window.start()
-        threads = window.services.settings.get("threads")
-        window.services.background.run(lambda: find_device(threads), window.set_device)
-        if last := self._crash_log.take_last():
-            window.crash.show_last_crash(last)
-
-    def on_closed(self, clean: bool) -> None:
-        self.clean = clean
-
-    def raise_window(self) -> None:
-        window = self._window
-        if window.isMinimized():
-            window.showNormal()
-        window.raise_()
-        window.activateWindow()
+    return library
 
 
 def milliseconds_since_process_start() -> float:
+    if sys.platform.startswith("linux"):
+        # psutil's create_time rests on a boot time in whole seconds: wrong by up to one second.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return (time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1000
     import psutil
 
     return (time.time() - psutil.Process().create_time()) * 1000

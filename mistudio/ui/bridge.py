@@ -1,4 +1,4 @@
-"""The only place where threads meet Qt.
+"""Where jobs and the library's changes meet Qt; with `background.py` the only place of threads.
 
 A job runs in a QThread of its own (`run` is overridden; no event loop in it). What it does reaches
 the window by three roads: rows of the job table (`job_changed`), changes of the library
@@ -11,16 +11,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from typing import Any
 
-from PySide6.QtCore import QDeadlineTimer, QEventLoop, QObject, Qt, QThread, QTimer, Signal
+from PySide6.QtCore import QEventLoop, QObject, Qt, QThread, QTimer, Signal
 
 from mistudio.errors import Busy
 from mistudio.jobs.control import Control, Snapshot
 from mistudio.jobs.job import Job, JobContext, MetricLog, run_job, submit
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Change, Library
+from mistudio.ui.background import Background
+
+__all__ = ["Background", "ChangeNotifier", "JobManager", "JobThread"]
 
 log = logging.getLogger(__name__)
 
@@ -285,74 +287,3 @@ class JobManager(QObject):
         if table == "jobs":
             for job_id in sorted(ids):
                 self.job_changed.emit(job_id)
-
-
-class _Call(QThread):
-    """One function in a thread of its own."""
-
-    done = Signal(object)
-    failed = Signal(object)
-
-    def __init__(self, function: Callable[[], Any], library: Library | None) -> None:
-        super().__init__()
-        self._function, self._library = function, library
-
-    def run(self) -> None:
-        try:
-            result = self._function()
-        except Exception as exc:
-            self.failed.emit(exc)
-        else:
-            self.done.emit(result)
-        finally:
-            if self._library:
-                self._library.close()
-
-
-class Background(QObject):
-    """Short work (up to a few seconds) that the GUI thread must not wait for: reading samples, a
-    preview, a count. Long work that a user may want to stop is a job."""
-
-    def __init__(self, library: Library | None = None, parent: QObject | None = None) -> None:
-        super().__init__(parent)
-        self._library = library
-        self._calls: set[_Call] = set()
-
-    def run(
-        self,
-        function: Callable[[], Any],
-        then: Callable[[Any], None],
-        or_else: Callable[[Exception], None] | None = None,
-    ) -> None:
-        """Call `function()` in a thread, then `then(result)` or `or_else(exception)` in this one.
-
-        `then` and `or_else` must be bound methods of QObjects: Qt queues only those to their own
-        thread, and drops the call where the object is gone by then.
-        """
-        for receiver in (then, or_else):
-            if receiver is not None and not isinstance(
-                getattr(receiver, "__self__", None), QObject
-            ):
-                raise TypeError(f"{receiver!r} is not a bound method of a QObject")
-        call = _Call(function, self._library)
-        call.done.connect(then)
-        call.failed.connect(or_else or self._on_call_failed)
-        call.finished.connect(self._on_call_finished)
-        self._calls.add(call)
-        call.start()
-
-    def wait(self, seconds: float = 10.0) -> bool:
-        """Wait for what still runs; False where something does not end."""
-        limit = QDeadlineTimer(round(seconds * 1000))
-        ended = all(call.wait(limit) for call in list(self._calls))
-        self._on_call_finished()
-        return ended
-
-    def _on_call_failed(self, error: Exception) -> None:
-        log.error("Background work failed", exc_info=error)
-
-    def _on_call_finished(self) -> None:
-        for call in [call for call in self._calls if call.isFinished()]:
-            call.wait()
-            self._calls.discard(call)
-            call.deleteLater()

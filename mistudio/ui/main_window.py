@@ -1,4 +1,8 @@
-"""The window: header, tabs, job drawer, status bar, menus, and a close that asks about jobs."""
+"""The window: header, tabs, job drawer, status bar, menus, and a close that asks about jobs.
+
+It paints before the library is there: what imports the library (and with it NumPy) is imported by
+`open_library`, which takes half of the time to the first paint away.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PySide6.QtCore import QByteArray, QEvent, QSettings, QSize, Qt, QTimer, QUrl, Signal
 from PySide6.QtGui import QCloseEvent, QDesktopServices, QGuiApplication, QPaintEvent
@@ -26,21 +30,12 @@ from PySide6.QtWidgets import (
 
 import mistudio
 from mistudio import formatting
-from mistudio.library.library import Library
 from mistudio.paths import config_folder, log_folder
 from mistudio.settings import Settings
 from mistudio.ui.actions import COMMANDS, MENUS, make_actions
-from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
-from mistudio.ui.command_palette import CommandPalette
 from mistudio.ui.crash import CrashReporter, system_report
-from mistudio.ui.device import DeviceInfo
-from mistudio.ui.job_drawer import JobDrawer
-from mistudio.ui.services import Services
-from mistudio.ui.settings_dialog import SettingsDialog
-from mistudio.ui.status_bar import StatusBar
 from mistudio.ui.theme import icons, tokens
 from mistudio.ui.times import seconds_between
-from mistudio.ui.welcome import WelcomePage, steps_done
 from mistudio.ui.widgets import (
     Button,
     ColumnPage,
@@ -52,6 +47,12 @@ from mistudio.ui.widgets import (
     picture,
     row,
 )
+
+if TYPE_CHECKING:
+    from mistudio.library.library import Library
+    from mistudio.ui.device import DeviceInfo
+    from mistudio.ui.services import Services
+    from mistudio.ui.welcome import WelcomePage
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,10 @@ class CloseDialog(QDialog):
 
 
 class MainWindow(QMainWindow):
-    """Owns the services and the pages. `start` is called after the first paint."""
+    """Owns the services and the pages.
+
+    Without a library it is a frame that can be painted; `open_library` and then `start` fill it.
+    """
 
     painted = Signal()
     closed = Signal(bool)
@@ -149,7 +153,7 @@ class MainWindow(QMainWindow):
 
     def __init__(
         self,
-        library: Library,
+        library: Library | None,
         settings: Settings,
         open_on: tuple[str, dict[str, Any]] | None = None,
     ) -> None:
@@ -157,31 +161,27 @@ class MainWindow(QMainWindow):
         self.setObjectName("main_window")
         self.setWindowTitle("MechInterp Studio")
         self.setWindowIcon(icons.icon("cpu", tokens.EMERALD))
+        self._settings = settings
         self._open_on = open_on
         self._painted = self._started = self._closing = False
+        self._services: Services | None = None
         self._pages: dict[str, QWidget] = {}
         self.failed_pages: dict[str, BaseException] = {}
         self._store = QSettings(str(config_folder() / "window.ini"), QSettings.Format.IniFormat)
-
-        changes = ChangeNotifier(library, self)
-        self.services = Services(
-            library=library,
-            jobs=JobManager(library, changes, self),
-            changes=changes,
-            background=Background(library, self),
-            settings=settings,
-            toasts=ToastArea(self),
-            navigate=self.navigate,
-        )
         self.crash = CrashReporter(self)
-        self._build()
-        self._restore_window()
-        self.services.jobs.job_changed.connect(self._on_jobs_job_changed)
-        self.services.jobs.job_finished.connect(self._on_jobs_job_finished)
+        self._build_frame()
+        self._restore_geometry()
+        if library is not None:
+            self.open_library(library)
+
+    @property
+    def services(self) -> Services:
+        assert self._services is not None, "the library has not been opened yet"
+        return self._services
 
     # --- building -------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build_frame(self) -> None:
         self.actions_by_id = make_actions(self, self._handler)
         menus = {title: self.menuBar().addMenu(title) for title in MENUS}
         for command in COMMANDS:
@@ -218,13 +218,37 @@ class MainWindow(QMainWindow):
         inside.addWidget(self.stack, 1)
         middle.setLayout(inside)
         self.setCentralWidget(middle)
+        self.statusBar().showMessage("Opening the library…")
 
+    def open_library(self, library: Library) -> None:
+        """Make the services, the job list and the status bar."""
+        from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
+        from mistudio.ui.job_drawer import JobDrawer
+        from mistudio.ui.services import Services
+        from mistudio.ui.status_bar import StatusBar
+
+        changes = ChangeNotifier(library, self)
+        toasts = ToastArea(self)
+        toasts.anchor = self.stack
+        self._services = Services(
+            library=library,
+            jobs=JobManager(library, changes, self),
+            changes=changes,
+            background=Background(library, self),
+            settings=self._settings,
+            toasts=toasts,
+            navigate=self.navigate,
+        )
         self.drawer = JobDrawer(self.services, self)
         self.addDockWidget(Qt.DockWidgetArea.RightDockWidgetArea, self.drawer)
         self.drawer.hide()
         self.status = StatusBar(self.services, self)
         self.setStatusBar(self.status)
-        self.services.toasts.anchor = self.stack
+        state = self._store.value("state")
+        if isinstance(state, QByteArray):
+            self.restoreState(state)
+        self.services.jobs.job_changed.connect(self._on_jobs_job_changed)
+        self.services.jobs.job_finished.connect(self._on_jobs_job_finished)
 
     def _make_place(self) -> QWidget:
         place = QWidget()
@@ -234,11 +258,17 @@ class MainWindow(QMainWindow):
         return place
 
     def _handler(self, command_id: str) -> Callable[[], None]:
-        if command_id.startswith("show_"):
-            name = command_id.removeprefix("show_")
-            return lambda checked=False: self.navigate(name)
-        method = getattr(self, f"_on_{command_id}")
-        return lambda checked=False: method()
+        """What an action does; `triggered` hands over `checked`, which no command takes."""
+
+        def handle(checked: bool = False) -> None:
+            if self._services is None and command_id != "quit":
+                return  # the library is being opened
+            if command_id.startswith("show_"):
+                self.navigate(command_id.removeprefix("show_"))
+            else:
+                getattr(self, f"_on_{command_id}")()
+
+        return handle
 
     def paintEvent(self, event: QPaintEvent) -> None:
         super().paintEvent(event)
@@ -248,6 +278,8 @@ class MainWindow(QMainWindow):
 
     def start(self) -> None:
         """Fill the window: the current page, the memory display, messages about what was found."""
+        from mistudio.ui.welcome import steps_done
+
         if self._started:
             return
         self._started = True
@@ -303,7 +335,7 @@ class MainWindow(QMainWindow):
             self._build_page(next(tab for tab in TABS if tab.name == tab_name))
         page = self._pages[tab_name]
         if tab_name not in self.failed_pages:
-            page.activate(**context)  # type: ignore[attr-defined]
+            page.activate(**context)
 
     def _build_page(self, tab: Tab) -> None:
         """Import and make a page; where that fails the tab says why and the window lives on."""
@@ -311,7 +343,7 @@ class MainWindow(QMainWindow):
         self.failed_pages.pop(tab.name, None)
         try:
             page = getattr(importlib.import_module(tab.module), tab.page)(self.services)
-            page.restore_state(self._stored_state(tab.name))  # type: ignore[attr-defined]
+            page.restore_state(self._stored_state(tab.name))
         except Exception as exc:
             log.exception("The %s tab cannot be built", tab.title)
             self.failed_pages[tab.name] = exc
@@ -344,6 +376,8 @@ class MainWindow(QMainWindow):
         self._show_tab(tab.name)
 
     def show_welcome(self) -> None:
+        from mistudio.ui.welcome import WelcomePage
+
         if self._welcome is None:
             self._welcome = WelcomePage(self.services)
             self.stack.addWidget(self._welcome)
@@ -373,6 +407,8 @@ class MainWindow(QMainWindow):
         QDesktopServices.openUrl(QUrl.fromLocalFile(str(log_folder())))
 
     def _on_settings(self) -> None:
+        from mistudio.ui.settings_dialog import SettingsDialog
+
         SettingsDialog(self.services.settings, self).open()
 
     def _on_jobs(self) -> None:
@@ -382,6 +418,8 @@ class MainWindow(QMainWindow):
         self.drawer.show()
 
     def _on_palette(self) -> None:
+        from mistudio.ui.command_palette import CommandPalette
+
         commands = [action for name, action in self.actions_by_id.items() if name != "palette"]
         palette = CommandPalette(commands, self)
         middle = self.geometry().center()
@@ -470,15 +508,13 @@ class MainWindow(QMainWindow):
             return {}
         return state if isinstance(state, dict) else {}
 
-    def _restore_window(self) -> None:
+    def _restore_geometry(self) -> None:
         screen = QGuiApplication.primaryScreen().availableGeometry().size()
         self.setMinimumSize(QSize(960, 600).boundedTo(screen))
         self.resize(QSize(1440, 900).boundedTo(screen))
-        geometry, state = self._store.value("geometry"), self._store.value("state")
+        geometry = self._store.value("geometry")
         if isinstance(geometry, QByteArray):
             self.restoreGeometry(geometry)
-        if isinstance(state, QByteArray):
-            self.restoreState(state)
         name = str(self._store.value("tab", "datasets"))
         index = next((i for i, tab in enumerate(TABS) if tab.name == name), 0)
         self.tabs.setCurrentIndex(index)
@@ -490,7 +526,7 @@ class MainWindow(QMainWindow):
         for name, page in self._pages.items():
             if name not in self.failed_pages:
                 try:
-                    self._store.setValue(f"pages/{name}", json.dumps(page.save_state()))  # type: ignore[attr-defined]
+                    self._store.setValue(f"pages/{name}", json.dumps(page.save_state()))
                 except Exception:
                     log.exception("The state of the %s tab cannot be kept", name)
         self._store.sync()
@@ -498,6 +534,11 @@ class MainWindow(QMainWindow):
     def closeEvent(self, event: QCloseEvent) -> None:
         if self._closing:
             event.accept()
+            return
+        if self._services is None:
+            self._closing = True
+            event.accept()
+            self.closed.emit(True)
             return
         running = self.services.jobs.running()
         if running:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,8 @@ def _reader(
             matches = (search, *found)
         if search:
             assert matches
-            indices, total, complete = matches[1], len(matches[1]), matches[2]
+            indices: Sequence[int] = matches[1]
+            total, complete = len(indices), matches[2]
         else:
             indices, total, complete = range(len(documents)), len(documents), True
         samples = []
