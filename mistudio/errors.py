@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 
 
@@ -64,6 +65,10 @@ class Offline(UserError):
     retryable = True
 
 
+class InUse(UserError):
+    """Something else depends on what should be deleted."""
+
+
 class TrainingDiverged(UserError):
     """The loss became infinite or not a number."""
 
@@ -80,7 +85,7 @@ def explain(exc: BaseException) -> UserError | None:
         return exc
     if isinstance(exc, OSError):
         return _explain_os_error(exc)
-    if isinstance(exc, sqlite3.OperationalError):
+    if isinstance(exc, sqlite3.DatabaseError):
         return _explain_sqlite_error(exc)
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return OutOfMemory(
@@ -88,16 +93,33 @@ def explain(exc: BaseException) -> UserError | None:
             str(exc).splitlines()[0] if str(exc) else "The device has no memory left.",
             "Use a smaller batch, a smaller dictionary or fewer layers, or close other programs.",
         )
+    if type(exc).__name__ == "SafetensorError" and (code := _RUST_OS_ERROR.search(str(exc))):
+        return _explain_os_error(OSError(int(code.group(1)), str(exc)))
     return None
+
+
+# How the safetensors library reports an error of the system.
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# How numpy reports a short write: an OSError without a number.
+_NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 def _explain_os_error(exc: OSError) -> UserError | None:
     where = f" ({exc.filename})" if exc.filename else ""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    short_write = exc.errno is None and _NUMPY_SHORT_WRITE.search(str(exc))
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT) or short_write:
         return DiskFull(
             "The disk is full",
             f"Nothing more could be written{where}; what was finished before is kept.",
             "Free some space or move the library to another disk, then run it again.",
+        )
+    if exc.errno == errno.EFBIG:
+        return DiskFull(
+            "A file would become too large",
+            f"The system refused to let a file grow further{where}; what was finished before is "
+            "kept.",
+            "Raise the limit (`ulimit -f`), move the library to a disk that takes large files, or "
+            "choose fewer tokens or layers.",
         )
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(
@@ -107,10 +129,18 @@ def _explain_os_error(exc: OSError) -> UserError | None:
         )
     if isinstance(exc, FileNotFoundError):
         return NotFound("File not found", f"{exc.strerror}{where}.", "Check the path.")
+    if isinstance(exc, IsADirectoryError | NotADirectoryError):
+        return InvalidInput("Not the right kind of path", f"{exc.strerror}{where}.", "Check it.")
+    if exc.errno == errno.EIO:
+        return UserError(
+            "The disk cannot be read or written",
+            f"{exc.strerror}{where}.",
+            "Check the disk, then run it again.",
+        )
     return None
 
 
-def _explain_sqlite_error(exc: sqlite3.OperationalError) -> UserError | None:
+def _explain_sqlite_error(exc: sqlite3.DatabaseError) -> UserError | None:
     text = str(exc)
     if "locked" in text or "busy" in text:
         return Busy(
@@ -121,6 +151,18 @@ def _explain_sqlite_error(exc: sqlite3.OperationalError) -> UserError | None:
     if "full" in text:
         return DiskFull(
             "The disk is full", f"SQLite says: {text}.", "Free some space and try again."
+        )
+    if "disk I/O error" in text:
+        return DiskFull(
+            "The library's database could not be written",
+            f"SQLite says: {text}. The disk may be full, or a file at its size limit.",
+            "Free some space or raise the limit (`ulimit -f`), then run it again.",
+        )
+    if "malformed" in text or "not a database" in text:
+        return CorruptFile(
+            "The library's database is damaged",
+            f"SQLite says: {text}.",
+            "Run `mistudio doctor`; restore library.db from a backup.",
         )
     if "readonly" in text or "unable to open" in text:
         return UserError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
 import sqlite_utils
 
 from mistudio.errors import CorruptFile, Incompatible
+
+PATIENCE_SECONDS = 5.0
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -28,13 +33,38 @@ def connect(path: Path) -> sqlite_utils.Database:
     WAL with synchronous=FULL: a committed row survives a power cut, which the rule "rename the
     files, then commit the row" needs.
     """
-    connection = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+    with readable(path):
+        connection = sqlite3.connect(path, timeout=PATIENCE_SECONDS, isolation_level=None)
+        try:
+            _use_wal(connection)
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+        except BaseException:
+            connection.close()
+            raise
+    return sqlite_utils.Database(connection)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to WAL once. SQLite does not wait for its turn here: of two processes that open a
+    new library at once, one would be told "database is locked"."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if "locked" not in str(exc) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """CorruptFile where what is done inside finds that the database is damaged."""
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
+        yield
     except sqlite3.DatabaseError as exc:
-        connection.close()
         if "not a database" in str(exc) or "malformed" in str(exc):
             raise CorruptFile(
                 "The library's database cannot be read",
@@ -43,7 +73,6 @@ def connect(path: Path) -> sqlite_utils.Database:
                 "or open another library with --library DIR.",
             ) from exc
         raise
-    return sqlite_utils.Database(connection)
 
 
 def migrate(db: sqlite_utils.Database) -> int:

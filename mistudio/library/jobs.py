@@ -47,7 +47,10 @@ def lives(owner: str) -> bool:
     """Whether the process that took a job is still running (a reused pid does not count)."""
     try:
         pid, started = owner.split(":")
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
+        process = psutil.Process(int(pid))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False  # it has ended; only its parent has not asked yet
+        return abs(process.create_time() - float(started)) < 1.0
     except (ValueError, psutil.Error):
         return False
 
@@ -82,6 +85,14 @@ class Jobs(Table[JobRecord]):
         self._library.execute(
             "UPDATE jobs SET phase = ?, fraction = ? WHERE id = ?", (phase, fraction, job_id)
         )
+
+    def remove(self, record_id: int) -> None:
+        """Delete an ended job's row; a run that it made stays and forgets which job it was."""
+        with self._library.transaction():
+            self._library.execute(
+                "UPDATE trainings SET job_id = NULL WHERE job_id = ?", (record_id,)
+            )
+            super().remove(record_id)
 
     def active(self) -> list[JobRecord]:
         return self.all("status IN ('queued', 'running', 'paused')")

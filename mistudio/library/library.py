@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import sqlite_utils
 
-from mistudio.errors import DiskFull, InvalidInput, UserError
+from mistudio.errors import DiskFull, InUse, InvalidInput, UserError
+from mistudio.formatting import size
 from mistudio.library import database
-from mistudio.library.jobs import ACTIVE, Jobs
+from mistudio.library.jobs import Jobs
 from mistudio.library.records import (
     Datasets,
     Extractions,
@@ -32,6 +33,12 @@ from mistudio.library.records import (
 )
 
 FOLDERS = ("datasets", "models", "activations", "trainings", "features", "exports", "trash", "work")
+# Lies in a folder that no row names yet (or no longer). Only such folders are ever swept up: a lost
+# or restored database must not send everything it does not know to the trash.
+UNNAMED = ".no-record-yet"
+TRASH_DAYS = 7.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,6 @@ class Library:
         self.root = root.expanduser().resolve()
         self._local = threading.local()
         self._observers: list[Callable[[Change], None]] = []
-        self._connections: list[sqlite_utils.Database] = []
-        self._lock = threading.Lock()
         try:
             for folder in ("", *FOLDERS):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,8 @@ class Library:
                 f"{self.root} is not one.",
                 "Give a folder (it may be new) with --library DIR.",
             ) from exc
-        database.migrate(self._db)
+        with database.readable(self.root / "library.db"):
+            database.migrate(self._db)
         self.datasets = Datasets(self)
         self.models = Models(self)
         self.tokenizations = Tokenizations(self)
@@ -72,7 +78,8 @@ class Library:
         self.feature_notes = FeatureNotes(self)
         self.generations = Generations(self)
         self.jobs = Jobs(self)
-        self.recover()
+        with database.readable(self.root / "library.db"):
+            self.recover()
 
     # --- rows -------------------------------------------------------------------------------
 
@@ -83,8 +90,6 @@ class Library:
             db = database.connect(self.root / "library.db")
             db.conn.row_factory = sqlite3.Row
             self._local.db = db
-            with self._lock:
-                self._connections.append(db)
         return db
 
     def rows(self, sql: str, params: tuple[object, ...] = ()) -> list[sqlite3.Row]:
@@ -132,14 +137,17 @@ class Library:
 
     def _publish(self, change: Change) -> None:
         for observer in list(self._observers):
-            observer(change)
+            try:
+                observer(change)
+            except Exception:  # the change is committed: it must not look as if it had failed
+                log.exception("An observer failed on %s", change)
 
     # --- files ------------------------------------------------------------------------------
 
     def path(self, folder: str) -> Path:
         """The absolute path of a record's folder, which must lie inside the library."""
         path = (self.root / folder).resolve()
-        if not path.is_relative_to(self.root):
+        if not path.is_relative_to(self.root) or path == self.root:
             raise UserError(
                 "A record points outside the library",
                 f"{folder!r} would lead to {path}.",
@@ -164,6 +172,7 @@ class Library:
 
         If the rows fail, the files go back to where they were: nothing half-made remains.
         """
+        (source / UNNAMED).touch()
         flush_tree(source)
         target = self.path(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,17 +184,61 @@ class Library:
         except BaseException:
             os.replace(target, source)
             raise
+        (target / UNNAMED).unlink(missing_ok=True)
 
     def discard(self, table: str, record_id: int) -> None:
-        """Remove a record and move its files to the trash (kept seven days)."""
-        record: Any = getattr(self, table).get(record_id)
+        """Remove a record and move its files to the trash (kept seven days).
+
+        What only it needs goes along: a dataset's tokenizations, a run's SAEs and their features.
+        InUse, and nothing changed, where something else depends on it.
+        """
+        getattr(self, table).get(record_id)
         with self.transaction():
-            getattr(self, table).remove(record_id)
-        self.move_to_trash(self.path(record.folder))
+            going = self._going_along(table, record_id)
+            users = self._users(table, going)
+            if users:
+                noun = getattr(self, table).noun
+                raise InUse(
+                    f"This {noun} is in use",
+                    f"{_enumerate(users)} {'uses' if sum(users.values()) == 1 else 'use'} "
+                    f"this {noun}.",
+                    "Delete what uses it first, or wait for the job to end.",
+                )
+            folders = [self.path(getattr(self, t).get(i).folder) for t, i in going]
+            for folder in folders:
+                if folder.is_dir():
+                    (folder / UNNAMED).touch()
+            for name, number in reversed(going):
+                getattr(self, name).remove(number)
+        for folder in folders:
+            self.move_to_trash(folder)
+
+    def _going_along(self, table: str, record_id: int) -> list[tuple[str, int]]:
+        """The record and what is made from it alone: (table, id), what depends comes later."""
+        going = [(table, record_id)]
+        for child, column in _OWNED.get(table, ()):
+            for row in self.rows(f"SELECT id FROM {child} WHERE {column} = ?", (record_id,)):
+                going += self._going_along(child, row["id"])
+        return going
+
+    def _users(self, table: str, going: list[tuple[str, int]]) -> dict[str, int]:
+        """How many of what would be left without what goes: noun -> number."""
+        users: dict[str, set[int]] = {}
+        for name, number in going:
+            for child, column in _USERS.get(name, ()):
+                for row in self.rows(f"SELECT id FROM {child} WHERE {column} = ?", (number,)):
+                    if (child, row["id"]) not in going:
+                        users.setdefault(getattr(self, child).noun, set()).add(row["id"])
+            for job in self.jobs.active():
+                if name in _JOB_PARAMETERS and job.params.get(_JOB_PARAMETERS[name]) == number:
+                    users.setdefault("unfinished job", set()).add(job.id)
+        return {noun: len(ids) for noun, ids in users.items()}
 
     def move_to_trash(self, path: Path) -> None:
         if path.exists():
-            os.replace(path, self.root / "trash" / f"{path.name}-{uuid.uuid4().hex[:6]}")
+            target = self.root / "trash" / f"{path.name}-{uuid.uuid4().hex[:6]}"
+            os.replace(path, target)
+            os.utime(target)  # the seven days begin now
 
     def require_space(self, needed: int, what: str) -> None:
         """Refuse before starting where the disk is too small; a tenth is kept as headroom."""
@@ -193,7 +246,7 @@ class Library:
         if free < needed * 1.1:
             raise DiskFull(
                 "Not enough disk space",
-                f"{what} needs {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free "
+                f"{what} needs {size(needed * 1.1)} with some room to spare; {size(free)} are free "
                 f"where the library lies ({self.root}).",
                 "Free some space, choose fewer tokens or layers, or move the library.",
             )
@@ -202,37 +255,42 @@ class Library:
 
     def recover(self) -> None:
         """Mark orphaned jobs, sweep what they left half-written and folders no row names."""
-        with self.transaction():
+        with self.transaction():  # so that no other process can begin or commit a job meanwhile
             self.jobs.mark_orphans_interrupted()
-        active = {
-            f"job-{row['id']}"
-            for row in self.rows(f"SELECT id FROM jobs WHERE status IN {ACTIVE!r}")
-        }
-        for folder in (self.root / "work").iterdir():
-            if folder.name not in active:
-                shutil.rmtree(folder, ignore_errors=True)
-        self._sweep_orphan_folders()
+            active = {f"job-{job.id}" for job in self.jobs.active()}
+            gone = []
+            for folder in list((self.root / "work").iterdir()):
+                if folder.name not in active:
+                    gone.append(folder.with_name(f"gone-{uuid.uuid4().hex}"))
+                    os.replace(folder, gone[-1])
+            if not active:
+                self._sweep_unnamed_folders()
+        for folder in gone:
+            shutil.rmtree(folder, ignore_errors=True)
         self._empty_old_trash()
 
-    def _sweep_orphan_folders(self) -> None:
+    def _sweep_unnamed_folders(self) -> None:
         """A kill between rename and commit leaves a folder without a row: to the trash."""
-        if self.jobs.active():
-            return  # another process may be between the two right now
         for kind, tables in _OWNERS.items():
             named = {
                 row["folder"]
                 for table in tables
                 for row in self.rows(f"SELECT folder FROM {table}")
             }
-            for folder in (self.root / kind).iterdir():
-                if not any(name == f"{kind}/{folder.name}" for name in named):
-                    self.move_to_trash(folder)
+            for mark in (self.root / kind).glob(f"*/{UNNAMED}"):
+                if f"{kind}/{mark.parent.name}" in named:
+                    mark.unlink()
+                else:
+                    self.move_to_trash(mark.parent)
 
-    def _empty_old_trash(self, days: float = 7.0) -> None:
-        horizon = datetime.now(UTC).timestamp() - days * 86400
+    def _empty_old_trash(self) -> None:
+        horizon = time.time() - TRASH_DAYS * 86400
         for entry in (self.root / "trash").iterdir():
-            if entry.stat().st_ctime < horizon:
-                shutil.rmtree(entry, ignore_errors=True)
+            if entry.stat().st_mtime < horizon:
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close this thread's connection and checkpoint the log."""
@@ -249,6 +307,35 @@ _OWNERS = {
     "trainings": ("trainings",),
     "features": ("feature_runs",),
 }
+# What is deleted together with a record, and what a record may not be deleted under.
+_OWNED = {
+    "datasets": (("tokenizations", "dataset_id"),),
+    "trainings": (("saes", "training_id"),),
+    "saes": (("feature_runs", "sae_id"),),
+}
+_USERS = {
+    "datasets": (("trainings", "dataset_id"),),
+    "models": (("trainings", "model_id"), ("extractions", "model_id"), ("saes", "model_id")),
+    "tokenizations": (
+        ("trainings", "tokenization_id"),
+        ("extractions", "tokenization_id"),
+        ("feature_runs", "tokenization_id"),
+    ),
+    "extractions": (("trainings", "extraction_id"),),
+}
+_JOB_PARAMETERS = {
+    "datasets": "dataset_id",
+    "models": "model_id",
+    "extractions": "extraction_id",
+    "trainings": "training_id",
+    "saes": "sae_id",
+}
+
+
+def _enumerate(counts: dict[str, int]) -> str:
+    """`2 runs and 1 extraction`."""
+    parts = [f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items()]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def flush_tree(folder: Path) -> None:
