@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mistudio.engine.models.hooks import HookedDecoder
 
 LAYER = 10
-EXTRACT_TOKENS = 280_000
-TRAIN_TOKENS = 900_000
+EXTRACT_TOKENS = 240_000
+TRAIN_TOKENS = 600_000
 PROMPT = "I think that"
 NEUTRAL_PROMPT = "From my experience,"  # Arad et al. 2025
-STRENGTHS = (1.0, 2.0, 3.0)
+STRENGTHS = (1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ class _Road:
             "steer",
             {"choose": (0.0, 0.2), "generate": (0.2, 0.9), "measure": (0.9, 1.0)},
         )
-        neutral = self._tokenizer(model_id)(NEUTRAL_PROMPT)["input_ids"]
+        tokenizer = self._tokenizer(model_id)
+        neutral = tokenizer(NEUTRAL_PROMPT)["input_ids"]
         feature = best_steering_feature(self._saved(sae_id), store, model, neutral, stage)
         job = steering.Steer(
             sae_id,
@@ -189,6 +190,7 @@ class _Road:
         return {
             "feature": feature,
             "strength": chosen["scale"],
+            "promotes": [tokenizer.decode([token]) for token, _ in store.promoted(feature)[:6]],
             "prompt": PROMPT,
             "unsteered": result["unsteered"],
             "steered": chosen["text"],
