@@ -40,32 +40,38 @@ class WrittenDocuments:
 
 
 def write_documents(
-    documents: Iterable[Document], folder: Path, progress: Progress = SILENT
+    documents: Iterable[Document],
+    folder: Path,
+    progress: Progress = SILENT,
+    expected_bytes: int | None = None,
 ) -> WrittenDocuments:
-    """Store documents in `folder`. Empty texts are left out; memory does not grow with the size."""
+    """Store documents in `folder`. Empty texts are left out; memory does not grow with the size.
+
+    `expected_bytes`, about what the sources hold, gives the progress its total.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     totals = WrittenDocuments()
     digest = hashlib.sha256()
     offsets = [0]
     with (folder / DOCUMENTS).open("wb") as file:
         for document in documents:
+            progress.check()
             if not document.text.strip():
                 continue
-            row = {"text": document.text}
+            row = {"text": _encodable(document.text)}
             if document.title:
-                row["title"] = document.title
+                row["title"] = _encodable(document.title)
             if document.topic:
-                row["topic"] = document.topic
+                row["topic"] = _encodable(document.topic)
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             file.write(line)
             digest.update(line)
             totals.documents += 1
-            totals.characters += len(document.text)
+            totals.characters += len(row["text"])
             totals.bytes += len(line)
             offsets.append(totals.bytes)
-            if totals.documents % 256 == 0:
-                progress.check()
-                progress.report(totals.bytes)
+            if totals.documents % 64 == 0:
+                progress.report(totals.bytes, expected_bytes)
     if totals.documents == 0:
         raise InvalidInput(
             "No text found",
@@ -102,6 +108,16 @@ class Documents:
     @property
     def bytes(self) -> int:
         return int(self._offsets[-1])
+
+
+def _encodable(text: str) -> str:
+    """JSON may hold halves of surrogate pairs, which UTF-8 cannot: pairs are joined, single
+    halves become the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _parse(line: bytes) -> Document:

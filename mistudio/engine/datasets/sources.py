@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from mistudio.engine.datasets.documents import Document
@@ -17,6 +18,10 @@ TEXT_COLUMNS = ("text", "content", "body", "document", "story", "article", "pass
 # the held-out split can be by document.
 PARAGRAPHS_PER_DOCUMENT = 1500
 MAX_JSON_BYTES = 512 * 1024**2
+GUESS_ROWS = 50  # the text column is guessed once for a file, from this many rows
+LINE_PIECE = 100_000  # longer "lines" of plain text are read in pieces, so that memory stays flat
+
+Row = tuple[int, object]  # line number, what stands there
 
 
 def local_files(path: Path) -> list[Path]:
@@ -69,7 +74,11 @@ def read_documents(
     as `skipped`, the row is left out instead and named there (`file.jsonl:12`).
     """
     for file in local_files(path):
-        yield from _READERS[file.suffix.lower()](file, text_column, skipped)
+        suffix = file.suffix.lower()
+        if suffix in _ROWS:
+            yield from _from_rows(file, _ROWS[suffix](file, skipped), text_column, skipped)
+        else:
+            yield from _read_text(file)
 
 
 def columns(path: Path) -> list[str]:
@@ -98,71 +107,65 @@ def _open(file: Path):  # type: ignore[no-untyped-def]
     return file.open("r", encoding="utf-8-sig", newline="")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line), with a clear refusal where the bytes are not UTF-8."""
-    number = 0
+def _lines(file: Path, piece: int = -1) -> Iterator[tuple[int, str]]:
+    """(line number, line), with a clear refusal where the bytes are not UTF-8. Lines of more than
+    `piece` characters come in pieces."""
+    number = 1
     try:
         with _open(file) as handle:
-            for number, line in enumerate(handle, start=1):
+            while line := handle.readline(piece):
                 yield number, line
+                number += line.endswith(("\n", "\r"))
     except UnicodeDecodeError as exc:
         raise InvalidInput(
             "The file is not UTF-8 text",
-            f"{file.name}, after line {number}: byte 0x{exc.object[exc.start]:02x} is not valid "
-            "there.",
+            f"{file.name}, at or after line {number}: byte 0x{exc.object[exc.start]:02x} is not "
+            "valid there.",
             "Save the file as UTF-8 (most editors can), then add it again.",
         ) from exc
 
 
-def _read_text(
-    file: Path, text_column: str | None, skipped: list[str] | None
-) -> Iterator[Document]:
+def _read_text(file: Path) -> Iterator[Document]:
     paragraphs: list[str] = []
     length = 0
-    for _, line in _lines(file):
-        # A "line" of many megabytes is cut so that memory stays flat.
-        for start in range(0, max(len(line), 1), 100_000):
-            piece = line[start : start + 100_000]
-            paragraphs.append(piece)
-            length += len(piece)
-            at_break = not piece.strip() or length >= 4 * PARAGRAPHS_PER_DOCUMENT
-            if length >= PARAGRAPHS_PER_DOCUMENT and at_break:
-                yield Document("".join(paragraphs).strip(), title=file.stem)
-                paragraphs, length = [], 0
+    for _, piece in _lines(file, LINE_PIECE):
+        paragraphs.append(piece)
+        length += len(piece)
+        at_break = not piece.strip() or length >= 4 * PARAGRAPHS_PER_DOCUMENT
+        if length >= PARAGRAPHS_PER_DOCUMENT and at_break:
+            yield Document("".join(paragraphs).strip(), title=file.stem)
+            paragraphs, length = [], 0
     if paragraphs:
         yield Document("".join(paragraphs).strip(), title=file.stem)
 
 
-def _read_jsonl(
-    file: Path, text_column: str | None, skipped: list[str] | None
-) -> Iterator[Document]:
+def _jsonl_rows(file: Path, skipped: list[str] | None) -> Iterator[Row]:
     for number, line in _lines(file):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as exc:
+        except (ValueError, RecursionError) as exc:
             if skipped is not None:
                 skipped.append(f"{file.name}:{number}")
                 continue
             raise CorruptFile(
                 "A line is not valid JSON",
-                f"{file.name}, line {number}, column {exc.colno}: {exc.msg}.",
+                f"{file.name}, line {number}{_json_fault(exc)}.",
                 "Mend that line, or add the file again and let bad rows be skipped "
                 "(--skip-bad-rows).",
             ) from exc
-        document = _document(file, number, row, text_column, skipped)
-        if document:
-            yield document
+        yield number, row
 
 
-def _read_json(
-    file: Path, text_column: str | None, skipped: list[str] | None
-) -> Iterator[Document]:
-    for number, row in enumerate(_json_rows(file), start=1):
-        document = _document(file, number, row, text_column, skipped)
-        if document:
-            yield document
+def _json_file_rows(file: Path, skipped: list[str] | None) -> Iterator[Row]:
+    return iter(enumerate(_json_rows(file), start=1))
+
+
+def _json_fault(exc: Exception) -> str:
+    if isinstance(exc, json.JSONDecodeError):
+        return f", column {exc.colno}: {exc.msg}"
+    return ": it is nested too deeply" if isinstance(exc, RecursionError) else f": {exc}"
 
 
 def _json_rows(file: Path) -> list[object]:
@@ -176,10 +179,11 @@ def _json_rows(file: Path) -> list[object]:
     text = "".join(line for _, line in _lines(file))
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as exc:
+    except (ValueError, RecursionError) as exc:
+        line = f", line {exc.lineno}" if isinstance(exc, json.JSONDecodeError) else ""
         raise CorruptFile(
             "The file is not valid JSON",
-            f"{file.name}, line {exc.lineno}, column {exc.colno}: {exc.msg}.",
+            f"{file.name}{line}{_json_fault(exc)}.",
             "Mend the file, or rename it to .jsonl if it holds one object a line.",
         ) from exc
     if isinstance(rows, dict):
@@ -188,73 +192,104 @@ def _json_rows(file: Path) -> list[object]:
     return rows if isinstance(rows, list) else [rows]
 
 
-def _read_csv(file: Path, text_column: str | None, skipped: list[str] | None) -> Iterator[Document]:
+def _csv_rows(file: Path, skipped: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(10_000_000)
     rows = csv.DictReader(
         (line for _, line in _lines(file)), delimiter=_delimiter(file), strict=True
     )
+    ended = 1
     try:
         for row in rows:
-            document = _document(file, rows.line_num, row, text_column, skipped)
-            if document:
-                yield document
+            yield ended + 1, row
+            ended = rows.line_num
     except csv.Error as exc:
         raise CorruptFile(
             "The table cannot be read",
-            f"{file.name}, line {rows.line_num}: {exc}.",
-            "Mend that line (often an open quotation mark), then add the file again.",
+            f"{file.name}, the row that begins at line {ended + 1}: {exc}.",
+            "Mend that row (often an open quotation mark), then add the file again.",
         ) from exc
 
 
+def _from_rows(
+    file: Path, rows: Iterator[Row], text_column: str | None, skipped: list[str] | None
+) -> Iterator[Document]:
+    """The documents of a table or a list of objects; all take their text from one column."""
+    first = list(islice(rows, GUESS_ROWS))
+    column = _text_column(file, [row for _, row in first if isinstance(row, dict)], text_column)
+    for number, row in chain(first, rows):
+        document = _document(file, number, row, column, skipped)
+        if document:
+            yield document
+
+
 def _document(
-    file: Path, number: int, row: object, text_column: str | None, skipped: list[str] | None
+    file: Path, number: int, row: object, column: str | None, skipped: list[str] | None
 ) -> Document | None:
-    if isinstance(row, str) and text_column is None:
+    if isinstance(row, str) and column is None:
         return Document(row)
-    column = _text_column(file, row, text_column) if isinstance(row, dict) else None
     value = row.get(column) if isinstance(row, dict) and column else None
-    if not isinstance(value, str):
-        if skipped is not None:
-            skipped.append(f"{file.name}:{number}")
-            return None
-        raise InvalidInput(
-            "A row has no text",
-            f"{file.name}, row at line {number}: "
-            + (
-                f"column {column!r} holds {type(value).__name__}, not text."
-                if column
-                else f"it is {type(row).__name__}, not an object with columns."
-            ),
-            "Choose the text column (--text-column), or let bad rows be skipped (--skip-bad-rows).",
-            field="text_column",
-        )
-    assert isinstance(row, dict)
-    return Document(value, _string(row.get("title")), _string(row.get("topic")))
+    if isinstance(row, dict) and isinstance(value, str):
+        return Document(value, _string(row.get("title")), _string(row.get("topic")))
+    if skipped is not None:
+        skipped.append(f"{file.name}:{number}")
+        return None
+    if not isinstance(row, dict):
+        fault = f"it is {_kind(row)}, not an object with columns."
+    elif column not in row or value is None:
+        fault = f"it has nothing in the column {column!r}."
+    else:
+        fault = f"column {column!r} holds {_kind(value)}, not text."
+    raise InvalidInput(
+        "A row has no text",
+        f"{file.name}, row at line {number}: {fault}",
+        "Choose the text column (--text-column), or let bad rows be skipped (--skip-bad-rows).",
+        field="text_column",
+    )
 
 
-def _text_column(file: Path, row: dict[str, object], wanted: str | None) -> str:
+def _text_column(file: Path, rows: list[dict[str, object]], wanted: str | None) -> str | None:
+    """The column to read, chosen once for the whole file; None where the rows are bare texts."""
+    if not rows:
+        return wanted
+    names = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is not None:
-        if wanted not in row:
+        if wanted not in names:
             raise InvalidInput(
                 "No such column",
-                f"{file.name} has the columns {', '.join(map(str, row)) or '(none)'}; "
-                f"{wanted!r} is not among them.",
+                f"{file.name} has the columns {_listed(names)}; {wanted!r} is not among them.",
                 "Choose one of these as the text column.",
                 field="text_column",
             )
         return wanted
+    lengths = {
+        name: sum(len(value) for row in rows if isinstance(value := row.get(name), str))
+        for name in names
+        if isinstance(name, str)
+    }
+    lengths = {name: length for name, length in lengths.items() if length}
     for name in TEXT_COLUMNS:
-        if isinstance(row.get(name), str):
+        if name in lengths:
             return name
-    texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    if not texts:
-        raise InvalidInput(
-            "No text column",
-            f"{file.name} has the columns {', '.join(map(str, row)) or '(none)'}; none holds text.",
-            "Name the text column (--text-column).",
-            field="text_column",
-        )
-    return max(texts, key=lambda name: len(texts[name]))
+    if lengths:
+        return max(lengths, key=lambda name: lengths[name])
+    raise InvalidInput(
+        "No text column",
+        f"{file.name} has the columns {_listed(names)}; none holds text.",
+        "Name the text column (--text-column).",
+        field="text_column",
+    )
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(str(name) for name in names if name is not None) or "(none)"
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _string(value: object) -> str:
@@ -265,11 +300,9 @@ def _delimiter(file: Path) -> str:
     return "\t" if file.suffix.lower() == ".tsv" else ","
 
 
-_READERS = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+_ROWS = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_file_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
 }

@@ -120,7 +120,7 @@ def generate(
         position += fed.shape[1]
         logits = out.logits[:, -1].float()
         # Equal rows of one batch may differ in their last bits, which can tip a near tie.
-        logits[untouched] = logits[0]
+        logits[untouched] = logits[0].clone()
         if step == 0:
             _check_effect(logits, vectors, out.logits.dtype)
         chosen = draw(logits, sampling, noise)
