@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,44 @@ def wait_for(qtbot: Any, library: Library) -> Callable[[int, str], None]:
         qtbot.waitUntil(lambda: library.jobs.get(job_id).status == status, timeout=5000)
 
     return wait
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_MODEL = ROOT / "tests" / "data" / "tiny-llama-0.9m"
+SAMPLE_TEXT = ROOT / "resources" / "sample" / "wikipedia_vital_intros.jsonl"
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with a small dataset, a small model, a run on it and its features; made once.
+    Never open it: `trained_library` gives a copy."""
+    from mistudio.jobs.job import Job, run_job, submit
+    from mistudio.jobs.kinds import AddDataset, AddModel, Discover, Train
+
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "intros.jsonl"
+    lines = SAMPLE_TEXT.read_text(encoding="utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[:200]), encoding="utf-8")
+    made = Library(folder / "library")
+
+    def run(job: Job) -> dict[str, Any]:
+        record = run_job(made, job, submit(made, job))
+        assert record.status == "finished", record.error
+        return record.result
+
+    dataset_id = run(AddDataset(str(text)))["dataset_id"]
+    model_id = run(AddModel(str(TINY_MODEL), "fp32"))["model_id"]
+    config = {"tokens": 20_000, "expansion": 2, "k": 8, "context": 64}
+    run(Train(model_id, dataset_id, ["blocks.2.hook_resid_post"], config))
+    run(Discover(made.saes.all()[0].id, max_tokens=20_000))
+    made.close()
+    return folder / "library"
+
+
+@pytest.fixture
+def trained_library(trained_folder: Path, tmp_path: Path) -> Iterator[Library]:
+    """A copy of that library for one test."""
+    shutil.copytree(trained_folder, tmp_path / "trained")
+    opened = Library(tmp_path / "trained")
+    yield opened
+    opened.close()

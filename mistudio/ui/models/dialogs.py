@@ -164,7 +164,11 @@ class ArchitectureDialog(QDialog):
                 "emerald",
             )
         )
-        layout.addWidget(_scrolling(body), 1)
+        area = _scrolling(body)
+        area.setFocusPolicy(Qt.FocusPolicy.StrongFocus)  # so that the arrow keys scroll
+        area.setAccessibleName(f"Architecture of {model.name}")
+        layout.addWidget(area, 1)
+        area.setFocus()
 
     def _module_rows(self) -> QVBoxLayout:
         lines = column(6)
@@ -251,13 +255,15 @@ class ExtractDialog(QDialog):
         self.setWindowTitle(f"Extract Activations: {model.name}")
         self.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
         room = _room(parent)
-        self.resize(min(768, room.width() - 64), min(860, round(room.height() * 0.9)))
         self._services = services
         self.presenter = ExtractPresenter(services, model, self)
         self.job_id: int | None = None
         self.plan: ExtractionPlan | None = None
         self._build(model)
         self._restore(model, state or {})
+        # As tall as its form with room for a note, at most nine tenths of the window.
+        wanted = self._body.sizeHint().height() + 230
+        self.resize(min(768, room.width() - 64), min(wanted, round(room.height() * 0.9)))
         self._close_timer = QTimer(self)
         self._close_timer.setSingleShot(True)
         self._close_timer.setInterval(CLOSE_AFTER_MS)
@@ -285,6 +291,7 @@ class ExtractDialog(QDialog):
         if running:
             self._follow(running.id)
         self._on_form_changed()
+        self.dataset.setFocus()
 
     # --- building -------------------------------------------------------------------------------
 
@@ -330,26 +337,22 @@ class ExtractDialog(QDialog):
         self.progress_box.add(self.progress, self.waiting)
         self.progress_box.hide()
 
-        body = QWidget()
+        self._body = body = QWidget()
         inside = column(16)
         inside.setContentsMargins(24, 0, 24, 16)
         self.dataset_row = FormRow("Select Dataset", self.dataset)
         inside.addWidget(self.dataset_row)
         inside.addWidget(self.layers)
-        first = row(
+        fields = row(
             FormRow("Activation Type", self.site),
-            FormRow("Max Tokens", self.max_tokens, "Of both splits together"),
-            spacing=16,
-        )
-        second = row(
+            FormRow("Max Tokens", self.max_tokens, "Both splits together"),
             FormRow("Context", self.context, "Tokens in a window"),
-            FormRow("Batch Size", self.batch, "Windows run at a time"),
+            FormRow("Batch Size", self.batch, "Windows at a time"),
             spacing=16,
         )
-        for line in (first, second):
-            line.setStretch(0, 1)
-            line.setStretch(1, 1)
-            inside.addLayout(line)
+        for place, stretch in enumerate((6, 5, 4, 4)):  # "Attention Output" needs most
+            fields.setStretch(place, stretch)
+        inside.addLayout(fields)
         inside.addWidget(self.numbers)
         inside.addWidget(self.refusal)
         inside.addLayout(self.error_place)
@@ -551,6 +554,7 @@ class ExtractDialog(QDialog):
         if status == "finished":
             self.progress.show_fraction(1.0, "Done")
             self.stop.hide()
+            self.start.setText("Done")
             self.message.setText(
                 f"{formatting.count(record.result['tokens'])} tokens stored, "
                 f"{formatting.size(record.result['bytes'])}."

@@ -341,7 +341,7 @@ class ModelsPage(QWidget):
         self.browse.clicked.connect(self._on_browse_clicked)
         self.precision = Choice(PRECISIONS)
         self.precision.setAccessibleName("Precision")
-        self.precision.setMinimumWidth(264)
+        self.precision.setMinimumWidth(304)
         for value in QUANTISED:
             self.precision.disable(value, QUANTISED_REASON)
         precision_label = Text("Precision", "label")

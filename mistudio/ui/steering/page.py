@@ -257,8 +257,10 @@ class SteeringPage(QWidget):
         shade_label = Text("Shade tokens by KL", "label")
         shade_label.setBuddy(self.shade)
         self.shade_note = Text("", "helper")
-        under = row(self.legend, self.shade_note, shade_label, self.shade)
-        under.setStretch(0, 1)
+        self.under = QWidget()
+        line = row(self.legend, self.shade_note, shade_label, self.shade)
+        line.setStretch(0, 1)
+        self.under.setLayout(line)
         self.tiles = {
             "kl": StatTile("KL Divergence", role="purple", note="nats per token"),
             "perplexity": StatTile("Perplexity Δ", role="emerald", note="of the steered text"),
@@ -278,7 +280,7 @@ class SteeringPage(QWidget):
         self.history.add(self._history_place)
         texts = column(12)
         texts.addLayout(panes)
-        texts.addLayout(under)
+        texts.addWidget(self.under)
         output = column(24)
         output.addLayout(texts)
         output.addWidget(self.metrics)
@@ -566,8 +568,7 @@ class SteeringPage(QWidget):
         """Texts and measures of a generation; None: there is none."""
         self._shown = generation
         variant = generation.result["variants"][0] if generation else None
-        self.legend.setVisible(variant is not None)
-        self.shade.setEnabled(variant is not None)
+        self.under.setVisible(variant is not None)
         self._show_tiles(variant)
         if generation is None or variant is None:
             for pane in (self.unsteered, self.steered):
@@ -582,13 +583,7 @@ class SteeringPage(QWidget):
             f"darkest: {significant(max(shading))} nats" if shading and max(shading) > 0 else ""
         )
         first = variant["first_difference"]
-        if first is None:
-            where = "The same text in both."
-        elif first == 0:
-            where = "Different from the first token on."
-        else:
-            where = f"The first {first} token{'' if first == 1 else 's'} are the same in both."
-            where = where.replace("token are", "token is")
+        where = _where(first)
         before, after = result["unsteered"], variant["text"]
         self.unsteered.set_runs(
             before, runs(before, after, result["unsteered_pieces"], first), where, tokens.BLUE
@@ -674,6 +669,17 @@ class SteeringPage(QWidget):
         self._show_result(generation)
         self._show_history()
         self._page.ensureWidgetVisible(self.steered)
+
+
+def _where(first_difference: int | None) -> str:
+    """Where two texts part."""
+    if first_difference is None:
+        return "The same text in both."
+    if first_difference == 0:
+        return "Different from the first token on."
+    if first_difference == 1:
+        return "The first token is the same in both."
+    return f"The first {formatting.count(first_difference)} tokens are the same in both."
 
 
 def _details(generation: Generation, variant: dict[str, Any]) -> str:

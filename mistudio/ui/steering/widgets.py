@@ -121,22 +121,25 @@ class FeatureCard(Surface):
         self.slider = StrengthSlider(f"Strength of feature {feature}, slider")
         self.slider.setValue(round(strength * _STEPS))
         self.slider.valueChanged.connect(self._on_slider_value_changed)
-        ticks = row(
-            Text("-5.0 (suppress)", "helper"),
-            None,
-            Text("0.0", "helper"),
-            None,
-            Text("+5.0 (amplify)", "helper"),
-        )
+        ticks = row(spacing=0)
+        for tick, side in (
+            ("-5.0 (suppress)", Qt.AlignmentFlag.AlignLeft),
+            ("0.0", Qt.AlignmentFlag.AlignHCenter),
+            ("+5.0 (amplify)", Qt.AlignmentFlag.AlignRight),
+        ):
+            text = Text(tick, "helper")
+            text.setAlignment(side)
+            ticks.addWidget(text, 1)
         buttons = row(spacing=8)
-        for text, value in (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0)):
-            button = Button(text, "small", tooltip=f"Strength {value:+.1f}" if value else "0.0")
-            button.setAccessibleName(f"{text} feature {feature}")
+        for name, value in (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0)):
+            button = Button(name, "small", tooltip=f"Strength {value:+.1f}" if value else "0.0")
+            button.setAccessibleName(f"{name} feature {feature}")
             button.clicked.connect(lambda checked=False, value=value: self.box.setValue(value))
             buttons.addWidget(button, 1)
         scale = column(2)
         scale.addWidget(self.slider)
         scale.addLayout(ticks)
+        self.body.setSpacing(10)
         self.add(head, numbers, scale, buttons)
 
     @property
@@ -253,12 +256,15 @@ class TextPane(Surface):
         self._copied.setInterval(1500)
         self._copied.timeout.connect(self._on_copied_timeout)
         dot = Text("●", "small", tone)
-        self.add(row(dot, Text(title, "card"), None, self.copy, spacing=10))
+        head = row(dot, Text(title, "card"), None, self.copy, spacing=10)
+        head.setContentsMargins(8, 0, 4, 0)  # in line with the text below, which has a padding
+        self.add(head)
         self.view = _GrowingText(title)
         self.view.setPlaceholderText("No generation yet")
         self.add(self.view)
         self.body.setStretch(1, 1)
         self.caption = Text("", "helper", wrap=True)
+        self.caption.setContentsMargins(8, 0, 8, 0)
         self.caption.hide()
         self.add(self.caption)
         self.set_text("")
