@@ -68,14 +68,32 @@ def fetch_files(
 ) -> None:
     """Download the named files (name -> bytes) into `folder`, reporting bytes over all of them."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import tqdm
 
     total = sum(files.values())
     finished = 0
+    try:
+        for name, size in files.items():
+            progress.check()
+            bar = download_bar(progress, "Downloading the model", finished, total)
+            with explained(repository):
+                hf_hub_download(
+                    repository, name, revision=revision, local_dir=folder, tqdm_class=bar
+                )
+            finished += size
+    finally:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # local_dir's bookkeeping
+
+
+def download_bar(
+    progress: Progress, phase: str, before: int = 0, total: int | None = None
+) -> type[Any]:
+    """hf_hub_download's progress bar as our progress; unlike its own it can stop the download.
+
+    Reports `before` plus the bytes of this file, of `total` (this file's size where None).
+    """
+    from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
-        """hf_hub_download's progress bar, as progress; unlike its own it can stop the download."""
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": True})
@@ -83,19 +101,10 @@ def fetch_files(
         def update(self, n: float | None = 1) -> bool | None:
             progress.check()
             self.n += n or 0
-            progress.report(finished + self.n, total, "Downloading the model")
+            progress.report(before + self.n, self.total if total is None else total, phase)
             return None
 
-    try:
-        for name, size in files.items():
-            progress.check()
-            with explained(repository):
-                hf_hub_download(
-                    repository, name, revision=revision, local_dir=folder, tqdm_class=Bar
-                )
-            finished += size
-    finally:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # local_dir's bookkeeping
+    return Bar
 
 
 @contextmanager

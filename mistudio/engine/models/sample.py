@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistudio.engine.models.hub import download_bar
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import CorruptFile, NotFound, Offline, UnsupportedModel, UserError
 
@@ -240,26 +241,13 @@ def download_from_hub(
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):
-        """hf_hub_download's progress bar, as progress; unlike its own it can stop the download."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            progress.check()
-            self.n += n or 0
-            progress.report(self.n, self.total, "Downloading the sample model")
-            return None
-
+    bar = download_bar(progress, "Downloading the sample model")
     try:
         for name in HUB_FILES:
             progress.check()
             try:
-                hf_hub_download(HUB_REPO, name, local_dir=folder, endpoint=endpoint, tqdm_class=Bar)
+                hf_hub_download(HUB_REPO, name, local_dir=folder, endpoint=endpoint, tqdm_class=bar)
             except LocalEntryNotFoundError:
                 raise  # no connection
             except EntryNotFoundError:
