@@ -367,7 +367,7 @@ class TokenizationView(QWidget):
         self.text.setTabChangesFocus(True)
         self.preview_button = Button("Tokenize Preview", "secondary", "eye")
         self.preview_button.clicked.connect(self._on_preview_clicked)
-        self.strip = TokenStrip(tokens.TILE)
+        self.strip = TokenStrip(tokens.CARD, chips=True)
         self.strip.hide()
         self.counted = Text("", "helper")
         self.apply = Button("Apply && Tokenize Dataset", "primary", "circle-check")

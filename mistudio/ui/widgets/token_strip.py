@@ -107,11 +107,12 @@ def paint_tokens(
     colour_map: str = EMERALD_MAP,
     arrangement: Arrangement | None = None,
     text_colour: str = tokens.TEXT,
+    chips: bool = False,
 ) -> Arrangement:
     """Paint tokens into `rect` (clipped); the hottest token is underlined as well.
 
     Pass the arrangement of an earlier call where nothing changed: laying out costs more than
-    painting.
+    painting. `chips` shows where each token begins and ends, also without heat.
     """
     font = font or fonts.mono()
     arrangement = arrangement or arrange_tokens(token_texts, font, rect.width())
@@ -126,6 +127,10 @@ def paint_tokens(
         box = place.translated(rect.topLeft())
         opacity = heat(activation, max_activation)
         ink = text_colour
+        if chips and opacity <= 0:
+            painter.setPen(Qt.PenStyle.NoPen)
+            painter.setBrush(QColor(tokens.RAISED))
+            painter.drawRoundedRect(box.adjusted(0, 0, -1, 0), 3, 3)
         if opacity > 0:
             behind = heat_colour(opacity, background, colour_map)
             ink = ink_on(behind)
@@ -150,10 +155,11 @@ class TokenStrip(QWidget):
         self,
         surface: str = tokens.CARD,
         colour_map: str = EMERALD_MAP,
+        chips: bool = False,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
-        self._surface, self._colour_map = surface, colour_map
+        self._surface, self._colour_map, self._chips = surface, colour_map, chips
         self._tokens: list[str] = []
         self._activations: list[float] = []
         self._ids: list[int] | None = None
@@ -234,6 +240,7 @@ class TokenStrip(QWidget):
             background=self._surface,
             colour_map=self._colour_map,
             arrangement=self._arrangement,
+            chips=self._chips,
         )
         if self.hasFocus() and self._arrangement.rects:
             ring = self._arrangement.rects[self._current] if self._current >= 0 else self.rect()
