@@ -8,7 +8,7 @@ from PySide6.QtCore import QEvent, QObject, QSize, Qt
 from PySide6.QtGui import QAction, QColor, QKeyEvent
 from PySide6.QtWidgets import QDialog, QHeaderView, QLineEdit, QTreeWidget, QTreeWidgetItem, QWidget
 
-from mistudio.ui.theme import tokens
+from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import Text, column
 
 
@@ -74,6 +74,7 @@ class CommandPalette(QDialog):
             name = action.text().replace("&", "")
             if matches(text, f"{name} {action.statusTip()}"):
                 item = QTreeWidgetItem([name, action.shortcut().toString()])
+                item.setSizeHint(0, QSize(0, fonts.px(36)))
                 item.setIcon(0, action.icon())
                 item.setData(0, Qt.ItemDataRole.UserRole, action)
                 item.setForeground(1, QColor(tokens.HELPER))

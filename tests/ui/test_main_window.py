@@ -196,6 +196,8 @@ def test_running_job_shows_in_header_status_bar_and_drawer(open_window: Any, qtb
     qtbot.waitUntil(lambda: window.header.state.text() == "Busy: Count to 10000")
     qtbot.waitUntil(lambda: window.drawer.card(job_id).progress.percent_text != "—")
     shot(window, "jobs-running-1280x720")
+    card = window.drawer.card(job_id)
+    assert card.mapTo(window.drawer, card.rect().topRight()).x() <= window.drawer.width() - 12
     assert cut_off(window.drawer) == []
     assert nameless(window) == []
     qtbot.mouseClick(window.status.stop, Qt.MouseButton.LeftButton)

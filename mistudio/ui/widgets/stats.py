@@ -81,7 +81,7 @@ class ProgressRow(QWidget):
         self._bar.setTextVisible(False)
         self._bar.setAccessibleName(title or "Progress")
         set_look(self._bar, tone=tone)
-        self._times = Text("", "helper")
+        self._times = Text("", "helper", wrap=True)
         layout = column(6)
         top = row(self._phase, self._percent)
         top.setStretch(0, 1)
