@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PySide6.QtWidgets import QApplication
+from PySide6.QtWidgets import QApplication, QWidget
 
 from mistudio.library.library import Library
+from mistudio.settings import Settings
 from mistudio.ui import theme
-from mistudio.ui.bridge import ChangeNotifier, JobManager
+from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
+from mistudio.ui.services import Services
+from mistudio.ui.widgets import ToastArea
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +81,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset_id = run(AddDataset(str(text)))["dataset_id"]
     model_id = run(AddModel(str(TINY_MODEL), "fp32"))["model_id"]
     config = {"tokens": 20_000, "expansion": 2, "k": 8, "context": 64}
-    run(Train(model_id, dataset_id, ["blocks.2.hook_resid_post"], config))
+    run(Train(model_id, dataset_id, ["blocks.2.hook_resid_post"], config, loss_tokens=1024))
     run(Discover(made.saes.all()[0].id, max_tokens=20_000))
     made.close()
     return folder / "library"
@@ -91,3 +94,32 @@ def trained_library(trained_folder: Path, tmp_path: Path) -> Iterator[Library]:
     opened = Library(tmp_path / "trained")
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def services_of(qtbot: Any, themed: QApplication) -> Iterator[Callable[[Library], Services]]:
+    """`services_of(library)` gives what a page needs; jobs and background work are ended after."""
+    made: list[Services] = []
+
+    def make(opened: Library) -> Services:
+        window = QWidget()
+        qtbot.addWidget(window)
+        changes = ChangeNotifier(opened)
+        made.append(
+            Services(
+                library=opened,
+                jobs=JobManager(opened, changes),
+                changes=changes,
+                background=Background(opened),
+                settings=Settings(),
+                toasts=ToastArea(window, seconds=0.2),
+                navigate=lambda tab_name, **context: None,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for services in made:
+        assert services.background.wait(20)
+        assert services.jobs.shutdown(seconds=20)
+        services.changes.close()
