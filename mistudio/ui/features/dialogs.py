@@ -14,6 +14,7 @@ from PySide6.QtWidgets import (
     QLineEdit,
     QProgressBar,
     QScrollArea,
+    QSizePolicy,
     QTabWidget,
     QWidget,
 )
@@ -21,7 +22,7 @@ from PySide6.QtWidgets import (
 from mistudio import formatting
 from mistudio.ui.features.presenter import FeaturesPresenter
 from mistudio.ui.features.reader import DetailExample, Details
-from mistudio.ui.features.table import frequency
+from mistudio.ui.features.table import frequency, star_icon
 from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import (
@@ -47,6 +48,17 @@ LENS_NOTE = (
     "unembedding, centred over the vocabulary. This is the direct path only: what later layers "
     "make of the feature is not in it, and the scale is relative."
 )
+
+
+def tile_row(tiles: list[StatTile]) -> QWidget:
+    """Tiles of equal width that take no more height than they need."""
+    place = QWidget()
+    line = row(*tiles, spacing=12)
+    for index in range(len(tiles)):
+        line.setStretch(index, 1)
+    place.setLayout(line)
+    place.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Maximum)
+    return place
 
 
 class ExampleView(Surface):
@@ -109,6 +121,7 @@ class FeatureDialog(QDialog):
         QShortcut(QKeySequence("Alt+Left"), self, self._on_previous_clicked)
         QShortcut(QKeySequence("Alt+Right"), self, self._on_next_clicked)
         self.star = IconButton("star", "Star this feature", tokens.LABEL, tokens.YELLOW)
+        self.star.setIcon(star_icon())
         self.star.toggled.connect(self._on_star_toggled)
         self.steer = Button("Steer with this feature", "primary", "wand-sparkles")
         self.steer.clicked.connect(self._on_steer_clicked)
@@ -131,9 +144,9 @@ class FeatureDialog(QDialog):
         self.note.textEdited.connect(self._save_note)
         self.label.editingFinished.connect(self._save_label.flush)
         self.note.editingFinished.connect(self._save_note.flush)
-        self._label_row = FormRow("Label", self.label, " ")
-        self._note_row = FormRow("Note", self.note)
-        words = row(self._label_row, self._note_row, spacing=tokens.GAP)
+        self._shared = Text("", "helper", wrap=True)
+        self._shared.setContentsMargins(24, 0, 24, 0)
+        words = row(FormRow("Label", self.label), FormRow("Note", self.note), spacing=tokens.GAP)
         words.setStretch(0, 1)
         words.setStretch(1, 1)
         words.setContentsMargins(24, 0, 24, 0)
@@ -144,19 +157,18 @@ class FeatureDialog(QDialog):
             "mean_activation": StatTile("Mean When Active", role="blue"),
             "context_density": StatTile("Active Contexts", role="yellow"),
         }
-        tiles = row(*self.tiles.values(), spacing=12)
-        for place in range(4):
-            tiles.setStretch(place, 1)
-        tiles.setContentsMargins(24, 0, 24, 0)
+        tiles = tile_row(list(self.tiles.values()))
+        tiles.layout().setContentsMargins(24, 0, 24, 0)
 
         self._zoom = Choice(ZOOMS)
         self._zoom.setAccessibleName("Tokens shown of each example")
         self._zoom.set_value(16)
+        self._zoom.setMinimumContentsLength(20)
         self._zoom.currentIndexChanged.connect(self._on_zoom_changed)
         self._count = Text("", "helper")
         self._examples = column(10)
         self._lens = QGridLayout()
-        self._lens.setHorizontalSpacing(tokens.CARD_PADDING)
+        self._lens.setHorizontalSpacing(2 * tokens.CARD_PADDING)
         self.tabs = QTabWidget()
         self.tabs.setAccessibleName("Views of the feature")
         bar = row(Text("Top Activating Contexts", "card"), self._count, None, self._zoom)
@@ -173,7 +185,8 @@ class FeatureDialog(QDialog):
         layout = column(14)
         layout.addLayout(head)
         layout.addLayout(words)
-        layout.addLayout(tiles)
+        layout.addWidget(self._shared)
+        layout.addWidget(tiles)
         layout.addWidget(self.tabs, 1)
         self.setLayout(layout)
         presenter.details_ready.connect(self._on_presenter_details_ready)
@@ -248,7 +261,7 @@ class FeatureDialog(QDialog):
         )
         self.previous.setEnabled(place > 0)
         self.next.setEnabled(0 <= place < len(order) - 1)
-        self._label_row.set_helper("What the examples share: …")
+        self._shared.setText("What the examples share: …")
         self._count.setText("Reading…")
         self._presenter.read_details(feature)
 
@@ -268,7 +281,7 @@ class FeatureDialog(QDialog):
             return
         self.details = details
         shared = f"What the examples share: {details.description} — {details.evidence}"
-        self._label_row.set_helper(shared if details.description else "This feature never fired.")
+        self._shared.setText(shared if details.description else "This feature never fired.")
         self._show_examples(details)
         self._show_lens(details)
 

@@ -21,7 +21,7 @@ from PySide6.QtWidgets import (
 from mistudio import formatting
 from mistudio.errors import UserError, explain
 from mistudio.library.records import FeatureRun
-from mistudio.ui.features.dialogs import FeatureDialog
+from mistudio.ui.features.dialogs import FeatureDialog, tile_row
 from mistudio.ui.features.presenter import FeaturesPresenter, SaeChoice
 from mistudio.ui.features.table import (
     CONTEXT,
@@ -62,7 +62,7 @@ from mistudio.ui.widgets import (
     row,
 )
 
-WIDTHS = {ID: 88, LABEL: 220, DENSITY: 140, MAXIMUM: 144, TOP_TOKEN: 150, STAR: 52}
+WIDTHS = {ID: 88, LABEL: 220, DENSITY: 152, MAXIMUM: 152, TOP_TOKEN: 160, STAR: 52}
 
 
 class FeatureView(QTableView):
@@ -130,11 +130,11 @@ class FeaturesPage(QWidget):
         self.sae.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
         self.sae.currentIndexChanged.connect(self._on_sae_changed)
         self._chips = row(spacing=8)
+        label = Text("Select Training Job to Analyze", "label")
+        label.setBuddy(self.sae)
         self._chooser = QWidget()
-        chooser = column(8)
-        chooser.addWidget(Text("Select Training Job to Analyze", "label"))
-        chooser.addWidget(self.sae)
-        chooser.addLayout(self._chips)
+        chooser = row(label, self.sae)
+        chooser.setStretch(1, 1)
         self._chooser.setLayout(chooser)
 
         self.stack = QStackedWidget()
@@ -148,7 +148,7 @@ class FeaturesPage(QWidget):
         content = QWidget()
         content.setMaximumWidth(tokens.COLUMN_WIDTH)
         body = column(14)
-        body.addWidget(Text("Feature Discovery", "h1"))
+        body.addLayout(row(Text("Feature Discovery", "h1"), None, self._chips))
         body.addWidget(self._chooser)
         body.addWidget(self.stack, 1)
         content.setLayout(body)
@@ -239,9 +239,7 @@ class FeaturesPage(QWidget):
             "density": StatTile("Median density", role="purple"),
             "l0": StatTile("L0", role="yellow"),
         }
-        tiles = row(*self.tiles.values(), spacing=12)
-        for place in range(4):
-            tiles.setStretch(place, 1)
+        tiles = tile_row(list(self.tiles.values()))
 
         self.search = QLineEdit()
         self.search.setPlaceholderText("Search features…")
@@ -293,7 +291,6 @@ class FeaturesPage(QWidget):
         header = self.view.horizontalHeader()
         header.setHighlightSections(False)
         header.setSectionsClickable(True)
-        header.setSortIndicatorShown(True)
         header.setStretchLastSection(False)
         for section in range(len(TITLES)):
             header.setSectionResizeMode(section, QHeaderView.ResizeMode.Interactive)
@@ -315,7 +312,7 @@ class FeaturesPage(QWidget):
 
         view = QWidget()
         layout = column(12)
-        layout.addLayout(tiles)
+        layout.addWidget(tiles)
         layout.addLayout(filters)
         layout.addWidget(self.view, 1)
         layout.addWidget(self._nothing, 1)
@@ -435,12 +432,12 @@ class FeaturesPage(QWidget):
             ):
                 chip = Badge(name.lower(), f"{name}: {text}", tone)
                 self._chips.addWidget(chip)
-            self._chips.addStretch(1)
 
     def _show_before(self) -> None:
         presenter = self.presenter
         available = presenter.corpus_tokens()
         if available:
+            self.evaluation_tokens.setMaximum(max(available, 1000))
             self._tokens_row.set_helper(
                 f"The text has {formatting.count(available)} tokens; rare features need many."
             )
@@ -479,23 +476,21 @@ class FeaturesPage(QWidget):
         seen = f"{formatting.count(run.tokens)} tokens"
         alive = run.summary.get("alive")
         self.tiles["features"].set_value(
-            formatting.count(run.n_features), " ", "Latents of the SAE"
+            formatting.count(run.n_features), tooltip="Latents of the SAE"
         )
+        share = f" ({formatting.percent(alive / run.n_features)})" if alive is not None else ""
         self.tiles["alive"].set_value(
-            "—" if alive is None else formatting.count(alive),
-            formatting.percent(alive / run.n_features) if alive is not None else " ",
-            f"Features that fired at least once on {seen}",
+            "—" if alive is None else f"{formatting.count(alive)}{share}",
+            tooltip=f"Features that fired at least once on {seen}, and their share of all",
         )
         density = run.summary.get("median_density_alive")
         self.tiles["density"].set_value(
             "—" if density is None else frequency(density),
-            "of tokens",
-            f"Median over the alive features of the share of {seen} on which each fires",
+            tooltip=f"Median over the alive features of the share of {seen} on which each fires",
         )
         self.tiles["l0"].set_value(
             formatting.number(run.summary.get("l0"), 1),
-            f"over {formatting.short_count(run.tokens)} tokens",
-            f"Mean number of active features per token over {seen} of training text",
+            tooltip=f"Mean number of active features per token over {seen} of training text",
         )
 
     def _show_progress(self) -> None:
@@ -582,9 +577,6 @@ class FeaturesPage(QWidget):
         )
         self.view.setVisible(shown > 0 or total == 0)
         self._nothing.setVisible(shown == 0 and total > 0)
-        header = self.view.horizontalHeader()
-        order = Qt.SortOrder.DescendingOrder if table.descending else Qt.SortOrder.AscendingOrder
-        header.setSortIndicator(SORTS[table.sort_key][1], order)
         self.view.scrollToTop()
         self._look_soon()
 
@@ -626,8 +618,8 @@ class FeaturesPage(QWidget):
         table = self.presenter.table
         key = next((key for key, (_, column) in SORTS.items() if column == section), None)
         if key is None:
-            self._on_table_order_changed()  # the header moved its arrow: put it back
-        elif key == table.sort_key:
+            return
+        if key == table.sort_key:
             self._set_sort(key, not table.descending)
         else:
             self._set_sort(key, key != "id")

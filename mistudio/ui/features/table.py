@@ -26,7 +26,7 @@ from PySide6.QtCore import (
     Qt,
     Signal,
 )
-from PySide6.QtGui import QColor, QFont, QPainter, QPixmap, QPolygonF
+from PySide6.QtGui import QColor, QFont, QIcon, QPainter, QPixmap, QPolygonF
 from PySide6.QtWidgets import QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
 
 from mistudio import formatting
@@ -123,6 +123,7 @@ class FeatureTable(QAbstractTableModel):
         self.beginResetModel()
         self.visible = self._order()
         self.endResetModel()
+        self.headerDataChanged.emit(Qt.Orientation.Horizontal, 0, len(TITLES) - 1)
         self.order_changed.emit()
 
     def _order(self) -> np.ndarray:
@@ -199,7 +200,8 @@ class FeatureTable(QAbstractTableModel):
         if orientation != Qt.Orientation.Horizontal:
             return None
         if role == Qt.ItemDataRole.DisplayRole:
-            return "" if section == STAR else TITLES[section]
+            arrow = (" ↓" if self.descending else " ↑") if self._sorted_by(section) else ""
+            return "" if section == STAR else TITLES[section] + arrow
         if role == Qt.ItemDataRole.AccessibleTextRole:
             return TITLES[section]
         if role == Qt.ItemDataRole.ToolTipRole:
@@ -209,6 +211,9 @@ class FeatureTable(QAbstractTableModel):
             side = Qt.AlignmentFlag.AlignRight if right else Qt.AlignmentFlag.AlignLeft
             return side | Qt.AlignmentFlag.AlignVCenter
         return None
+
+    def _sorted_by(self, section: int) -> bool:
+        return SORTS[self.sort_key][1] == section
 
     def _header_tip(self, section: int) -> str | None:
         n = formatting.count(self.columns.meta.tokens) if self.columns else "—"
@@ -401,6 +406,15 @@ def star_pixmap(on: bool, widget: QWidget | None) -> QPixmap:
     if not on:
         return icons.pixmap("star", tokens.EDGE, 18, ratio)
     return filled_star(ratio)
+
+
+def star_icon() -> QIcon:
+    """For a button: an outline, and filled while it is checked."""
+    icon = QIcon()
+    for side in (20, 40):
+        icon.addPixmap(icons.pixmap("star", tokens.LABEL, side))
+        icon.addPixmap(filled_star(1.0, side), QIcon.Mode.Normal, QIcon.State.On)
+    return icon
 
 
 @cache
