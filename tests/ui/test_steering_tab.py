@@ -1,0 +1,473 @@
+"""The Steering tab over a real run: search, strengths, a generation that streams, its measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PySide6.QtCore import Qt
+from PySide6.QtGui import QTextCursor
+from PySide6.QtWidgets import QApplication
+
+from mistudio.engine.features.store import FeatureStore
+from mistudio.jobs.features import newest_run
+from mistudio.library.library import Library
+from mistudio.library.records import FeatureNote, Generation
+from mistudio.ui.services import Services
+from mistudio.ui.steering.comparison import only_in, runs, token_spans
+from mistudio.ui.steering.page import SteeringPage
+from mistudio.ui.steering.presenter import (
+    FeatureIndex,
+    search_index,
+    share,
+    signed,
+    significant,
+)
+
+from .checks import cut_off, nameless, too_small
+from .screens import shot
+from .small_jobs import Stubborn
+
+SIZES = [(1280, 720), (1920, 1080)]
+PROMPT = "The history of the"
+
+
+@pytest.fixture
+def services(services_of: Callable[[Library], Services], trained_library: Library) -> Services:
+    return services_of(trained_library)
+
+
+def open_page(
+    qtbot: Any, services: Services, size: tuple[int, int] = (1280, 720), **context: Any
+) -> SteeringPage:
+    """The page, once it knows the features."""
+    page = SteeringPage(services)
+    qtbot.addWidget(page)
+    page.resize(*size)
+    page.show()
+    page.activate(**context)
+    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    return page
+
+
+def generate(qtbot: Any, services: Services, page: SteeringPage, **settings: Any) -> Generation:
+    """Through the form; returns what the library keeps of it."""
+    page.prompt.setPlainText(settings.get("prompt", PROMPT))
+    page.max_tokens.setValue(settings.get("max_tokens", 12))
+    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
+        page.generate.click()
+    record = services.library.jobs.get(ended.args[0])
+    assert record.status == "finished", record.error
+    return services.library.generations.get(record.result["generation_id"])
+
+
+def strongest(services: Services, page: SteeringPage) -> int:
+    """The feature with the largest activation."""
+    values = page.presenter.index.max_activations
+    return values.index(max(values))
+
+
+# --- nothing yet ----------------------------------------------------------------------------------
+
+
+def test_without_a_run_it_says_what_to_do(
+    qtbot: Any, services_of: Callable[[Library], Services], library: Library
+) -> None:
+    page = SteeringPage(services_of(library))
+    qtbot.addWidget(page)
+    page.show()
+    page.activate()
+    assert page._empty_card.isVisible() and not page._work.isVisible()
+    assert "No completed training jobs available" in page._empty.sentence.text()
+    page.restore_state(json.loads(json.dumps(page.save_state())))
+
+
+def test_run_without_features_is_sent_to_discovery(qtbot: Any, services: Services) -> None:
+    services.library.execute("DELETE FROM feature_runs")
+    page = SteeringPage(services)
+    qtbot.addWidget(page)
+    page.show()
+    assert page._empty_card.isVisible()
+    assert page._empty.button.text() == "Go to Features"
+
+
+def test_before_the_first_generation(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    assert [tile.value for tile in page.tiles.values()] == ["—"] * 4
+    assert page.unsteered.text == page.steered.text == ""
+    assert not page.generate.isEnabled() and page.reason.text() == "Add at least one feature."
+    page.presenter.add(5)
+    assert not page.generate.isEnabled() and page.reason.text() == "Enter a prompt."
+    page.prompt.setPlainText(PROMPT)
+    assert page.generate.isEnabled() and page.reason.text() == ""
+
+
+def test_source_is_named_by_what_it_was_trained_on(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    title = page.source.currentText()
+    assert title.startswith("BatchTopK SAE • tiny-llama-0.9m • intros • Started ")
+    assert page.model.text() == "tiny-llama-0.9m"
+    assert page.layer.text() == "Layer 2 of 0 to 3 • residual stream after the block"
+    assert not page.chat.isEnabled() and "no chat template" in page.chat_note.text()
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def index_of(*features: tuple[str, tuple[str, ...], float]) -> FeatureIndex:
+    tops, promoted, most = zip(*features, strict=True)
+    return FeatureIndex(1, 1, tops, promoted, most, False)
+
+
+def test_search_ranks_number_label_top_token_promoted() -> None:
+    index = index_of(
+        (" war", (" ships",), 1.0),
+        (" the", (" war", " peace"), 2.0),
+        (" warm", ("x",), 3.0),
+        (" sea", ("y",), 4.0),
+        (" dead war", ("z",), 0.0),
+    )
+    notes = {3: FeatureNote(1, 3, "Civil War battles", "", False)}
+
+    def found(text: str) -> list[int]:
+        return [item.feature for item in search_index(index, notes, text).items]
+
+    assert found("war") == [3, 0, 1, 2]
+    assert found("#2") == [2] and found("2") == [2]
+    assert found("#4") == []  # never fired
+    assert found("PEACE") == [1]
+    assert found("nothing like it") == []
+    assert search_index(index, notes, "war").items[0].text == "Civil War battles"
+    assert search_index(index, notes, "#1").items[0].text == (
+        "fires on “the” • promotes “war”, “peace”"
+    )
+
+
+def test_search_and_add(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    feature = strongest(services, page)
+    qtbot.keyClicks(page.search, f"#{feature}")
+    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
+    first = page.found_rows()[0]
+    assert first.item.feature == feature
+    first.button.click()
+    assert page.presenter.selected == {feature: 0.0}
+    assert page._selected_title.text() == "Selected Features (1)"
+    assert not page._nothing_selected.isVisible()
+    assert page.found_rows()[0].button.text() == "Added"
+    assert not page.found_rows()[0].button.isEnabled()
+    page.search.clear()
+    qtbot.waitUntil(lambda: page.found_rows() == [])
+    page.search.setText("no such token anywhere")
+    qtbot.waitUntil(lambda: "No feature matches" in page._found_note.text(), timeout=5000)
+
+
+def test_return_adds_the_first_match(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.search.setText("#7")
+    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
+    qtbot.keyClick(page.search, Qt.Key.Key_Return)
+    assert list(page.presenter.selected) == [7]
+
+
+def test_label_of_a_feature_is_found_as_soon_as_it_is_written(
+    qtbot: Any, services: Services
+) -> None:
+    page = open_page(qtbot, services)
+    sae_id = page.presenter.sae_id
+    page.presenter.add(9)
+    services.library.feature_notes.write(sae_id, 9, label="Kings and queens")
+    qtbot.waitUntil(lambda: page.feature_cards()[0]._text.text() == "Kings and queens")
+    page.search.setText("queens")
+    qtbot.waitUntil(lambda: [r.item.feature for r in page.found_rows()] == [9], timeout=5000)
+
+
+# --- strength -------------------------------------------------------------------------------------
+
+
+def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
+    library = services.library
+    page = open_page(qtbot, services)
+    feature = strongest(services, page)
+    page.presenter.add(feature, 0.0)
+    (card,) = page.feature_cards()
+    sae = library.saes.all()[0]
+    store = FeatureStore(library.path(newest_run(library, sae.id).folder))
+    most = float(store.columns["max_activation"][feature])
+    median = sae.metrics["median_norm"]
+
+    def expect(strength: float) -> None:
+        assert card.strength == pytest.approx(strength)
+        assert card.slider.value() == round(strength * 100)
+        assert page.presenter.selected == {feature: pytest.approx(strength)}
+        raw = strength * most
+        sign = "+" if raw > 0 else ""
+        percent = abs(raw) / median * 100
+        assert card.units.text() == (
+            f"= {sign}{significant(raw)} raw • {significant(percent)} % of the norm"
+        )
+
+    expect(0.0)
+    card.slider.setValue(150)
+    expect(1.5)
+    card.slider.setValue(-217)  # a drag ends on a tenth
+    expect(-2.2)
+    card.box.setValue(1.25)  # a number may be finer
+    expect(1.25)
+    buttons = {button.text(): button for button in card.findChildren(type(page.generate))}
+    for name, strength in (("Suppress", -2.0), ("Amplify", 2.0), ("Reset", 0.0)):
+        buttons[name].click()
+        expect(strength)
+    qtbot.keyClick(card.slider, Qt.Key.Key_Right)
+    expect(0.1)
+    card.remove.click()
+    assert page.presenter.selected == {} and page.feature_cards() == []
+
+
+def test_another_tab_sends_a_feature(qtbot: Any, services: Services) -> None:
+    sae_id = services.library.saes.all()[0].id
+    page = open_page(qtbot, services, sae_id=sae_id, feature=11)
+    assert page.presenter.selected == {11: 2.0}
+    page.feature_cards()[0].box.setValue(-1.0)
+    page.activate(sae_id=sae_id, feature=11)
+    assert page.presenter.selected == {11: -1.0}  # what was chosen is not overwritten
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_generation_streams_and_ends_with_what_is_stored(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    seen: set[str] = set()
+    services.jobs.tick.connect(lambda: seen.add(page.steered.text))
+    generation = generate(qtbot, services, page, max_tokens=60)
+    result, variant = generation.result, generation.result["variants"][0]
+    grown = [text for text in seen if text and text != variant["text"]]
+    assert grown, "nothing was shown before the end"
+    assert page.unsteered.text == page.unsteered.view.toPlainText() == result["unsteered"]
+    assert page.steered.text == page.steered.view.toPlainText() == variant["text"]
+    assert page.steered.text != page.unsteered.text
+    delta = variant["perplexity"] - variant["perplexity_unsteered"]
+    assert {name: tile.value for name, tile in page.tiles.items()} == {
+        "kl": significant(variant["kl_per_token"]),
+        "perplexity": signed(delta),
+        "similarity": share(variant["similarity"]),
+        "overlap": share(variant["word_overlap"]),
+    }
+    assert variant["kl_per_token"] > 0
+    caption = "Higher uncertainty" if delta > 0 else "Lower uncertainty"
+    assert page.tiles["perplexity"]._note.text() == caption
+    assert page.tiles["perplexity"]._value.property("tone") == ("red" if delta > 0 else "emerald")
+    assert f"over {variant['tokens']} generated tokens" in page.tiles["kl"].toolTip()
+    assert f"ratio {significant(variant['perplexity_ratio'])}" in page.details.text()
+    assert not page.busy and page.generate.isEnabled() and not page.stop.isVisible()
+    for size in SIZES:
+        page.resize(*size)
+        assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+        shot(page._page.widget(), f"steering_result-{size[0]}")
+
+
+def test_strength_zero_changes_nothing(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(3, 0.0)
+    generation = generate(qtbot, services, page, max_tokens=20)
+    assert page.steered.text == page.unsteered.text != ""
+    assert generation.result["variants"][0]["first_difference"] is None
+    assert page.tiles["kl"].value in ("0", "<0.0001")  # two equal rows may differ in the last bit
+    assert page.tiles["perplexity"].value == "+0.00"
+    assert page.tiles["similarity"].value == page.tiles["overlap"].value == "100.0%"
+    assert page.steered.caption.text() == "The same text in both."
+    page.shade.setChecked(True)  # nothing to shade, nothing to divide by
+
+
+def test_words_of_one_text_are_underlined_and_common_ones_quiet(
+    qtbot: Any, services: Services
+) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    generation = generate(qtbot, services, page, max_tokens=40)
+    text, other = generation.result["variants"][0]["text"], generation.result["unsteered"]
+    cursor = QTextCursor(page.steered.view.document())
+    places = only_in(text, other)
+    assert places
+    for start, end in places:
+        for place in (start + 1, end):  # a format is that of the character before the cursor
+            cursor.setPosition(place)
+            assert cursor.charFormat().fontUnderline()
+    page.shade.setChecked(True)
+    kl = generation.result["variants"][0]["kl_by_token"]
+    assert page.shade_note.text() == f"darkest: {significant(max(kl))} nats"
+    spans = token_spans(text, generation.result["variants"][0]["pieces"])
+    cursor.setPosition(spans[-1][1])
+    assert cursor.charFormat().toolTip() == f"Token {len(kl)}: KL {significant(kl[-1])} nats"
+    assert cursor.charFormat().background().style() != Qt.BrushStyle.NoBrush
+    page.shade.setChecked(False)
+    cursor = QTextCursor(page.steered.view.document())
+    cursor.setPosition(spans[-1][1])
+    assert cursor.charFormat().background().style() == Qt.BrushStyle.NoBrush
+
+
+def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 2.0)
+    page.prompt.setPlainText(PROMPT)
+    page.max_tokens.setValue(2000)
+    page.generate.click()
+    assert page.generate.text() == "Generating…" and not page.generate.isEnabled()
+    qtbot.waitUntil(lambda: bool(page.steered.text), timeout=60_000)
+    with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000) as ended:
+        page.stop.click()
+    assert ended.args[1] == "cancelled"
+    assert services.library.generations.count() == 0
+    assert page.generate.isEnabled() and page.generate.text() == "Generate Comparison"
+    assert page.steered.text != ""
+    assert "Stopped" in page.details.text()
+    assert [tile.value for tile in page.tiles.values()] == ["—"] * 4
+
+
+def test_generation_that_waits_says_for_what(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(3)
+    page.prompt.setPlainText(PROMPT)
+    page.max_tokens.setValue(4)
+    Stubborn.release.clear()
+    services.jobs.submit(Stubborn())
+    try:
+        page.generate.click()
+        qtbot.waitUntil(
+            lambda: "Waits for “Stubborn”" in page.steered.view.placeholderText(), timeout=5000
+        )
+    finally:
+        Stubborn.release.set()
+    qtbot.waitUntil(lambda: services.library.generations.count() == 1, timeout=60_000)
+    qtbot.waitUntil(lambda: not page.busy)
+
+
+def test_failure_is_said_with_its_next_step(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(3)
+    services.library.execute("UPDATE saes SET folder = 'trainings/gone'")
+    page.prompt.setPlainText(PROMPT)
+    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
+        page.generate.click()
+    record = services.library.jobs.get(ended.args[0])
+    assert record.status == "failed"
+    panel = page._error_place.itemAt(0).widget()
+    assert record.error["title"] in panel.accessibleName()
+    assert record.error["next_step"] in panel.accessibleName()
+    assert page.generate.isEnabled()
+
+
+def test_copy_takes_the_text(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    assert not page.steered.copy.isEnabled()
+    page.presenter.add(strongest(services, page), 3.0)
+    generate(qtbot, services, page)
+    page.steered.copy.click()
+    assert QApplication.clipboard().text() == page.steered.text
+    page.unsteered.copy.click()
+    assert QApplication.clipboard().text() == page.unsteered.text
+
+
+def test_earlier_generation_comes_back_whole(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    feature = strongest(services, page)
+    page.presenter.add(feature, 3.0)
+    page.temperature.setValue(1.1)
+    page.seed.setValue(5)
+    first = generate(qtbot, services, page)
+    page.presenter.set_selected([[3, -1.0]])
+    page.temperature.setValue(0.2)
+    page.seed.setValue(6)
+    generate(qtbot, services, page, prompt="Another prompt")
+    assert [row.button.text() for row in page.history_rows()] == ["Shown", "Open"]
+    assert page.history.isVisible()
+    page.history_rows()[1].button.click()
+    assert page.prompt.toPlainText() == PROMPT
+    assert (page.temperature.value(), page.seed.value()) == (1.1, 5)
+    assert page.presenter.selected == {feature: 3.0}
+    assert page.steered.text == first.result["variants"][0]["text"]
+    assert page.tiles["kl"].value == significant(first.result["variants"][0]["kl_per_token"])
+    assert [row.button.text() for row in page.history_rows()] == ["Open", "Shown"]
+
+
+def test_state_survives(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    page.temperature.setValue(0.9)
+    page.top_p.setValue(0.95)
+    page.shade.setChecked(True)
+    generation = generate(qtbot, services, page)
+    page.presenter.add(7, -1.5)
+    page.prompt.setPlainText("Changed since")
+    state = json.loads(json.dumps(page.save_state()))
+    again = open_page(qtbot, services)
+    again.restore_state(state)
+    assert again.form() == page.form()
+    assert again.presenter.selected == page.presenter.selected
+    assert [card.feature for card in again.feature_cards()] == list(page.presenter.selected)
+    assert again.steered.text == generation.result["variants"][0]["text"]
+    assert again.save_state() == state
+    qtbot.waitUntil(lambda: again.presenter.index is not None, timeout=30_000)
+    for broken in ({}, {"selections": {"x": 1}, "sae_id": 99, "generation_id": 99}):
+        again.restore_state(broken)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_form_can_be_read(qtbot: Any, services: Services, size: tuple[int, int]) -> None:
+    page = open_page(qtbot, services, size)
+    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+    shot(page, f"steering_empty-{size[0]}")
+    page.presenter.add(strongest(services, page), 2.0)
+    page.presenter.add(7, -1.5)
+    page.search.setText("the")
+    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
+    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+    assert page._page.horizontalScrollBar().maximum() == 0
+    shot(page, f"steering_form-{size[0]}")
+
+
+# --- comparing texts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "expected"),
+    [
+        ("ab cd", ["ab", " cd"], [(0, 2), (2, 5)]),
+        ("a b", ["a", "b"], [(0, 1), (2, 3)]),  # the space was lost in decoding
+        ("x é y", ["x", " \ufffd", "\ufffd", " y"], [(0, 1), (1, 3), (3, 3), (3, 5)]),
+        ("é", ["\ufffd", "\ufffd"], [(0, 1), (1, 1)]),
+        ("", [], []),
+    ],
+)
+def test_tokens_are_found_in_the_text(
+    text: str, pieces: list[str], expected: list[tuple[int, int]]
+) -> None:
+    assert token_spans(text, pieces) == expected
+
+
+def test_runs_make_up_the_text_and_mark_what_differs() -> None:
+    pieces = [" one", " two", " red", " fish"]
+    found = runs(" one two red fish", " one two blue fish", pieces, 2)
+    assert "".join(run.text for run in found) == " one two red fish"
+    assert [run.text for run in found if run.only_here] == ["red"]
+    assert "".join(run.text for run in found if run.common) == " one two"
+    assert {run.text.strip(): run.token for run in found if run.text.strip()} == {
+        "one": 0, "two": 1, "red": 2, "fish": 3,
+    }  # fmt: skip
+    assert all(run.common and not run.only_here for run in runs("a b", "a b", ["a", " b"], None))
+    assert runs("", "", [], None) == []
+
+
+def test_numbers_carry_three_digits_and_no_more() -> None:
+    values = (0.0, 0.02346, 0.1234, 1.2345, 12.345, 123.45, 1234.5, -7.528, float("nan"), None)
+    assert [significant(value) for value in values] == [
+        "0", "0.0235", "0.123", "1.23", "12.3", "123", "1,234", "-7.53", "—", "—",
+    ]  # fmt: skip
+    assert [signed(v) for v in (2.3, -0.414, 0.0, 15_234.1, float("inf"))] == [
+        "+2.30", "-0.41", "+0.00", "+15,234", "—",
+    ]  # fmt: skip
+    assert share(0.8666) == "86.7%" and share(float("nan")) == "—"
