@@ -55,6 +55,7 @@ def run(arguments: list[str]) -> int:
     bootstrap.prepare()
     logs.set_up()
     try:
+        _check_json(options)
         library = Library(options.library or paths.default_library())
         result = options.do(options, library)
         _write_json(options, result)
@@ -87,23 +88,14 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--library", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="library folder"
-    )
-    common.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="also write the result as JSON",
-    )
+    # Both may stand before or after the command: a command's own copy must not set a default, or
+    # it would undo what stood before.
+    common = _common_options(argparse.SUPPRESS)
     parser = argparse.ArgumentParser(
         prog="mistudio",
         description="Look inside a language model. Without a command the window opens.",
-        parents=[common],
+        parents=[_common_options(None)],
     )
-    parser.set_defaults(library=None, json=None)
     parser.add_argument("--version", action="version", version=f"miStudio {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -201,6 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("dismiss", _job_dismiss, "put an ended job away", job)
     sub.add_argument("job", type=int)
     return parser
+
+
+def _common_options(default: Any) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--library", type=Path, metavar="DIR", default=default, help="library folder"
+    )
+    options.add_argument(
+        "--json", type=Path, metavar="FILE", default=default, help="also write the result as JSON"
+    )
+    return options
 
 
 def _add_sae_options(parser: argparse.ArgumentParser) -> None:
@@ -363,11 +366,13 @@ def _train(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     from mistudio.engine.models.hooks import HookPoint
     from mistudio.engine.training.config import parse
     from mistudio.jobs.kinds import Train
+    from mistudio.jobs.models import check_layers
 
     model, dataset = _find(library.models, options.model), _find(library.datasets, options.dataset)
     config = _training_options(options)
     parse(config)
     points = [HookPoint(options.site, layer).name for layer in _layers(options.layers)]
+    check_layers(library, model.id, points)
     extraction_id = _stored_activations(options, library, model.id, dataset.id, points, config)
     result = _run(
         library,
@@ -429,10 +434,10 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.config:
         try:
             config = json.loads(options.config.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as exc:
+        except ValueError as exc:  # also bytes that are not UTF-8
             raise InvalidInput(
                 "The configuration is not valid JSON",
-                f"{options.config}, line {exc.lineno}: {exc.msg}.",
+                f"{options.config}: {exc}.",
                 'Write an object such as {"k": 32, "tokens": 1000000}.',
             ) from exc
         if not isinstance(config, dict):
@@ -440,6 +445,14 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
                 "The configuration is not a JSON object",
                 f"{options.config} holds a {type(config).__name__}.",
                 'Write an object such as {"k": 32, "tokens": 1000000}.',
+            )
+    for key, value in config.items():
+        if isinstance(value, list | dict):
+            raise InvalidInput(
+                "A training option cannot be read",
+                f"{key} in {options.config} is {json.dumps(value)[:60]}.",
+                "Options are numbers, words, true or false.",
+                field=key,
             )
     for pair in options.set:
         key, equals, value = pair.partition("=")
@@ -597,7 +610,8 @@ def _job_retry(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     record = library.jobs.get(options.job)
     if record.active:
         raise InvalidInput("This job has not ended", f"Job {record.id} is {record.status}.")
-    result = _run(library, job_from_row(record.kind, record.params))
+    job = job_from_row(record.kind, record.params)
+    result = _run(library, job, keep_on_stop=record.kind == "train")
     if record.status == "interrupted":
         library.jobs.move(record.id, ("interrupted",), "cancelled")
     print(f"{record.title}: done.")
@@ -685,6 +699,16 @@ def _find_sae(library: Library, options: argparse.Namespace) -> Any:
             f"{', '.join(str(s.layer) for s in library.saes.of_training(training.id))}.",
         )
     return saes[0]
+
+
+def _check_json(options: argparse.Namespace) -> None:
+    """Refuse a place for the result before hours of work lead to it."""
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise InvalidInput(
+            "The JSON file cannot be written there",
+            f"{options.json} is a folder, or its folder does not exist.",
+            "Name a file in an existing folder.",
+        )
 
 
 def _write_json(options: argparse.Namespace, result: dict[str, Any]) -> None:
