@@ -122,13 +122,15 @@ def add_dataset(
     from mistudio.engine.datasets.sources import local_files, read_documents
 
     name = (name or path.stem).strip() or path.name
-    library.require_space(
-        2 * sum(file.stat().st_size for file in local_files(path)), f"Adding {path.name}"
-    )
+    source_bytes = sum(file.stat().st_size for file in local_files(path))
+    library.require_space(2 * source_bytes, f"Adding {path.name}")
     skipped: list[str] = []
     folder = work / "dataset"
     written = write_documents(
-        read_documents(path, text_column, skipped if skip_bad_rows else None), folder, progress
+        read_documents(path, text_column, skipped if skip_bad_rows else None),
+        folder,
+        progress,
+        expected_bytes=source_bytes,
     )
     target = library.new_folder("datasets", name)
     with library.commit(folder, target):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Progress
-from mistudio.errors import NotFound
+from mistudio.errors import InvalidInput, NotFound
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model
@@ -62,6 +62,16 @@ def discover(
     from mistudio.engine.features import discovery
     from mistudio.engine.sae.files import load_sae
 
+    for value, name, largest in (
+        (job.top_k, "top_k", 1000),
+        (job.max_tokens, "max_tokens", 10**12),
+    ):
+        if not 1 <= value <= largest:
+            raise InvalidInput(
+                "A discovery setting is out of range",
+                f"{name.replace('_', ' ')} must be between 1 and {largest:,}; it is {value:,}.",
+                field=name,
+            )
     sae, tokens = _inputs(library, job.sae_id)
     saved = load_sae(library.path(sae.folder))
     context = int(saved.metadata.get("context_size", 128))

@@ -145,6 +145,7 @@ def run_job(
     context = JobContext(library, job_id, job.phases, control, listener)
     if on_start:
         on_start(context)
+    context.report(0)  # the row shows the first phase from the start
     try:
         result = job.run(context)
     except Cancelled:

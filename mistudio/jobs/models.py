@@ -86,6 +86,7 @@ class Extract:
         return f"Extract activations of {model.name} ({len(self.hook_points)} sites)"
 
     def run(self, context: JobContext) -> dict[str, Any]:
+        check_layers(context.library, self.model_id, self.hook_points)
         tokens = tokenize(
             context.library,
             context.work_folder,
@@ -109,6 +110,20 @@ def parse_points(names: list[str]) -> tuple[HookPoint, ...]:
             "No layer chosen", next_step="Choose at least one layer.", field="layers"
         )
     return tuple(sorted({HookPoint.parse(name) for name in names}))
+
+
+def check_layers(library: Library, model_id: int, names: list[str]) -> None:
+    """Refuse layers that the model does not have, before any work is done for them."""
+    model = library.models.get(model_id)
+    for point in parse_points(names):
+        if point.layer >= model.n_layers:
+            raise InvalidInput(
+                "The model has no such layer",
+                f"{model.name} has the layers 0 to {model.n_layers - 1}; {point.layer} was asked "
+                "for.",
+                "Choose among these.",
+                field="layers",
+            )
 
 
 def extract(

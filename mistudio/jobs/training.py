@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -11,16 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import psutil
+
 import mistudio
 from mistudio import device
-from mistudio.engine.progress import Progress
+from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import InvalidInput, NotFound
 from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
-from mistudio.jobs.models import loaded_model, parse_points, precision_of
+from mistudio.jobs.models import check_layers, loaded_model, parse_points, precision_of
 from mistudio.jobs.stages import Stage
-from mistudio.library.library import Library
+from mistudio.library.library import Library, flush_tree
 from mistudio.library.records import Extraction, Tokenization, Training
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Train:
 
     def run(self, context: JobContext) -> dict[str, Any]:
         library, work = context.library, context.work_folder
+        check_layers(library, self.model_id, self.hook_points)
         tokens = tokenize(library, work, self.dataset_id, self.model_id, Stage(context, "tokenize"))
         record = train(library, work, self, tokens, context, {})
         return {"training_id": record.id, "status": record.status}
@@ -93,7 +97,11 @@ class Export:
     def run(self, context: JobContext) -> dict[str, Any]:
         return {
             "folders": export(
-                context.library, self.training_id, self.format, Path(self.folder).expanduser()
+                context.library,
+                self.training_id,
+                self.format,
+                Path(self.folder).expanduser(),
+                context,
             )
         }
 
@@ -371,7 +379,13 @@ def _default_name(library: Library, job: Train) -> str:
     return f"{library.models.get(job.model_id).name} layer {layers} {time.strftime('%H%M')}"
 
 
-def export(library: Library, training_id: int, format: str, folder: Path) -> list[str]:
+def export(
+    library: Library,
+    training_id: int,
+    format: str,
+    folder: Path,
+    progress: Progress = SILENT,
+) -> list[str]:
     """Copy the run's SAE folders (SAELens' format is our own), complete or not at all, and read
     each back. Returns the folders."""
     from mistudio.engine.sae.files import load_sae
@@ -391,15 +405,38 @@ def export(library: Library, training_id: int, format: str, folder: Path) -> lis
             field="folder",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_dead_partials(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        for sae in saes:
-            shutil.copytree(library.path(sae.folder), partial / sae.hook_point)
+        for number, sae in enumerate(saes):
+            progress.report(number, len(saes))
+            _copy_tree(library.path(sae.folder), partial / sae.hook_point, progress)
             load_sae(partial / sae.hook_point)
+        flush_tree(partial)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [str(folder / sae.hook_point) for sae in saes]
+
+
+def _clear_dead_partials(folder: Path) -> None:
+    """What exports to the same place left when their process was killed."""
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        owner = partial.name.rpartition("-")[2]
+        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_tree(source: Path, target: Path, progress: Progress) -> None:
+    for file in sorted(source.rglob("*")):
+        place = target / file.relative_to(source)
+        if file.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as reader, place.open("wb") as writer:
+            while block := reader.read(8 * 1024**2):
+                progress.check()
+                writer.write(block)
