@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,8 +75,6 @@ def test_many_processes_may_open_a_new_library_at_once(tmp_path: Path) -> None:
         "for number in range(12):\n"
         "    Library(Path(sys.argv[2]) / str(number)).jobs.submit('demo', 'A', 'disk', {})\n"
     )
-    import time
-
     start = time.time() + 1.0
     children = [
         subprocess.Popen(
@@ -135,8 +135,6 @@ def test_a_file_in_the_place_of_the_library_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_connection_has_wal_full_sync_and_foreign_keys(library: Library) -> None:
-    import threading
-
     found: list[tuple[object, ...]] = []
 
     def look() -> None:
@@ -154,3 +152,14 @@ def test_every_connection_has_wal_full_sync_and_foreign_keys(library: Library) -
 def test_a_row_may_not_point_at_a_record_that_is_not_there(library: Library) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
         library.tokenizations.add(dataset_id=99, tokenizer_hash="", folder="datasets/x", tokens=1)
+
+
+def test_opening_waits_for_another_process_that_is_switching_to_wal(tmp_path: Path) -> None:
+    path = tmp_path / "library.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, lambda: (other.execute("COMMIT"), other.close()))
+    release.start()
+    database.connect(path).conn.close()
+    release.join()
