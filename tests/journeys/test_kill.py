@@ -1,0 +1,223 @@
+"""The process is killed in the middle of every kind of work: what was finished stays, what was not
+leaves no trace but its job, which can be run again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from journeys import road
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Work that is long enough to be hit, and the phase to hit it in."""
+
+    kind: str
+    phase: str
+    arguments: Callable[[Path, Path], tuple[object, ...]]
+    progress: float = 0.0
+
+
+def _long_text(root: Path, folder: Path) -> Path:
+    text = road.write_texts(folder / "long.jsonl", 2000)
+    with text.open("a", encoding="utf-8") as file:
+        content = text.read_text(encoding="utf-8")
+        for _ in range(4):
+            file.write(content)
+    return text
+
+
+def _add_dataset(root: Path, folder: Path) -> tuple[object, ...]:
+    return "dataset", "add", _long_text(root, folder)
+
+
+def _add_model(root: Path, folder: Path) -> tuple[object, ...]:
+    """A file of zeros that takes no room here makes the copy take a while."""
+    model = folder / "model"
+    model.mkdir()
+    for file in road.MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    with (model / "notes.txt").open("wb") as notes:
+        notes.truncate(300_000_000)
+    return "model", "add", model
+
+
+def _tokenize(root: Path, folder: Path) -> tuple[object, ...]:
+    text = _long_text(root, folder)
+    assert road.run_cli(root, "dataset", "add", text, "--name", "long") == 0
+    return (*_train(root, folder)[:4], "long", "--layers", "1", "--source", "store")
+
+
+def _train(root: Path, folder: Path) -> tuple[object, ...]:
+    train = ("train", "--model", road.MODEL.name, "--dataset", "small", "--layers", "1")
+    return (
+        *train,
+        "--source",
+        "stream",
+        *road.quick_options(),
+        "--set",
+        "tokens=9000",
+        "--set",
+        "batch_size=64",
+    )
+
+
+def _extract(root: Path, folder: Path) -> tuple[object, ...]:
+    train = ("train", "--model", road.MODEL.name, "--dataset", "small", "--layers", "2,3")
+    return (*train, "--source", "store", *road.quick_options())
+
+
+def _evaluate(root: Path, folder: Path) -> tuple[object, ...]:
+    train = ("train", "--model", road.MODEL.name, "--dataset", "small", "--layers", "1")
+    return (*train, "--source", "stream", *road.quick_options())
+
+
+def _discover(root: Path, folder: Path) -> tuple[object, ...]:
+    return "discover", "first"
+
+
+def _steer(root: Path, folder: Path) -> tuple[object, ...]:
+    steer = ("steer", "first", "--feature", "3", "--strength", "1", "--prompt", "The sea")
+    return (*steer, "--max-tokens", "150")
+
+
+def _export(root: Path, folder: Path) -> tuple[object, ...]:
+    (sae,) = road.rows(root, "SELECT folder FROM saes")
+    with (root / sae["folder"] / "notes.bin").open("wb") as notes:
+        notes.truncate(300_000_000)
+    return "export", "first", "--to", folder / "exported"
+
+
+MOMENTS = (
+    Moment("add_dataset", "read", _add_dataset),
+    Moment("add_model", "import", _add_model),
+    Moment("tokenize", "tokenize", _tokenize),
+    Moment("extract", "extract", _extract),
+    Moment("train", "train", _train, progress=0.1),
+    Moment("train", "evaluate", _evaluate),
+    Moment("discover", "discover", _discover),
+    Moment("steer", "generate", _steer),
+    Moment("export", "export", _export),
+)
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m.kind}-{m.phase}")
+def test_a_kill_costs_only_the_unfinished_work_which_can_be_run_again(
+    moment: Moment,
+    root: Path,
+    tmp_path: Path,
+    mistudio: road.Children,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = moment.arguments(root, tmp_path)
+    before = road.contents(root)
+    child = mistudio.start("--library", root, *arguments)
+    road.wait_until(road.in_phase(root, moment.kind, moment.phase, moment.progress))
+    road.kill(child)
+    (job,) = road.rows(root, "SELECT * FROM jobs WHERE status = 'running'")
+    assert (job["kind"], job["phase"]) == (moment.kind, moment.phase)
+
+    # What was finished before is there, whole, and nothing else is.
+    road.check_whole(root)
+    after = road.contents(root)
+    assert after["files"].items() >= before["files"].items()
+    for table in ("datasets", "models", "trainings", "saes", "feature_runs", "generations"):
+        assert after[table] == before[table], table
+    assert _visible(tmp_path / "exported") == []
+
+    # The job says so, and runs again.
+    listed = tmp_path / "listed.json"
+    assert mistudio.run("--library", root, "list", "--json", listed).wait() == 0
+    shown = json.loads(listed.read_text(encoding="utf-8"))["jobs"]
+    assert [(row["id"], row["status"]) for row in shown] == [(job["id"], "interrupted")]
+    again = mistudio.run("--library", root, "job", "retry", job["id"])
+    assert again.wait() == 0, again.err
+    (new,) = road.rows(root, "SELECT * FROM jobs WHERE id > ?", job["id"])
+    assert (new["kind"], new["params"]) == (moment.kind, job["params"])
+    assert new["status"] == "finished"
+    road.check_whole(root)
+    assert road.run_cli(root, "list") == 0
+    assert "interrupted" not in capsys.readouterr().out
+    if moment.kind == "export":
+        assert _visible(tmp_path / "exported") == [road.POINT]
+        assert not list(tmp_path.glob(".exported*"))
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+
+
+def test_ctrl_c_during_training_keeps_the_sae(
+    root: Path, mistudio: road.Children, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    child = mistudio.start("--library", root, *_train(root, tmp_path), "--json", report)
+    road.wait_until(road.in_phase(root, "train", "train", 0.1))
+    child.signal(signal.SIGINT)
+    assert child.wait() == 130
+    assert "the SAE is kept" in child.err
+    assert "Traceback" not in child.err
+    result = json.loads(report.read_text(encoding="utf-8"))
+    (training,) = road.rows(root, "SELECT * FROM trainings WHERE id = ?", result["training_id"])
+    assert training["status"] == "stopped"
+    record = json.loads(training["record"])
+    assert record["stopped"] is True
+    assert 0 < record["tokens"] < 9000
+    road.check_whole(root)
+
+
+def test_a_second_ctrl_c_during_training_discards_it(
+    root: Path, mistudio: road.Children, tmp_path: Path
+) -> None:
+    before = road.contents(root)
+    child = mistudio.start("--library", root, *_train(root, tmp_path))
+    road.wait_until(road.in_phase(root, "train", "train", 0.1))
+    child.signal(signal.SIGINT)
+    road.wait_until(lambda: "the SAE is kept" in child.err)
+    child.signal(signal.SIGINT)
+    assert child.wait() == 130
+    assert road.contents(root) == before
+
+
+def test_ctrl_c_during_discovery_leaves_nothing_new(
+    root: Path, mistudio: road.Children, tmp_path: Path
+) -> None:
+    before = road.contents(root)
+    child = mistudio.start("--library", root, *_discover(root, tmp_path))
+    road.wait_until(road.in_phase(root, "discover", "discover"))
+    child.signal(signal.SIGINT)
+    assert child.wait() == 130
+    assert child.err.rstrip().endswith("Stopped.")
+    assert road.contents(root) == before
+    (job,) = road.rows(root, "SELECT status FROM jobs ORDER BY id DESC LIMIT 1")
+    assert job["status"] == "cancelled"
+
+
+def test_a_library_that_is_being_written_can_be_read_and_written_by_another_process(
+    root: Path, mistudio: road.Children, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = mistudio.start("--library", root, *_train(root, tmp_path))
+    road.wait_until(road.in_phase(root, "train", "train"))
+    text = tmp_path / "note.txt"
+    text.write_text("Call me Ishmael. " * 50)
+    assert road.run_cli(root, "dataset", "add", text) == 0
+    assert road.run_cli(root, "list") == 0
+    assert "running" in capsys.readouterr().out
+    assert (root / "work" / f"job-{_newest_train(root)}").is_dir()
+    child.signal(signal.SIGINT)
+    assert child.wait() == 130
+    road.check_whole(root)
+
+
+def _newest_train(root: Path) -> int:
+    (row,) = road.rows(root, "SELECT max(id) AS id FROM jobs WHERE kind = 'train'")
+    return int(row["id"])
