@@ -115,7 +115,8 @@ class Form:
 @dataclass(frozen=True)
 class Check:
     """`errors`: field -> sentence. `blocker`: why the training cannot start, "" where it can.
-    `automatic`: what the fields left open become. `config`: what to submit."""
+    `automatic`: what the fields left open become. `config`: what to submit, defaults written out,
+    so that a row says what was trained even where a later version has other defaults."""
 
     errors: dict[str, str]
     blocker: str
@@ -159,7 +160,7 @@ def check(form: Form, corpus_tokens: int | None = None, speed: float | None = No
         errors=errors,
         blocker=_blocker(form, errors),
         automatic=_automatic(config, form.model),
-        config={name: value for name, value in given.items() if value != option(name)["default"]},
+        config=given,
         plan=plan,
         summary=_summary(form, plan, corpus_tokens, speed) if plan and form.model else "",
     )

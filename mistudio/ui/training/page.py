@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PySide6.QtCore import QTimer
 from PySide6.QtWidgets import QFileDialog, QVBoxLayout, QWidget
 
 from mistudio import formatting
@@ -41,6 +42,7 @@ class TrainingPage(QWidget):
         self._runs: dict[int, RunCard] = {}
         self._dismissed: set[int] = set()
         self._shown = SHOWN
+        self._goal: QWidget | None = None
 
         self.configuration = ConfigurationCard(services, self.presenter)
         self._heading = Text("Training Jobs", "card")
@@ -85,8 +87,7 @@ class TrainingPage(QWidget):
             card = self._runs.get(int(context["training_id"]))
         elif "job_id" in context:
             card = self._jobs.get(int(context["job_id"]))
-        if card is not None:
-            self.column_page.ensureWidgetVisible(card, 0, 24)
+        self._scroll_to(card)
 
     def save_state(self) -> dict[str, Any]:
         return {**self.configuration.save_state(), "dismissed": sorted(self._dismissed)}
@@ -134,6 +135,17 @@ class TrainingPage(QWidget):
                 card.hide()
                 card.deleteLater()
 
+    def _scroll_to(self, card: QWidget | None) -> None:
+        """A new card has no place before the layout has run."""
+        self._goal = card
+        QTimer.singleShot(0, self, self._on_scroll)
+
+    def _on_scroll(self) -> None:
+        card, self._goal = self._goal, None
+        if card is not None and card in (*self._jobs.values(), *self._runs.values()):
+            self.column_page.widget().layout().activate()
+            self.column_page.ensureWidgetVisible(card, 0, 24)
+
     def _job_card(self, job: JobRecord) -> JobCard:
         card = self._jobs.get(job.id)
         if card is None:
@@ -169,8 +181,7 @@ class TrainingPage(QWidget):
 
     def _on_presenter_submitted(self, job_id: int) -> None:
         self.refresh()
-        if card := self._jobs.get(job_id):
-            self.column_page.ensureWidgetVisible(card, 0, 24)
+        self._scroll_to(self._jobs.get(job_id))
 
     def _on_card_retry_wanted(self, job_id: int) -> None:
         if (card := self._jobs.get(job_id)) is not None:
