@@ -151,7 +151,7 @@ def test_search_and_add(qtbot: Any, services: Services) -> None:
     qtbot.keyClicks(page.search, f"#{feature}")
     qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
     first = page.found_rows()[0]
-    assert first.item.feature == feature
+    assert first.feature == feature
     first.button.click()
     assert page.presenter.selected == {feature: 0.0}
     assert page._selected_title.text() == "Selected Features (1)"
@@ -162,6 +162,22 @@ def test_search_and_add(qtbot: Any, services: Services) -> None:
     qtbot.waitUntil(lambda: page.found_rows() == [])
     page.search.setText("no such token anywhere")
     qtbot.waitUntil(lambda: "No feature matches" in page._found_note.text(), timeout=5000)
+
+
+def test_features_worth_a_try_are_offered_while_none_is_selected(
+    qtbot: Any, services: Services
+) -> None:
+    page = open_page(qtbot, services)
+    qtbot.waitUntil(lambda: bool(page.suggestion_rows()), timeout=30_000)
+    assert page._suggestions.isVisible()
+    offered = page.suggestion_rows()[0].feature
+    page.search.setText("zzz")
+    qtbot.waitUntil(lambda: not page._suggestions.isVisible(), timeout=5000)
+    page.search.clear()
+    qtbot.waitUntil(page._suggestions.isVisible, timeout=5000)
+    page.suggestion_rows()[0].button.click()
+    assert page.presenter.selected == {offered: 2.0}
+    assert not page._suggestions.isVisible()
 
 
 def test_return_adds_the_first_match(qtbot: Any, services: Services) -> None:
@@ -181,7 +197,7 @@ def test_label_of_a_feature_is_found_as_soon_as_it_is_written(
     services.library.feature_notes.write(sae_id, 9, label="Kings and queens")
     qtbot.waitUntil(lambda: page.feature_cards()[0]._text.text() == "Kings and queens")
     page.search.setText("queens")
-    qtbot.waitUntil(lambda: [r.item.feature for r in page.found_rows()] == [9], timeout=5000)
+    qtbot.waitUntil(lambda: [r.feature for r in page.found_rows()] == [9], timeout=5000)
 
 
 # --- strength -------------------------------------------------------------------------------------

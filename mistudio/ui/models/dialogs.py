@@ -218,7 +218,7 @@ class ArchitectureDialog(QDialog):
                 "Head Dimension", str(head_dim) if head_dim else "—", "slate", note="channels"
             ),
             "weights": StatTile(
-                "Weights on Disk",
+                "Size on Disk",
                 formatting.size(model.bytes),
                 "slate",
                 "All files of the model's folder",
@@ -480,7 +480,7 @@ class ExtractDialog(QDialog):
         self.disk_note.setText(f"{formatting.size(plan.free)} free")
         if plan.seconds is None:
             self.time_text.setText("—")
-            self.time_note.setText("Known after this model's first extraction")
+            self.time_note.setText("Not measured on this model yet")
         else:
             self.time_text.setText(f"about {formatting.duration(plan.seconds)}")
             self.time_note.setText("By the speed of the last extraction")

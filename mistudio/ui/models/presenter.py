@@ -54,6 +54,7 @@ _SITE_TITLES = {
     "hook_attn_out": "Attention Output",
 }
 KINDS = ("add_model", "extract")
+MOST_BLOCKS = 40  # lines of the architecture viewer; more would be one widget too many each
 _FAILED_SHOWN = 3
 
 
@@ -116,10 +117,17 @@ def modules(summary: dict[str, Any], head_dim: int | None) -> list[Module]:
     output = f"Shape {width} × {vocabulary}"
     if summary["tied_embeddings"]:
         output += ", tied to the embedding (counted once)"
-    lines = [("Embedding", f"Shape {vocabulary} × {width}")]
-    lines += [(f"TransformerBlock_{layer}", block) for layer in range(summary["n_layers"])]
-    lines += [("FinalNorm", f"Shape {width}"), ("Output", output)]
-    return [Module(str(index), kind, details) for index, (kind, details) in enumerate(lines)]
+    count = summary["n_layers"]
+    lines = [Module("0", "Embedding", f"Shape {vocabulary} × {width}")]
+    if count <= MOST_BLOCKS:
+        lines += [Module(str(i + 1), f"TransformerBlock_{i}", block) for i in range(count)]
+    else:
+        lines.append(Module("1", "TransformerBlock_0", block))
+        lines.append(Module("…", f"_1 to _{count - 2}", "The same"))
+        lines.append(Module(str(count), f"TransformerBlock_{count - 1}", block))
+    lines.append(Module(str(count + 1), "FinalNorm", f"Shape {width}"))
+    lines.append(Module(str(count + 2), "Output", output))
+    return lines
 
 
 def read_head_dim(folder: Path, summary: dict[str, Any]) -> int | None:

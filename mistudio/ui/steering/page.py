@@ -130,6 +130,7 @@ class SteeringPage(QWidget):
         presenter.index_changed.connect(self._on_presenter_index_changed)
         presenter.index_failed.connect(self._show_error)
         presenter.found.connect(self._on_presenter_found)
+        presenter.suggestions_changed.connect(self._show_suggestions)
         presenter.selection_changed.connect(self._show_selected)
         presenter.history_changed.connect(self._show_history)
         presenter.ended.connect(self._on_presenter_ended)
@@ -163,7 +164,22 @@ class SteeringPage(QWidget):
         found.addWidget(self.search)
         found.addLayout(self._found_place)
         found.addWidget(self._found_note)
+        self._suggestions = QWidget()
+        suggested = column(8)
+        suggested.addWidget(Text("Worth a try", "label"))
+        suggested.addWidget(
+            Text(
+                "Features whose strongest examples visibly share a word or a token.",
+                "helper",
+                wrap=True,
+            )
+        )
+        self._suggested_place = column(4)
+        suggested.addLayout(self._suggested_place)
+        self._suggestions.setLayout(suggested)
+        self._suggestions.hide()
         card.add(found, self._selected_title, self._nothing_selected, self._selected_place)
+        card.add(self._suggestions)
         card.body.addStretch(1)
         return card
 
@@ -379,6 +395,7 @@ class SteeringPage(QWidget):
 
     def _on_presenter_index_changed(self) -> None:
         self._show_known()
+        self._show_suggestions()
         self._show_chat()
 
     def _show_chat(self) -> None:
@@ -401,6 +418,7 @@ class SteeringPage(QWidget):
 
     def _on_search_changed(self) -> None:
         text = self.search.text()
+        self._show_suggestions()
         if not text.strip():
             self._show_found(Found("", 0, ()))
             return
@@ -418,7 +436,7 @@ class SteeringPage(QWidget):
         clear(self._found_place)
         chosen = self.presenter.selected
         for item in found.items:
-            line = FoundRow(item, item.feature in chosen)
+            line = FoundRow(item.feature, item.text, item.feature in chosen)
             line.chosen.connect(self._on_found_chosen)
             self._found_place.addWidget(line)
         hidden = found.total - len(found.items)
@@ -443,6 +461,29 @@ class SteeringPage(QWidget):
 
     def _on_found_chosen(self, feature: int) -> None:
         self.presenter.add(feature, 0.0)
+        self._feature_cards[feature].box.setFocus(Qt.FocusReason.OtherFocusReason)
+
+    def suggestion_rows(self) -> list[FoundRow]:
+        places = (self._suggested_place.itemAt(i) for i in range(self._suggested_place.count()))
+        widgets = (place.widget() for place in places)
+        return [widget for widget in widgets if isinstance(widget, FoundRow)]
+
+    def _show_suggestions(self) -> None:
+        """Only while nothing is selected and nothing is searched for."""
+        wanted = not self.presenter.selected and not self.search.text().strip()
+        if wanted:
+            self.presenter.suggest()
+        found = self.presenter.suggested
+        if [line.feature for line in self.suggestion_rows()] != [s.feature for s in found]:
+            clear(self._suggested_place)
+            for suggestion in found:
+                line = FoundRow(suggestion.feature, suggestion.text)
+                line.chosen.connect(self._on_suggestion_chosen)
+                self._suggested_place.addWidget(line)
+        self._suggestions.setVisible(wanted and bool(found))
+
+    def _on_suggestion_chosen(self, feature: int) -> None:
+        self.presenter.add(feature, NEW_STRENGTH)
         self._feature_cards[feature].box.setFocus(Qt.FocusReason.OtherFocusReason)
 
     # --- selected features ----------------------------------------------------------------------
@@ -470,6 +511,7 @@ class SteeringPage(QWidget):
         self._selected_title.setText(f"Selected Features ({len(chosen)})")
         self._nothing_selected.setVisible(not chosen)
         self._show_known()
+        self._show_suggestions()
         if self._found is not None and self._found.items:
             self._show_found(self._found)
         self._show_buttons()

@@ -193,6 +193,31 @@ def build_index(library: Library, sae_id: int, run_id: int) -> FeatureIndex:
     )
 
 
+@dataclass(frozen=True)
+class Suggestion:
+    """A feature worth a try, with what its strongest examples have in common."""
+
+    feature: int
+    text: str
+
+
+def suggestions(library: Library, sae_id: int, run_id: int) -> tuple[Suggestion, ...]:
+    """Features whose examples visibly share something; takes a second or two of background."""
+    from mistudio.engine.features.describe import showcase
+    from mistudio.engine.models.loading import load_tokenizer
+    from mistudio.jobs.features import open_features
+
+    store, texts = open_features(library, library.feature_runs.get(run_id))
+    model = library.models.get(library.saes.get(sae_id).model_id)
+    tokenizer = load_tokenizer(library.path(model.folder))
+    return tuple(
+        Suggestion(
+            feature, f"{description.text} in {share(description.share, 0)} of {description.n}"
+        )
+        for feature, description in showcase(store, texts, tokenizer, RESULTS, candidates=100)
+    )
+
+
 def search_index(index: FeatureIndex, notes: dict[int, FeatureNote], search: str) -> Found:
     """By `#id`, then label, then the token it fires on, then the tokens it promotes. Features
     that never fired cannot steer and are left out."""
@@ -273,8 +298,8 @@ def signed(value: float | None) -> str:
     return f"{value:+,.{2 if abs(value) < 1000 else 0}f}"
 
 
-def share(value: float | None) -> str:
-    return "—" if value is None or value != value else formatting.percent(value)
+def share(value: float | None, decimals: int = 1) -> str:
+    return "—" if value is None or value != value else formatting.percent(value, decimals)
 
 
 # --- the page's state -----------------------------------------------------------------------------
@@ -300,6 +325,7 @@ class SteeringPresenter(QObject):
     index_changed = Signal()
     index_failed = Signal(object)
     found = Signal(object)
+    suggestions_changed = Signal()
     selection_changed = Signal()
     history_changed = Signal()
     started = Signal(int)
@@ -312,6 +338,8 @@ class SteeringPresenter(QObject):
         self._sources = sources(services.library)
         self.sae_id: int | None = self._sources[0].sae.id if self._sources else None
         self.index: FeatureIndex | None = None
+        self.suggested: tuple[Suggestion, ...] = ()
+        self._suggested_for: tuple[int, int] | None = None
         self._notes: dict[int, FeatureNote] = {}
         self._selections: dict[int, dict[int, float]] = {}
         self._search: str | None = None
@@ -369,10 +397,29 @@ class SteeringPresenter(QObject):
     def _show_source(self) -> None:
         self.index = None
         self._search = None
+        self.suggested, self._suggested_for = (), None
         self.source_changed.emit()
         self.selection_changed.emit()
         self.history_changed.emit()
         self.load()
+
+    def suggest(self) -> None:
+        """Look for features worth a try, once for each source; `suggestions_changed` tells when."""
+        if self.index is None:
+            return
+        wanted = (self.index.sae_id, self.index.run_id)
+        if wanted == self._suggested_for:
+            return
+        self._suggested_for, self.suggested = wanted, ()
+        library = self._services.library
+        self._services.background.run(
+            lambda: (wanted, suggestions(library, *wanted)), self._on_suggested
+        )
+
+    def _on_suggested(self, result: tuple[tuple[int, int], tuple[Suggestion, ...]]) -> None:
+        if result[0] == self._suggested_for:
+            self.suggested = result[1]
+            self.suggestions_changed.emit()
 
     # --- search ---------------------------------------------------------------------------------
 

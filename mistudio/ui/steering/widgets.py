@@ -194,26 +194,27 @@ class FeatureCard(Surface):
 
 
 class FoundRow(Surface):
-    """A match of the search with its Add button."""
+    """A feature that was found or suggested, with its Add button."""
 
     chosen = Signal(int)
 
-    def __init__(self, item: FeatureItem, there: bool, parent: QWidget | None = None) -> None:
+    def __init__(
+        self, feature: int, text: str, there: bool = False, parent: QWidget | None = None
+    ) -> None:
         super().__init__("tile", None, 8, parent)
-        self.item = item
-        number = Text(f"#{item.feature}", "mono", "emerald")
+        self.feature = feature
+        number = Text(f"#{feature}", "mono", "emerald")
         number.setMinimumWidth(52)
-        text = ElidedLabel(item.text, "small")
         self.button = Button("Added" if there else "Add", "small", "check" if there else "plus")
         self.button.setEnabled(not there)
-        self.button.setAccessibleName(f"Add feature {item.feature}, {item.text}")
+        self.button.setAccessibleName(f"Add feature {feature}, {text}")
         self.button.clicked.connect(self._on_button_clicked)
-        line = row(number, text, self.button, spacing=8)
+        line = row(number, ElidedLabel(text, "small"), self.button, spacing=8)
         line.setStretch(1, 1)
         self.add(line)
 
     def _on_button_clicked(self, checked: bool = False) -> None:
-        self.chosen.emit(self.item.feature)
+        self.chosen.emit(self.feature)
 
 
 class _GrowingText(QTextEdit):
