@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"  # torch's thread count, also in child processes
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as bootstrap.py does, and for the same reason
 for _kind in ("CONFIG", "DATA", "CACHE", "STATE"):
     os.environ[f"XDG_{_kind}_HOME"] = os.path.join(_home.name, _kind.lower())
 
