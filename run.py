@@ -63,7 +63,7 @@ usage: python3 run.py [COMMAND] [ARGUMENTS]
   test [ARGS]       the checks and then the test suite; ARGS go to pytest
   check [NAMES]     lint, format, types, layers: all of them or those named
   bench [NAMES]     the benchmarks in tests/benchmarks; keeps their tables in results/ there
-  setup [EXTRAS]    set up only; EXTRAS of test, quantize, maps, hub
+  setup [EXTRAS]    set up only; EXTRAS: test
 
 The first start creates .venv and installs what the command needs, later starts go straight on.
 MISTUDIO_TORCH="pip arguments" chooses the torch build by hand, for example a wheel's path.

@@ -232,8 +232,8 @@ def derive(config: TrainingConfig, d_in: int) -> Plan:
 def default_learning_rate(steps: int) -> float:
     """Short runs need high rates, long runs low ones: 3e-3 up to 600 steps, 4e-4 at 10,000.
 
-    The exponent joins two measured optima (training notes in CONTRIBUTING): 3e-3 for 590 steps
-    and about 4e-4 for 10,000.
+    The first was measured; the second is what the peers use for long runs (CONTRIBUTING,
+    "Decisions").
     """
     return min(3e-3, max(5e-5, 4e-4 * (10_000 / steps) ** 0.72))
 
