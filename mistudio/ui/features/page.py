@@ -121,7 +121,7 @@ class FeaturesPage(QWidget):
         self._services = services
         self.presenter = FeaturesPresenter(services, self)
         self._dialog: FeatureDialog | None = None
-        self._wanted_sae: int | None = None
+        self._wanted_feature: int | None = None
         self._again = False
 
         self.sae = Choice()
@@ -333,8 +333,14 @@ class FeaturesPage(QWidget):
             wanted = saes[0].id if saes else None
         if wanted is not None:
             self.choose(int(wanted))
-        if "feature" in context and self.presenter.reader is not None:
-            self.open_feature(int(context["feature"]))
+        self._wanted_feature = int(context["feature"]) if "feature" in context else None
+        if self.presenter.reader is not None:
+            self._open_wanted()
+
+    def _open_wanted(self) -> None:
+        feature, self._wanted_feature = self._wanted_feature, None
+        if feature is not None:
+            self.open_feature(feature)
 
     def save_state(self) -> dict[str, Any]:
         table, filters = self.presenter.table, self.presenter.table.filters
@@ -559,6 +565,7 @@ class FeaturesPage(QWidget):
         self.refresh()
         self.view.scrollToTop()
         QTimer.singleShot(0, self, self.look_at_rows)
+        self._open_wanted()
 
     def _on_presenter_searching_changed(self, searching: bool) -> None:
         self._searching.setText("Searching…" if searching else "")

@@ -108,7 +108,7 @@ class JobCard(Card):
         line = row(self.pause, self.resume, self.stop, self.cancel, self.retry, self._hint)
         line.setStretch(5, 1)
         self._buttons.setLayout(line)
-        self.add(head, self.progress, self._tiles, self.live, self._error, self._buttons)
+        self.add(head, self.progress, self._tiles, self._error, self._buttons, self.live)
         self.show_job(job)
 
     def show_job(self, job: JobRecord) -> None:
@@ -333,7 +333,6 @@ class RunCard(Card):
         self._reading = Text("", "helper", wrap=True)
         self._reading.hide()
         self.history.add(self._reading)
-        self.add(self.history)
         self.discover = Button("Discover Features", "primary", "zap")
         self.explore = Button("Explore Features", "primary", "microscope")
         self.export = Button("Export…", "secondary", "download",
@@ -348,6 +347,7 @@ class RunCard(Card):
             button.clicked.connect(slot)
             button.setAccessibleName(f"{button.text()}: {run.title}")
         self.add(row(self.explore, self.discover, None, self.export, self.delete))
+        self.add(self.history)
         self.show_run(run)
 
     def show_run(self, run: Run) -> None:

@@ -250,7 +250,7 @@ def _summary(form: Form, plan: Plan, corpus_tokens: int | None, speed: float | N
         parts.append(f"{passes:.1f} passes over the text" if passes > 1 else "less than one pass")
     if speed:
         parts.append(
-            f"about {formatting.duration(plan.config.tokens / speed)} of training at the speed of "
+            f"about {rough_duration(plan.config.tokens / speed)} of training at the speed of "
             "the last run with this model"
         )
     return " • ".join(parts)
@@ -263,6 +263,13 @@ def rough(n_bytes: float) -> float:
         unit *= 1024
     value = n_bytes / unit
     return unit * (round(value) if value >= 10 else round(value, 1))
+
+
+def rough_duration(seconds: float) -> str:
+    """An estimate: whole minutes from ten minutes on."""
+    if seconds < 600:
+        return formatting.duration(seconds)
+    return formatting.duration(60 * round(seconds / 60)).removesuffix(" 00 s")
 
 
 def memory(model: Model, plan: Plan, sites: int) -> int:
