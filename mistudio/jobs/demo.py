@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mistudio.engine.models.hooks import HookedDecoder
 
 LAYER = 10
-EXTRACT_TOKENS = 240_000
+EXTRACT_TOKENS = 200_000
 TRAIN_TOKENS = 600_000
 PROMPT = "I think that"
 NEUTRAL_PROMPT = "From my experience,"  # Arad et al. 2025

@@ -34,6 +34,7 @@ ROW = np.dtype([("window", "<u4"), ("position", "<u2")])
 # blocks: a batch then mixes rows of hundreds of windows without random access to every row.
 WRITE_BUFFER = 32768
 READ_BLOCK = 32
+HELDOUT_TOKENS = 24_576
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,18 @@ def extract(
 def _orders(
     store: TokenStore, context: int, max_tokens: int, generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Which windows to run: a random choice of the training split, the held-out split in order."""
+    """Which windows to run: a random choice of the training split, the held-out split in order.
+
+    The held-out split gets its share, and where there is enough of it `HELDOUT_TOKENS`, up to a
+    quarter of the whole: on fewer tokens rare latents look dead.
+    """
     counts = {split: store.split(split).n_windows(context) for split in SPLITS}
-    share = min(1.0, max_tokens / context / max(1, sum(counts.values())))
-    train = generator.permutation(counts["train"])[: max(8, round(counts["train"] * share))]
-    heldout = np.arange(max(2, round(counts["heldout"] * share)))
-    return {"train": train, "heldout": heldout}
+    wanted = min(max(10, max_tokens // context), sum(counts.values()))
+    share = wanted * counts["heldout"] / sum(counts.values())
+    enough = min(HELDOUT_TOKENS / context, wanted / 4)
+    n_heldout = min(counts["heldout"], max(2, round(max(share, enough))))
+    train = generator.permutation(counts["train"])[: max(8, wanted - n_heldout)]
+    return {"train": train, "heldout": np.arange(n_heldout)}
 
 
 class StoredActivations:

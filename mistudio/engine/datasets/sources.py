@@ -197,8 +197,10 @@ def _csv_rows(file: Path, skipped: list[str] | None) -> Iterator[Row]:
     rows = csv.DictReader(
         (line for _, line in _lines(file)), delimiter=_delimiter(file), strict=True
     )
-    ended = 1
+    ended = 0
     try:
+        _ = rows.fieldnames  # reads the heading
+        ended = rows.line_num
         for row in rows:
             yield ended + 1, row
             ended = rows.line_num

@@ -180,3 +180,16 @@ def test_position_zero_and_special_tokens_never_count():
 def test_too_little_text_is_refused_with_numbers(tiny, tokens, tmp_path):
     with pytest.raises(InvalidInput, match="windows of 60000 tokens"):
         extract(tiny, tokens, (A,), tmp_path, max_tokens=1000, context=60000)
+
+
+def test_a_limit_leaves_enough_to_judge_by(tokens):
+    from mistudio.engine.activations.store import _orders
+
+    counts = {s: tokens.split(s).n_windows(CONTEXT) for s in ("train", "heldout")}
+    for limit in (1_000, 4_000, 20_000, 10**9):
+        orders = _orders(tokens, CONTEXT, limit, np.random.default_rng(0))
+        total = sum(map(len, orders.values()))
+        assert total == min(max(10, limit // CONTEXT), sum(counts.values()))
+        assert len(orders["heldout"]) >= min(counts["heldout"], total // 4)
+        assert len(set(orders["train"].tolist())) == len(orders["train"])
+        assert orders["heldout"].tolist() == list(range(len(orders["heldout"])))
