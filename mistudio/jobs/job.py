@@ -148,13 +148,12 @@ def run_job(
     context.report(0)  # the row shows the first phase from the start
     try:
         result = job.run(context)
+        library.jobs.show_progress(job_id, context.snapshot().phase, 1.0)
+        library.jobs.move(job_id, ACTIVE, "finished", result=result)
     except Cancelled:
         library.jobs.move(job_id, ACTIVE, "cancelled")
     except Exception as exc:
         library.jobs.move(job_id, ACTIVE, "failed", error=error_row(exc))
-    else:
-        library.jobs.show_progress(job_id, context.snapshot().phase, 1.0)
-        library.jobs.move(job_id, ACTIVE, "finished", result=result)
     finally:
         if context.metrics:
             context.metrics.close()

@@ -54,6 +54,11 @@ def job_from_row(kind: str, params: dict[str, Any]) -> Job:
             f"Its kind is {kind!r}.",
             "Update miStudio, or start the work anew from its tab.",
         )
-    known = {entry.name for entry in fields(KINDS[kind])}
-    job: Job = KINDS[kind](**{name: value for name, value in params.items() if name in known})
+    values = {
+        # JSON knows no tuples
+        entry.name: tuple(value) if isinstance(entry.default, tuple) else value
+        for entry in fields(KINDS[kind])
+        if (value := params.get(entry.name, entry)) is not entry
+    }
+    job: Job = KINDS[kind](**values)
     return job
