@@ -410,6 +410,7 @@ def export(
     try:
         for number, sae in enumerate(saes):
             progress.report(number, len(saes))
+            load_sae(library.path(sae.folder))  # a refusal should name this place, not the copy
             _copy_tree(library.path(sae.folder), partial / sae.hook_point, progress)
             load_sae(partial / sae.hook_point)
         flush_tree(partial)
