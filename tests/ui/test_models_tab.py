@@ -206,6 +206,19 @@ def test_run_again_repeats_the_job_and_takes_the_old_one_away(
     qtbot.waitUntil(lambda: len(page.cards()) == 1 and page.job_cards() == {})
 
 
+def test_failure_is_not_shown_beside_the_same_work_done_later(
+    qtbot: Any, empty: Services, library: Library
+) -> None:
+    page = open_page(qtbot, empty)
+    job_id = library.jobs.submit(
+        "add_model", "Add", "disk", {"source": str(TINY_MODEL), "precision": "auto"}
+    )
+    library.jobs.move(job_id, ("queued",), "interrupted")
+    qtbot.waitUntil(lambda: list(page.job_cards()) == [job_id])
+    assert add_and_wait(qtbot, page, empty, TINY_MODEL) == "finished"
+    qtbot.waitUntil(lambda: page.job_cards() == {})
+
+
 def test_interrupted_job_is_shown_until_dismissed_also_after_a_restart(
     qtbot: Any, empty: Services, library: Library
 ) -> None:
@@ -501,6 +514,8 @@ def test_model_in_use_is_kept_and_an_unused_one_goes(
     page.ask_delete(model_id)
     refusal = page.presenter.delete_refusal(model_id)
     assert refusal == "It is used by 1 training run and 1 SAE. Delete those first."
+    with pytest.raises(InvalidInput):
+        page.presenter.delete(model_id)
     assert library.models.count() == 1
     assert add_and_wait(qtbot, page, trained, TINY_MODEL) == "finished"
     unused = library.models.all()[0].id

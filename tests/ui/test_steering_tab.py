@@ -104,6 +104,26 @@ def test_before_the_first_generation(qtbot: Any, services: Services) -> None:
     assert page.generate.isEnabled() and page.reason.text() == ""
 
 
+def test_features_that_cannot_be_read_can_be_tried_again(
+    qtbot: Any, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "features.npy")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("mistudio.ui.steering.presenter.build_index", fail)
+        page = SteeringPage(services)
+        qtbot.addWidget(page)
+        page.show()
+        page.activate()
+        qtbot.waitUntil(lambda: page._error_place.count() == 1, timeout=5000)
+    panel = page._error_place.itemAt(0).widget()
+    assert "No permission" in panel.accessibleName()
+    panel.retry_button.click()
+    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    assert page._error_place.count() == 0
+
+
 def test_source_is_named_by_what_it_was_trained_on(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     title = page.source.currentText()

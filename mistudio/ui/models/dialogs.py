@@ -262,7 +262,7 @@ class ExtractDialog(QDialog):
         self._build(model)
         self._restore(model, state or {})
         # As tall as its form with room for a note, at most nine tenths of the window.
-        wanted = self._body.sizeHint().height() + 230
+        wanted = self._body.sizeHint().height() + self.numbers.sizeHint().height() + 230
         self.resize(min(768, room.width() - 64), min(wanted, round(room.height() * 0.9)))
         self._close_timer = QTimer(self)
         self._close_timer.setSingleShot(True)
@@ -353,12 +353,15 @@ class ExtractDialog(QDialog):
         for place, stretch in enumerate((6, 5, 4, 4)):  # "Attention Output" needs most
             fields.setStretch(place, stretch)
         inside.addLayout(fields)
-        inside.addWidget(self.numbers)
-        inside.addWidget(self.refusal)
-        inside.addLayout(self.error_place)
-        inside.addWidget(self.progress_box)
         inside.addStretch(1)
         body.setLayout(inside)
+        # Below the form and always in sight, however many layers there are.
+        below = column(12)
+        below.setContentsMargins(24, 4, 24, 0)
+        below.addWidget(self.numbers)
+        below.addWidget(self.refusal)
+        below.addLayout(self.error_place)
+        below.addWidget(self.progress_box)
         self.form_widgets = (
             self.dataset, self.layers, self.site, self.batch, self.max_tokens, self.context,
         )  # fmt: skip
@@ -384,6 +387,7 @@ class ExtractDialog(QDialog):
             )
         )
         layout.addWidget(_scrolling(body), 1)
+        layout.addLayout(below)
         layout.addLayout(footer)
 
     def _restore(self, model: Model, state: dict[str, Any]) -> None:
@@ -398,12 +402,14 @@ class ExtractDialog(QDialog):
             if isinstance(state.get(name), int):
                 box.setValue(state[name])
         count = model.n_layers
-        chosen = [layer for layer in state.get("layers", []) if layer in range(count)]
+        same = state.get("model_id") == model.id
+        chosen = [layer for layer in state.get("layers", []) if same and layer in range(count)]
         self.layers.set_selected(chosen or {count // 4, count // 2, 3 * count // 4})
 
     def save_state(self) -> dict[str, Any]:
         """The form, to begin with the next time."""
         return {
+            "model_id": self.presenter.model.id,
             "dataset_id": self.dataset.value,
             "site": self.site.value,
             "layers": self.layers.selected(),

@@ -128,7 +128,7 @@ class SteeringPage(QWidget):
         presenter.sources_changed.connect(self._show_sources)
         presenter.source_changed.connect(self._on_presenter_source_changed)
         presenter.index_changed.connect(self._on_presenter_index_changed)
-        presenter.index_failed.connect(self._show_error)
+        presenter.index_failed.connect(self._on_presenter_index_failed)
         presenter.found.connect(self._on_presenter_found)
         presenter.suggestions_changed.connect(self._show_suggestions)
         presenter.selection_changed.connect(self._show_selected)
@@ -397,6 +397,16 @@ class SteeringPage(QWidget):
         self._show_known()
         self._show_suggestions()
         self._show_chat()
+
+    def _on_presenter_index_failed(self, error: UserError) -> None:
+        clear(self._error_place)
+        panel = ErrorPanel(error.title, error.what, error.next_step, retryable=True)
+        panel.retry.connect(self._on_retry_load)
+        self._error_place.addWidget(panel)
+
+    def _on_retry_load(self) -> None:
+        clear(self._error_place)
+        self.presenter.load()
 
     def _show_chat(self) -> None:
         index = self.presenter.index

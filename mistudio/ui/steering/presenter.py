@@ -212,9 +212,9 @@ def suggestions(library: Library, sae_id: int, run_id: int) -> tuple[Suggestion,
     tokenizer = load_tokenizer(library.path(model.folder))
     return tuple(
         Suggestion(
-            feature, f"{description.text} in {share(description.share, 0)} of {description.n}"
+            feature, f"{found.text} • in {round(found.share * found.n)} of {found.n} examples"
         )
-        for feature, description in showcase(store, texts, tokenizer, RESULTS, candidates=100)
+        for feature, found in showcase(store, texts, tokenizer, RESULTS, candidates=100)
     )
 
 
@@ -298,8 +298,8 @@ def signed(value: float | None) -> str:
     return f"{value:+,.{2 if abs(value) < 1000 else 0}f}"
 
 
-def share(value: float | None, decimals: int = 1) -> str:
-    return "—" if value is None or value != value else formatting.percent(value, decimals)
+def share(value: float | None) -> str:
+    return "—" if value is None or value != value else formatting.percent(value)
 
 
 # --- the page's state -----------------------------------------------------------------------------
