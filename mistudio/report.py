@@ -6,12 +6,14 @@ from typing import Any
 
 from mistudio.formatting import count, duration, number, percent
 
+PHASES = ("convert", "tokenize", "extract", "train", "discover", "steer")
+
 
 def demo_report(result: dict[str, Any], library: str) -> str:
     """A readable page from the demo's result."""
     training, features, steering = result["training"], result["features"], result["steering"]
     seconds = result["seconds"]
-    steps = ", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if name != "total")
+    steps = ", ".join(f"{name} {duration(seconds[name])}" for name in PHASES)
     lines = [
         "",
         f"{result['model']} ({result['precision']}), {count(result['tokens'])} tokens of text, "

@@ -21,7 +21,7 @@ EXTRACT_TOKENS = 200_000
 TRAIN_TOKENS = 600_000
 PROMPT = "I think that"
 NEUTRAL_PROMPT = "From my experience,"  # Arad et al. 2025
-STRENGTHS = (1.0, 1.5, 2.0)
+STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _Road:
         """Steer with the feature that, of some candidates, promotes its own tokens most."""
         from mistudio.engine.features.effect import best_steering_feature
 
-        store, _ = features.open_features(self._library, feature_run)
+        store, split = features.open_features(self._library, feature_run)
         stage = Stage(
             self._context,
             "steer",
@@ -171,7 +171,9 @@ class _Road:
         )
         tokenizer = self._tokenizer(model_id)
         neutral = tokenizer(NEUTRAL_PROMPT)["input_ids"]
-        feature = best_steering_feature(self._saved(sae_id), store, model, neutral, stage)
+        feature = best_steering_feature(
+            self._saved(sae_id), store, split, model, tokenizer, neutral, stage
+        )
         job = steering.Steer(
             sae_id,
             [[feature, 1.0]],
@@ -225,20 +227,29 @@ class _Road:
                     "share": description.share,
                     "examples": description.n,
                     "density": float(store.columns["density"][feature]),
-                    "contexts": [
-                        [
-                            tokenizer.decode(example.ids[max(0, example.peak - 10) : example.peak]),
-                            tokenizer.decode([int(example.ids[example.peak])]),
-                            tokenizer.decode(example.ids[example.peak + 1 : example.peak + 8]),
-                        ]
-                        for example in examples
-                    ],
+                    "contexts": [_context(example, split, tokenizer) for example in examples],
                 }
             )
         return rows
 
 
+def _context(example: Any, split: Any, tokenizer: Any) -> list[str]:
+    """The text before, at and after an example's strongest token, of its own document only."""
+    before = example.ids[max(0, example.peak - 12) : example.peak].tolist()
+    after = example.ids[example.peak + 1 : example.peak + 9].tolist()
+    separator = split.meta.separator_id
+    if separator in before:
+        before = before[len(before) - before[::-1].index(separator) :]
+    if separator in after:
+        after = after[: after.index(separator)]
+    return [tokenizer.decode(ids) for ids in (before, [int(example.ids[example.peak])], after)]
+
+
 def _readable(variants: list[dict[str, Any]]) -> dict[str, Any]:
-    """The strongest variant that does not yet repeat itself; the weakest if all do."""
-    good = [row for row in variants if row["distinct_2"] >= 0.85 * row["distinct_2_unsteered"]]
+    """The strongest variant that neither repeats itself nor falls apart; the weakest if all do."""
+    good = [
+        row
+        for row in variants
+        if row["distinct_2"] >= 0.85 * row["distinct_2_unsteered"] and row["perplexity_ratio"] <= 6
+    ]
     return good[-1] if good else variants[0]

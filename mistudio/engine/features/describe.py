@@ -17,6 +17,7 @@ import numpy as np
 from mistudio.engine.features.store import Example, FeatureStore
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
+COMMON_WORD = 0.04  # share of stretches of text above which a word says little (his, from, for)
 NEAR = 12  # tokens on each side of the peak that are looked at for shared words
 
 
@@ -78,7 +79,7 @@ def _shared_words(
     for word, times in counts.items():
         expected = (common[word] + 0.5) / (base + 1)
         rate = times / n
-        if times >= 3 and rate > 3 * expected:
+        if times >= 3 and expected < COMMON_WORD and rate > 3 * expected:
             scored.append((times * math.log(rate / expected), word))
     words = [word for _, word in sorted(scored, reverse=True)[:4]]
     if not words:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
+from mistudio.engine.models.hf import PreTrainedModel
 from mistudio.errors import InvalidInput, UnsupportedModel
 
 SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out")

@@ -22,8 +22,8 @@ from mistudio.errors import CorruptFile, Incompatible, InvalidInput, NotFound, U
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
+    from mistudio.engine.models.hf import PreTrainedTokenizerBase
     from mistudio.engine.models.hooks import HookedDecoder
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -242,7 +242,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _refuse_foreign_code(raw: dict[str, Any]) -> None:
     """Refuse models that need Python code of their own; many bring it and do not need it."""
-    from transformers import CONFIG_MAPPING
+    from mistudio.engine.models.hf import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
     if model_type in CONFIG_MAPPING:
@@ -263,7 +263,7 @@ def _refuse_foreign_code(raw: dict[str, Any]) -> None:
 
 def _refuse_other_kinds(raw: dict[str, Any]) -> None:
     """Refuse everything but causal language models, by what transformers says of the class."""
-    from transformers.models.auto import modeling_auto as auto
+    from mistudio.engine.models.hf import modeling_auto as auto
 
     causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     name = (raw.get("architectures") or [None])[0]
@@ -292,7 +292,7 @@ def _refuse_other_kinds(raw: dict[str, Any]) -> None:
 
 
 def _load_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from mistudio.engine.models.hf import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -370,8 +370,8 @@ def load_model(
     and `Incompatible` where the device is not there.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from mistudio.engine.models.hf import AutoModelForCausalLM
     from mistudio.engine.models.hooks import HookedDecoder
 
     check_folder(folder)
@@ -437,7 +437,7 @@ def _check_device(device: str) -> None:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice on the terminal while a model loads."""
-    from transformers.utils import logging
+    from mistudio.engine.models.hf import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -460,7 +460,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     a tokenizer from the class that tokenizer_config.json names and lose what that class does not
     know. SmolLM2's files name GPT2Tokenizer, which splits "1  2" otherwise than the model learnt.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from mistudio.engine.models.hf import AutoTokenizer, PreTrainedTokenizerFast
 
     whole = (folder / "tokenizer.json").is_file()
     reader: Any = PreTrainedTokenizerFast if whole else AutoTokenizer

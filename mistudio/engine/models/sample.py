@@ -339,7 +339,7 @@ def _field(reader: GGUFReader, key: str, default: Any = _MISSING) -> Any:
 
 def _write_config(reader: GGUFReader, folder: Path) -> dict[str, Any]:
     """config.json and generation_config.json from the file's own entries; returns the config."""
-    from transformers import GenerationConfig, LlamaConfig
+    from mistudio.engine.models.hf import GenerationConfig, LlamaConfig
 
     architecture = _field(reader, "general.architecture")
     scaling = _field(reader, "llama.rope.scaling.type", "none")
@@ -401,7 +401,8 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
+
+    from mistudio.engine.models.hf import PreTrainedTokenizerFast
 
     kind = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre", "gpt-2")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

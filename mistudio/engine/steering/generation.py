@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from mistudio.engine.models.hf import DynamicCache
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.interventions import RowSteering

@@ -220,7 +220,7 @@ def test_showcase_picks_only_features_with_examples(store, tokens, tiny_tokenize
         assert description.share > 0
 
 
-def test_output_score_rises_with_strength(tiny, store, dictionary):
+def test_output_score_rises_with_strength(tiny, tokens, tiny_tokenizer, store, dictionary):
     saved = SavedSae(dictionary, POINT, {}, {})
     features = np.arange(6)
     prompt = [5, 9, 14, 22]
@@ -228,4 +228,8 @@ def test_output_score_rises_with_strength(tiny, store, dictionary):
     strong = output_scores(tiny, saved, store, features, prompt, strength=20.0)
     assert (weak >= 0).all() and (strong <= 1).all()
     assert strong.mean() > weak.mean()
-    assert 0 <= best_steering_feature(saved, store, tiny, prompt) < len(store) - 1
+    assert (
+        0
+        <= best_steering_feature(saved, store, tokens.train, tiny, tiny_tokenizer, prompt)
+        < len(store) - 1
+    )

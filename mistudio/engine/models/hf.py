@@ -1,0 +1,41 @@
+"""What we use of transformers, imported in one place.
+
+transformers imports its parts lazily and is not safe when two threads are the first to ask for
+them: the second gets "cannot import name". Whoever comes here second waits for the first, as
+Python locks a module while it is imported; so nothing else in miStudio imports transformers.
+"""
+
+from __future__ import annotations
+
+import torch  # noqa: F401 (first, so that one thread pays for it)
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+__all__ = [
+    "CONFIG_MAPPING",
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "DynamicCache",
+    "GenerationConfig",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "PreTrainedModel",
+    "PreTrainedTokenizerBase",
+    "PreTrainedTokenizerFast",
+    "logging",
+    "modeling_auto",
+]

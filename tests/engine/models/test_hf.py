@@ -1,0 +1,60 @@
+"""transformers is imported in one place, so that two threads may ask for it at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[3] / "mistudio"
+
+RACE = """
+import sys, threading, time
+folder = sys.argv[1]
+failed = []
+
+def first():
+    try:
+        import mistudio.engine.activations.store
+    except BaseException as exc:
+        failed.append(exc)
+
+def second():
+    from pathlib import Path
+    try:
+        from mistudio.engine.models import loading
+        loading.check_folder(Path(folder))
+        loading.load_tokenizer(Path(folder))
+    except BaseException as exc:
+        failed.append(exc)
+
+threads = [threading.Thread(target=first), threading.Thread(target=second)]
+threads[0].start()
+time.sleep(float(sys.argv[2]))
+threads[1].start()
+for thread in threads:
+    thread.join()
+sys.exit(repr(failed) if failed else 0)
+"""
+
+
+def test_only_one_module_imports_transformers() -> None:
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*(from|import) transformers\b", path.read_text(), re.MULTILINE)
+    }
+    assert importers == {"engine/models/hf.py"}
+
+
+def test_two_threads_may_be_the_first_to_need_it(tiny_folder: Path) -> None:
+    for pause in (0.3, 1.0):
+        child = subprocess.run(
+            [sys.executable, "-c", RACE, str(tiny_folder), str(pause)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=PACKAGE.parent,
+        )
+        assert child.returncode == 0, child.stderr[-2000:]
