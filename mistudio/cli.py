@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument(
         "--sort", default="density", choices=SORTS, metavar="COLUMN", help=", ".join(SORTS)
     )
-    features.add_argument("--top", type=int, default=20, metavar="N")
+    features.add_argument("--top", type=_not_negative, default=20, metavar="N")
 
     steer = add("steer", _steer, "continue a prompt with a feature added")
     _add_sae_options(steer)
@@ -209,6 +209,13 @@ def _common_options(default: Any) -> argparse.ArgumentParser:
 def _add_sae_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run name or number")
     parser.add_argument("--layer", type=int, help="which SAE, where the run has several")
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
 
 
 def _window_arguments(options: argparse.Namespace) -> Iterator[str]:
@@ -446,6 +453,7 @@ def _training_options(options: argparse.Namespace) -> dict[str, Any]:
                 f"{options.config} holds a {type(config).__name__}.",
                 'Write an object such as {"k": 32, "tokens": 1000000}.',
             )
+    config = {key: "auto" if value is None else value for key, value in config.items()}
     for key, value in config.items():
         if isinstance(value, list | dict):
             raise InvalidInput(

@@ -33,6 +33,5 @@ def root(built: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mistudio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[road.Children]:
-    with road.children(tmp_path_factory.mktemp("children")) as parent:
-        yield parent
+def mistudio(tmp_path_factory: pytest.TempPathFactory) -> road.Children:
+    return road.children_once(tmp_path_factory)

@@ -3,6 +3,7 @@ command line in this process and in processes of its own that can be killed."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -12,11 +13,12 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "data" / "tiny-llama-0.9m"
@@ -241,13 +243,17 @@ class Children:
         self._parent.stdout.close()
 
 
-@contextmanager
-def children(folder: Path) -> Iterator[Children]:
-    parent = Children(folder)
-    try:
-        yield parent
-    finally:
-        parent.close()
+_children: list[Children] = []
+
+
+def children_once(folders: Any) -> Children:
+    """One such process a session, for every folder of tests that asks."""
+    if sys.platform == "win32":
+        pytest.skip("Windows cannot fork")
+    if not _children:
+        _children.append(Children(folders.mktemp("children")))
+        atexit.register(_children[0].close)
+    return _children[0]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
