@@ -42,7 +42,7 @@ def demo_report(result: dict[str, Any], library: str) -> str:
         "",
         f"Steering with feature {steering['feature']} at {number(steering['strength'], 1)} x its "
         f"largest activation ({number(steering['percent_of_norm'], 0)} % of the layer's norm)",
-        f"  promotes   {' '.join(repr(token) for token in steering['promotes'])}",
+        f"  its examples share: {steering['shared']}",
         f"  prompt     {steering['prompt']}",
         f"  unsteered  {_one_line(steering['unsteered'])}",
         f"  steered    {_one_line(steering['steered'])}",

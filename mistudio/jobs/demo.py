@@ -20,7 +20,7 @@ LAYER = 10
 EXTRACT_TOKENS = 200_000
 TRAIN_TOKENS = 600_000
 PROMPT = "I think that"
-NEUTRAL_PROMPT = "From my experience,"  # Arad et al. 2025
+CANDIDATES, SHOWN = 60, 8
 STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
@@ -160,8 +160,9 @@ class _Road:
     def _steering(
         self, model_id: int, sae_id: int, feature_run: Any, model: HookedDecoder
     ) -> dict[str, Any]:
-        """Steer with the feature that, of some candidates, promotes its own tokens most."""
-        from mistudio.engine.features.effect import best_steering_feature
+        """Steer with the feature, of those on show, whose own words become likelier most."""
+        from mistudio.engine.features.describe import showcase
+        from mistudio.engine.features.effect import probability_rises, word_tokens
 
         store, split = features.open_features(self._library, feature_run)
         stage = Stage(
@@ -170,10 +171,17 @@ class _Road:
             {"choose": (0.0, 0.2), "generate": (0.2, 0.9), "measure": (0.9, 1.0)},
         )
         tokenizer = self._tokenizer(model_id)
-        neutral = tokenizer(NEUTRAL_PROMPT)["input_ids"]
-        feature = best_steering_feature(
-            self._saved(sae_id), store, split, model, tokenizer, neutral, stage
+        self._shown = showcase(store, split, tokenizer, n=CANDIDATES)
+        rises = probability_rises(
+            model,
+            self._saved(sae_id),
+            store,
+            {feature: word_tokens(shared, tokenizer) for feature, shared in self._shown},
+            tokenizer(PROMPT)["input_ids"],
+            progress=stage,
         )
+        feature = max(rises, key=lambda feature: rises[feature])
+        self._shown.sort(key=lambda item: item[0] != feature)  # the report shows it first
         job = steering.Steer(
             sae_id,
             [[feature, 1.0]],
@@ -192,7 +200,7 @@ class _Road:
         return {
             "feature": feature,
             "strength": chosen["scale"],
-            "promotes": [tokenizer.decode([token]) for token, _ in store.promoted(feature)[:6]],
+            "shared": dict(self._shown)[feature].text,
             "prompt": PROMPT,
             "unsteered": result["unsteered"],
             "steered": chosen["text"],
@@ -213,11 +221,9 @@ class _Road:
 
     def _showcase(self, model_id: int, store: Any, split: Any) -> list[dict[str, Any]]:
         """A few features with what their examples share, for the report."""
-        from mistudio.engine.features.describe import showcase
-
         tokenizer = self._tokenizer(model_id)
         rows = []
-        for feature, description in showcase(store, split, tokenizer, n=8):
+        for feature, description in self._shown[:SHOWN]:
             examples = store.examples(feature, split, 3)
             rows.append(
                 {

@@ -17,19 +17,21 @@ import numpy as np
 from mistudio.engine.features.store import Example, FeatureStore
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
-COMMON_WORD = 0.04  # share of stretches of text above which a word says little (his, from, for)
+COMMON_WORD = 0.02  # share of stretches of text above which a word says little (his, from, for)
 NEAR = 12  # tokens on each side of the peak that are looked at for shared words
 
 
 @dataclass(frozen=True)
 class Description:
     """`kind` is "token" (the strongest token is nearly always the same), "words" (the contexts
-    share words) or "mixed"; `share` is the part of the `n` examples that show it."""
+    share words) or "mixed"; `share` is the part of the `n` examples that show it; `words` are the
+    shared words or tokens themselves."""
 
     kind: str
     text: str
     share: float
     n: int
+    words: tuple[str, ...] = ()
 
 
 def background(tokens: Any, tokenizer: Any, context: int, windows: int = 200) -> Counter[str]:
@@ -39,7 +41,8 @@ def background(tokens: Any, tokenizer: Any, context: int, windows: int = 200) ->
     counts: Counter[str] = Counter()
     for ids in tokens.windows(chosen, context).numpy():
         for start in range(0, len(ids), 2 * NEAR + 1):
-            counts.update(_words(tokenizer.decode(ids[start : start + 2 * NEAR + 1])))
+            stretch = ids[start : start + 2 * NEAR + 1]
+            counts.update(_words(tokenizer.decode(stretch, skip_special_tokens=True)))
             counts[""] += 1
     return counts
 
@@ -56,12 +59,13 @@ def describe(
     )
     token, times = peaks.most_common(1)[0]
     if times / n >= 0.7:
-        return Description("token", f'"{token}"', times / n, n)
+        return Description("token", f'"{token}"', times / n, n, (token,))
     shared = _shared_words(examples, tokenizer, common)
     if shared:
         words, share = shared
-        return Description("words", ", ".join(words), share, n)
-    return Description("mixed", ", ".join(f'"{t}"' for t, _ in peaks.most_common(3)), times / n, n)
+        return Description("words", ", ".join(words), share, n, tuple(words))
+    tokens = tuple(token for token, _ in peaks.most_common(3))
+    return Description("mixed", ", ".join(f'"{token}"' for token in tokens), times / n, n, tokens)
 
 
 def _shared_words(
@@ -72,7 +76,7 @@ def _shared_words(
     contexts = []
     for example in examples:
         near = example.ids[max(0, example.peak - NEAR) : example.peak + NEAR + 1]
-        contexts.append(_words(tokenizer.decode(near)))
+        contexts.append(_words(tokenizer.decode(near, skip_special_tokens=True)))
     counts = Counter(word for context in contexts for word in context)
     n, base = len(contexts), max(common[""], 1)
     scored = []

@@ -1,15 +1,14 @@
-"""How much a feature, turned up, raises the tokens it promotes: the output score."""
+"""Which features move the model's next words most, when they are turned up."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mistudio.engine.datasets.tokens import TokenSplit
+from mistudio.engine.features.describe import Description
 from mistudio.engine.features.store import FeatureStore
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.progress import SILENT, Progress
@@ -17,82 +16,53 @@ from mistudio.engine.sae.files import SavedSae
 
 
 @torch.inference_mode()
-def output_scores(
+def probability_rises(
     model: HookedDecoder,
     saved: SavedSae,
     store: FeatureStore,
-    features: np.ndarray,
-    prompt_ids: list[int],
+    targets: Mapping[int, Sequence[int]],
+    prompt_ids: Sequence[int],
     strength: float = 2.0,
     batch: int = 16,
     progress: Progress = SILENT,
-) -> np.ndarray:
-    """S_out = max_t p(t) * (1 - rank(t) / vocab) over the feature's promoted tokens t, when the
-    feature is added at the prompt's last token at `strength` times its largest activation.
+) -> dict[int, float]:
+    """For each feature, how much more likely its target tokens become as the next token.
 
-    After Arad et al. 2025 (arXiv 2505.20063), who use ten times and the top 20 tokens; two times is
-    what stays readable, and the store's promoted tokens count. Float64 [len(features)].
+    `targets` maps a feature to token ids; the rise is sum p_steered(t) - sum p(t) after
+    `prompt_ids`, with the feature added at the last token at `strength` times its largest
+    activation. One forward pass for `batch` features; row 0 of each is unsteered.
     """
-    scores = np.zeros(len(features))
-    largest = np.asarray(store.columns["max_activation"])
+    features = list(targets)
+    rises: dict[int, float] = {}
     for start in range(0, len(features), batch):
         progress.check()
         chosen = features[start : start + batch]
-        ids = torch.tensor([prompt_ids] * len(chosen), device=model.device)
-        vectors = saved.dictionary.decoder[torch.as_tensor(chosen)].to(model.device)
-        coefficient = torch.as_tensor(largest[chosen] * strength, device=model.device)
+        largest = torch.tensor([float(store.columns["max_activation"][f]) for f in chosen])
+        vectors = saved.dictionary.decoder[torch.tensor(chosen)] * strength * largest[:, None]
+        vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors]).to(model.device)
 
-        def add(x: Tensor, delta: Tensor = vectors * coefficient[:, None]) -> Tensor:
+        def add(x: Tensor, vectors: Tensor = vectors) -> Tensor:
             out = x.clone()
-            out[:, -1] = (x[:, -1].float() + delta).to(x.dtype)
+            out[:, -1] = (x[:, -1].float() + vectors).to(x.dtype)
             return out
 
+        ids = torch.tensor([list(prompt_ids)] * len(vectors), device=model.device)
         with model.intervene({saved.hook_point: add}):
-            logits = model.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        for row, feature in enumerate(chosen):
-            tokens = torch.tensor([t for t, _ in store.promoted(int(feature))])
-            p = logits[row].softmax(0)[tokens]
-            ranks = (logits[row][None, :] > logits[row][tokens][:, None]).sum(1)
-            scores[start + row] = float(p.max() * (1 - ranks.min() / logits.shape[1]))
+            logits = model.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        p = logits.float().softmax(1)
+        for row, feature in enumerate(chosen, start=1):
+            wanted = torch.tensor(sorted(set(targets[feature])), device=p.device)
+            rises[feature] = float(p[row, wanted].sum() - p[0, wanted].sum())
         progress.report(start + len(chosen), len(features), phase="choose")
-    return scores
+    return rises
 
 
-def best_steering_feature(
-    saved: SavedSae,
-    store: FeatureStore,
-    tokens: TokenSplit,
-    model: HookedDecoder,
-    tokenizer: Any,
-    prompt_ids: list[int],
-    progress: Progress = SILENT,
-) -> int:
-    """Of the features that promote what they fire on, the one whose output score rises most.
-
-    Candidates: the 48 features, among those that fire on 0.01 % to 2 % of tokens, with the most
-    promoted words that also stand in their own top examples. The rise is the output score less
-    the score without steering, as frequent words are likely anyway.
-    """
-    density = np.asarray(store.columns["density"])
-    eligible = np.flatnonzero((density > 1e-4) & (density < 2e-2))
-    if not len(eligible):
-        eligible = np.flatnonzero(density > 0)
-    echoes = np.asarray([_echo(store, tokens, tokenizer, int(i)) for i in eligible])
-    candidates = eligible[np.argsort(-echoes, kind="stable")][:48]
-    still = output_scores(model, saved, store, candidates, prompt_ids, 0.0, progress=progress)
-    moved = output_scores(model, saved, store, candidates, prompt_ids, progress=progress)
-    return int(candidates[(moved - still).argmax()])
-
-
-def _echo(store: FeatureStore, tokens: TokenSplit, tokenizer: Any, feature: int) -> int:
-    """How many of the promoted tokens are words of the feature's own top examples."""
-    promoted = [tokenizer.decode([token]) for token, _ in store.promoted(feature)]
-    wanted = {piece.strip().lower() for piece in promoted if piece.startswith(" ")}
-    wanted = {word for word in wanted if len(word) >= 3 and word.isalpha()}
-    if not wanted:
-        return 0
-    found: set[str] = set()
-    for example in store.examples(feature, tokens, 8):
-        near = example.ids[max(0, example.peak - 6) : example.peak + 7]
-        found.update(re.findall(r"[a-z]+", tokenizer.decode(near).lower()))
-    return len(wanted & found)
+def word_tokens(description: Description, tokenizer: Any) -> list[int]:
+    """First tokens of the words that a feature's examples share, as they begin a word in text."""
+    found = []
+    for word in description.words:
+        for form in (" " + word, " " + word.capitalize()):
+            ids = tokenizer(form, add_special_tokens=False)["input_ids"]
+            if ids:
+                found.append(int(ids[0]))
+    return found

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mistudio.engine.activations.source import calibrate_medians, token_rows
-from mistudio.engine.features.describe import background, describe, search, showcase
+from mistudio.engine.features.describe import Description, background, describe, search, showcase
 from mistudio.engine.features.discovery import RADIUS, discover
-from mistudio.engine.features.effect import best_steering_feature, output_scores
+from mistudio.engine.features.effect import probability_rises, word_tokens
 from mistudio.engine.features.logit_lens import logit_lens
 from mistudio.engine.features.store import FeatureStore
 from mistudio.engine.models.hooks import HookPoint
@@ -220,16 +220,27 @@ def test_showcase_picks_only_features_with_examples(store, tokens, tiny_tokenize
         assert description.share > 0
 
 
-def test_output_score_rises_with_strength(tiny, tokens, tiny_tokenizer, store, dictionary):
+def test_probability_rises_equal_a_plain_computation(tiny, store, dictionary):
     saved = SavedSae(dictionary, POINT, {}, {})
-    features = np.arange(6)
-    prompt = [5, 9, 14, 22]
-    weak = output_scores(tiny, saved, store, features, prompt, strength=0.0)
-    strong = output_scores(tiny, saved, store, features, prompt, strength=20.0)
-    assert (weak >= 0).all() and (strong <= 1).all()
-    assert strong.mean() > weak.mean()
-    assert (
-        0
-        <= best_steering_feature(saved, store, tokens.train, tiny, tiny_tokenizer, prompt)
-        < len(store) - 1
-    )
+    prompt, targets = [5, 9, 14, 22], {3: [7, 8], 11: [40], 20: [7]}
+    found = probability_rises(tiny, saved, store, targets, prompt, strength=3.0, batch=2)
+    ids = torch.tensor([prompt])
+    before = tiny.model(ids).logits[0, -1].softmax(0)
+    for feature, wanted in targets.items():
+        delta = 3.0 * float(store.columns["max_activation"][feature]) * dictionary.decoder[feature]
+
+        def add(x, delta=delta):
+            return torch.cat([x[:, :-1], x[:, -1:] + delta], dim=1)
+
+        with tiny.intervene({POINT: add}):
+            after = tiny.model(ids).logits[0, -1].softmax(0)
+        rise = float(after[wanted].sum() - before[wanted].sum())
+        assert found[feature] == pytest.approx(rise, abs=1e-5)
+        assert rise != 0
+
+
+def test_shared_words_become_tokens_that_begin_a_word(tiny_tokenizer):
+    shared = Description("words", "war, army", 1.0, 5, ("war", "army"))
+    pieces = [tiny_tokenizer.decode([t]) for t in word_tokens(shared, tiny_tokenizer)]
+    assert len(pieces) == 4
+    assert " war".startswith(pieces[0])
