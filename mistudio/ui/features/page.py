@@ -64,6 +64,8 @@ from mistudio.ui.widgets import (
 
 WIDTHS = {ID: 88, LABEL: 220, DENSITY: 152, MAXIMUM: 152, TOP_TOKEN: 160, STAR: 52}
 
+EVALUATION_TOKENS = 500_000  # at first, or all of a shorter text
+
 
 class FeatureView(QTableView):
     """The table with the keys and clicks that people expect of it."""
@@ -189,7 +191,7 @@ class FeaturesPage(QWidget):
             "body",
             wrap=True,
         )
-        self.evaluation_tokens = IntBox(500_000, 1_000, 1_000_000_000, 10_000)
+        self.evaluation_tokens = IntBox(EVALUATION_TOKENS, 1_000, 1_000_000_000, 10_000)
         self.evaluation_tokens.setObjectName("evaluation_tokens")
         self.top_k = IntBox(20, 1, 200)
         self.top_k.setObjectName("top_k")
@@ -443,7 +445,6 @@ class FeaturesPage(QWidget):
         presenter = self.presenter
         available = presenter.corpus_tokens()
         if available:
-            self.evaluation_tokens.setMaximum(max(available, 1000))
             self._tokens_row.set_helper(
                 f"The text has {formatting.count(available)} tokens; rare features need many."
             )
@@ -559,6 +560,9 @@ class FeaturesPage(QWidget):
             self._again = False
             self._show_chips(choice)
             self.presenter.choose(choice)
+            available = self.presenter.corpus_tokens() or EVALUATION_TOKENS
+            self.evaluation_tokens.setMaximum(max(available, 1000))
+            self.evaluation_tokens.setValue(EVALUATION_TOKENS)
         self.refresh()
 
     def _on_presenter_opened(self) -> None:

@@ -218,11 +218,7 @@ class TrainingPresenter(QObject):
         """Move a run, its SAEs and their features to the trash."""
         if refusal := self.delete_refusal(training):
             raise InvalidInput("This run is in use", refusal)
-        library = self._services.library
-        for sae in library.saes.of_training(training.id):
-            for run in library.feature_runs.all("sae_id = ?", (sae.id,)):
-                library.discard("feature_runs", run.id)
-        library.discard("trainings", training.id)
+        self._services.library.discard("trainings", training.id)
 
     # --- submitting without a pause of the window -----------------------------------------------
 
