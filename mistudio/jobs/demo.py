@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 LAYER = 10
 EXTRACT_TOKENS = 200_000
 TRAIN_TOKENS = 600_000
+LOSS_TOKENS = 4096
 PROMPT = "I think that"
-CANDIDATES, SHOWN = 60, 8
+CANDIDATES, SHOWN = 24, 8
 STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
@@ -144,6 +145,7 @@ class _Road:
             list(extraction.hook_points),
             config={"tokens": TRAIN_TOKENS, "batch_size": 1024, "seed": self._job.seed},
             extraction_id=extraction.id,
+            loss_tokens=LOSS_TOKENS,
             name=f"Sample run {time.strftime('%Y-%m-%d %H:%M')}",
         )
         stages = {

@@ -68,7 +68,7 @@ class Train:
     def title(self, library: Library) -> str:
         model = library.models.get(self.model_id)
         dataset = library.datasets.get(self.dataset_id)
-        layers = ", ".join(str(point.layer) for point in parse_points(self.hook_points))
+        layers = ", ".join(map(str, layers_of(self.hook_points)))
         return f"Train on {model.name} + {dataset.name}, layer {layers}"
 
     def run(self, context: JobContext) -> dict[str, Any]:
@@ -374,8 +374,15 @@ def _commit(
     return library.trainings.get(training_id)
 
 
+def layers_of(names: list[str]) -> list[int]:
+    """The layers in hook points' names (`blocks.3.hook_resid_post`), for a title: needs no torch,
+    so that the window may ask. Names that are none are left to `parse_points` to refuse."""
+    parts = [name.split(".") for name in names]
+    return sorted({int(part[1]) for part in parts if len(part) > 2 and part[1].isdigit()})
+
+
 def _default_name(library: Library, job: Train) -> str:
-    layers = "-".join(str(point.layer) for point in parse_points(job.hook_points))
+    layers = "-".join(map(str, layers_of(job.hook_points)))
     return f"{library.models.get(job.model_id).name} layer {layers} {time.strftime('%H%M')}"
 
 

@@ -25,13 +25,14 @@ NEAR = 12  # tokens on each side of the peak that are looked at for shared words
 class Description:
     """`kind` is "token" (the strongest token is nearly always the same), "words" (the contexts
     share words) or "mixed"; `share` is the part of the `n` examples that show it; `words` are the
-    shared words or tokens themselves."""
+    shared words or tokens themselves; `focus` is the part that the foremost of them stands in."""
 
     kind: str
     text: str
     share: float
     n: int
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...]
+    focus: float
 
 
 def background(tokens: Any, tokenizer: Any, context: int, windows: int = 200) -> Counter[str]:
@@ -59,20 +60,21 @@ def describe(
     )
     token, times = peaks.most_common(1)[0]
     if times / n >= 0.7:
-        return Description("token", f'"{token}"', times / n, n, (token,))
+        return Description("token", f'"{token}"', times / n, n, (token,), times / n)
     shared = _shared_words(examples, tokenizer, common)
     if shared:
-        words, share = shared
-        return Description("words", ", ".join(words), share, n, tuple(words))
+        words, share, focus = shared
+        return Description("words", ", ".join(words), share, n, words, focus)
     tokens = tuple(token for token, _ in peaks.most_common(3))
-    return Description("mixed", ", ".join(f'"{token}"' for token in tokens), times / n, n, tokens)
+    text = ", ".join(f'"{token}"' for token in tokens)
+    return Description("mixed", text, times / n, n, tokens, times / n)
 
 
 def _shared_words(
     examples: Sequence[Example], tokenizer: Any, common: Counter[str]
-) -> tuple[list[str], float] | None:
-    """Words that many examples contain and ordinary text seldom does (binomial log-likelihood
-    ratio); share = examples with at least one of them."""
+) -> tuple[tuple[str, ...], float, float] | None:
+    """Words that many examples contain and ordinary text seldom does (log-likelihood ratio), with
+    the share of examples that contain one of them, and that contain the foremost."""
     contexts = []
     for example in examples:
         near = example.ids[max(0, example.peak - NEAR) : example.peak + NEAR + 1]
@@ -85,10 +87,11 @@ def _shared_words(
         rate = times / n
         if times >= 3 and expected < COMMON_WORD and rate > 3 * expected:
             scored.append((times * math.log(rate / expected), word))
-    words = [word for _, word in sorted(scored, reverse=True)[:4]]
+    words = tuple(word for _, word in sorted(scored, reverse=True)[:4])
     if not words:
         return None
-    return words, sum(any(word in context for word in words) for context in contexts) / n
+    share = sum(any(word in context for word in words) for context in contexts) / n
+    return words, share, counts[words[0]] / n
 
 
 def _words(text: str) -> set[str]:
@@ -122,7 +125,8 @@ def showcase(
 
 def _tellingness(item: tuple[int, Description]) -> tuple[int, float]:
     description = item[1]
-    return ({"words": 0, "token": 1, "mixed": 2}[description.kind], -description.share)
+    rank = {"words": 0, "token": 1, "mixed": 2}[description.kind]
+    return (rank, -(description.share + description.focus))
 
 
 def search(store: FeatureStore, tokenizer: Any, text: str, features: Iterable[int]) -> list[int]:

@@ -195,7 +195,7 @@ def _convert(name: str, kind: str, value: Any) -> Any:
             return int(float(value.replace("_", "")))
         if kind.startswith("float"):
             return float(value)
-    except (ValueError, KeyError) as exc:
+    except (ValueError, KeyError, OverflowError) as exc:
         raise InvalidInput(
             "A training option cannot be read",
             f"{option(name)['label']} ({name}) got {value!r}.",

@@ -81,7 +81,10 @@ def test_tables_may_hold_delimiters_quotes_and_line_breaks(
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "a.csv", b"\xef\xbb\xbftext,n\r\nhello,1\r\n")) == ["hello"]
+    path = write(tmp_path / "a.csv", b"\xef\xbb\xbftext,n\r\nhello,1\r\n")
+    assert columns(path) == ["text", "n"]
+    assert read(path, "text") == ["hello"]
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
 
 
 def test_a_folder_gives_all_its_text_files_in_the_order_of_their_names(tmp_path: Path) -> None:

@@ -124,15 +124,21 @@ def test_where_the_model_uses_bos_every_window_starts_with_it_and_no_token_is_lo
 
 
 @pytest.mark.parametrize("bos_id", [None, 7])
+@pytest.mark.parametrize("separator_id", [None, SEPARATOR])
 def test_every_token_is_traced_to_its_document(
-    documents: Documents, tiny_tokenizer: Any, tmp_path: Path, bos_id: int | None
+    documents: Documents,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    bos_id: int | None,
+    separator_id: int | None,
 ) -> None:
     context = 64
-    split = store_of(documents, tiny_tokenizer, tmp_path, bos_id=bos_id).train
+    options = {"bos_id": bos_id, "separator_id": separator_id}
+    split = store_of(documents, tiny_tokenizer, tmp_path, **options).train
     expected = []
     for number, document in enumerate(documents):
         if not heldout(document.text):
-            expected += [-1] * bool(expected)
+            expected += [-1] * (bool(expected) and separator_id is not None)
             expected += [number] * len(encoded(tiny_tokenizer, document.text))
     first = 0 if bos_id is None else 1
     places = iter(expected)

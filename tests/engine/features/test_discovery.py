@@ -240,7 +240,7 @@ def test_probability_rises_equal_a_plain_computation(tiny, store, dictionary):
 
 
 def test_shared_words_become_tokens_that_begin_a_word(tiny_tokenizer):
-    shared = Description("words", "war, army", 1.0, 5, ("war", "army"))
+    shared = Description("words", "war, army", 1.0, 5, ("war", "army"), 1.0)
     pieces = [tiny_tokenizer.decode([t]) for t in word_tokens(shared, tiny_tokenizer)]
     assert len(pieces) == 4
     assert " war".startswith(pieces[0])

@@ -50,7 +50,9 @@ def test_text_is_converted_to_the_field_type():
     assert isinstance(config.k, int)
 
 
-@pytest.mark.parametrize("values", [{"kk": "1"}, {"k": "many"}, {"auxk": "perhaps"}, {"k": "0"}])
+@pytest.mark.parametrize(
+    "values", [{"kk": "1"}, {"k": "many"}, {"auxk": "perhaps"}, {"k": "1e999"}, {"k": "0"}]
+)
 def test_unreadable_options_are_refused_with_a_sentence(values):
     with pytest.raises(InvalidInput) as caught:
         parse(values)
