@@ -64,7 +64,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "threads", int, 0, "CPU threads",
-        "Threads for computing; 0 leaves one core to the window.",
+        "Threads for computing; 0 takes every core, which the window does not feel.",
         "General", minimum=0, maximum=512, needs_restart=True,
     ),
     Setting(

@@ -477,7 +477,7 @@ class MainWindow(QMainWindow):
                 f"{error.get('title', '')}. {error.get('what', '')}".strip(". "),
                 show,
             )
-        elif status == "finished":
+        elif status == "finished" and record.kind != "steer":  # its result is in sight already
             self.services.toasts.success(f"{record.title}", "Finished")
         elif status == "interrupted":
             self.services.toasts.warning(f"{record.title}", "Was interrupted", show)

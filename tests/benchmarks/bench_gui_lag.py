@@ -83,7 +83,7 @@ def real_job(library: Library, tokens: int) -> Any:
     return Train(ids[0], ids[1], ["blocks.1.hook_resid_post"], config)
 
 
-def measure(seconds: float, synthetic: bool, tokens: int) -> dict[str, float]:
+def measure(seconds: float, synthetic: bool, tokens: int, threads: int) -> dict[str, float]:
     from PySide6.QtCore import QObject, Qt, QTimer
     from PySide6.QtWidgets import QApplication
 
@@ -98,7 +98,7 @@ def measure(seconds: float, synthetic: bool, tokens: int) -> dict[str, float]:
         os.environ["MISTUDIO_HOME"] = home
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+        torch.set_num_threads(threads or os.cpu_count() or 2)
         library = Library(Path(home) / "library")
         window = MainWindow(library, Settings())
         chart = MetricChart("Loss", {"loss": "Loss"})
@@ -164,8 +164,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as the app takes")
     arguments = parser.parse_args()
-    found = measure(arguments.seconds, arguments.synthetic, arguments.tokens)
+    found = measure(arguments.seconds, arguments.synthetic, arguments.tokens, arguments.threads)
     print(
         f"event-loop lag while training: p50 {found['p50']:.1f} ms, p95 {found['p95']:.1f} ms, "
         f"p99 {found['p99']:.1f} ms, max {found['max']:.1f} ms "
