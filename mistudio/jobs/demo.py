@@ -4,7 +4,7 @@ steering. The command line and the window's "Try the sample" run this same job."
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.jobs import datasets, features, models, steering, training
@@ -193,15 +193,15 @@ class _Road:
             scales=STRENGTHS,
         )
         result = steering.steer(self._library, job, model, stage)
-        self._library.generations.add(
-            sae_id=sae_id,
-            request={**job.__dict__, "scales": list(STRENGTHS)},
-            result=result,
-        )
         chosen = _readable(result["variants"])
+        # Kept as if it alone had been asked for, so that the window shows its true strength.
+        strength = chosen["scale"]
+        kept = replace(job, features=[[feature, strength]], scales=(1.0,))
+        result["variants"] = [{**chosen, "scale": 1.0}]
+        self._library.generations.add(sae_id=sae_id, request=asdict(kept), result=result)
         return {
             "feature": feature,
-            "strength": chosen["scale"],
+            "strength": strength,
             "shared": dict(self._shown)[feature].text,
             "prompt": PROMPT,
             "unsteered": result["unsteered"],
