@@ -1,7 +1,7 @@
 """The pictures of the README: the real window on a demo's library, drawn offscreen.
 
-    python3 run.py demo --no-window --library DIR
-    .venv/bin/python packaging/screenshots.py DIR packaging/screenshots
+python3 run.py demo --no-window --library DIR
+.venv/bin/python packaging/screenshots.py DIR packaging/screenshots
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 SIZE = (1280, 800)
+TALL = 1320  # the steering page to its metrics
 
 
 def main(library_folder: Path, target: Path) -> int:
@@ -55,16 +56,20 @@ def _draw(library_folder: Path, target: Path) -> int:
     }
     for tab, context in visits.items():
         window.navigate(tab, **context)
-        _settle(app, 6.0)
+        if tab == "steering":
+            window.resize(SIZE[0], TALL)
+            _settle(3.0)
+            window.page(tab).reopen(library.generations.of_sae(sae.id)[0].id)
+        _settle(5.0)
         window.grab().save(str(target / f"{tab}.png"))
         print(target / f"{tab}.png")
     window.close()
-    _settle(app, 0.5)
+    _settle(0.5)
     library.close()
     return 0
 
 
-def _settle(app: object, seconds: float) -> None:
+def _settle(seconds: float) -> None:
     """Let background reads arrive and layouts come to rest."""
     from PySide6.QtWidgets import QApplication
 
