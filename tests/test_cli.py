@@ -630,6 +630,19 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_the_library_as_it_was(
     assert mistudio.run("--library", root, "list").wait() == 0
 
 
+def test_a_disk_without_any_room_ends_in_a_sentence(
+    built: Path, small_disk: Path, tmp_path: Path, mistudio: road.Children
+) -> None:
+    root = small_disk / "library"
+    shutil.copytree(built, root)
+    fill(small_disk, leave=0)
+    text = road.write_texts(tmp_path / "some.jsonl", 3)
+    child = mistudio.run("--library", root, "dataset", "add", text)
+    assert child.wait() == 1
+    assert "Traceback" not in child.err, child.err
+    assert "disk is full" in child.err or "disk may be full" in child.err, child.err
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     small_disk: Path, tmp_path: Path, mistudio: road.Children
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +166,8 @@ def tokenize(
     model_folder = library.path(model.folder)
     tokenizer_hash = hash_tokenizer(model_folder)
     settings = {"heldout_share": HELDOUT_SHARE}
-    for found in library.tokenizations.of_dataset(dataset_id):
-        if found.tokenizer_hash == tokenizer_hash and found.settings == settings:
-            return found
+    if found := _tokenization(library, dataset_id, tokenizer_hash, settings):
+        return found
     library.require_space(dataset.characters * 2, f"Tokenizing {dataset.name}")
     tokenizer = loading.load_tokenizer(model_folder)
     folder = work / "tokens"
@@ -185,23 +185,38 @@ def tokenize(
         progress=progress,
     )
     target = library.new_folder("datasets", f"{dataset.name}-tokens")
-    with library.commit(folder, target):
-        record_id = library.tokenizations.add(
-            dataset_id=dataset_id,
-            tokenizer_hash=tokenizer_hash,
-            settings=settings,
-            folder=target,
-            tokens=sum(meta.tokens.values()),
-            statistics={
-                **meta.statistics,
-                "split_tokens": meta.tokens,
-                "split_documents": meta.documents,
-                "tokenizer": model.name,
-                "seconds": time.monotonic() - began,
-            },
-        )
-        library.note_change("datasets", dataset_id)
+    try:
+        with library.commit(folder, target):
+            record_id = library.tokenizations.add(
+                dataset_id=dataset_id,
+                tokenizer_hash=tokenizer_hash,
+                settings=settings,
+                folder=target,
+                tokens=sum(meta.tokens.values()),
+                statistics={
+                    **meta.statistics,
+                    "split_tokens": meta.tokens,
+                    "split_documents": meta.documents,
+                    "tokenizer": model.name,
+                    "seconds": time.monotonic() - began,
+                },
+            )
+            library.note_change("datasets", dataset_id)
+    except sqlite3.IntegrityError:
+        # Another job was quicker with the same tokens.
+        if found := _tokenization(library, dataset_id, tokenizer_hash, settings):
+            return found
+        raise
     return library.tokenizations.get(record_id)
+
+
+def _tokenization(
+    library: Library, dataset_id: int, tokenizer_hash: str, settings: dict[str, Any]
+) -> Tokenization | None:
+    for found in library.tokenizations.of_dataset(dataset_id):
+        if found.tokenizer_hash == tokenizer_hash and found.settings == settings:
+            return found
+    return None
 
 
 def hash_tokenizer(model_folder: Path) -> str:

@@ -321,10 +321,9 @@ def test_a_listener_hears_every_new_phase_at_once_and_the_rest_now_and_then(
         for done in range(200):
             context.report(done, 200)
         context.report(0, 10, phase="second")
-        assert empty.jobs.get(context.job_id).phase == "second"
-        return {}
+        return {"phase": empty.jobs.get(context.job_id).phase}
 
-    run(empty, do, listener=heard.append)
+    assert run(empty, do, listener=heard.append).result == {"phase": "second"}
     assert heard[-1].phase == "second"
     assert len(heard) < 20
 

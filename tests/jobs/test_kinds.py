@@ -110,6 +110,23 @@ def test_tokens_are_made_once_for_a_dataset_and_a_tokenizer(
     assert library.tokenizations.count() == 2
 
 
+def test_two_jobs_that_make_the_same_tokens_at_once_share_them(library: Library) -> None:
+    library.discard("trainings", 1)
+    library.discard("extractions", 1)
+    library.discard("tokenizations", 1)
+    inner: list[int] = []
+
+    def listen(snapshot: Snapshot) -> None:
+        if not inner:  # in the middle of the first job, a second one does all of it
+            inner.append(0)
+            inner[0] = done(library, Tokenize(1, 1))["tokenization_id"]
+
+    row = run(library, Tokenize(1, 1), listener=listen)
+    assert (row.status, row.result["tokenization_id"]) == ("finished", inner[0]), row.error
+    assert library.tokenizations.count() == 1
+    road.check_whole(library.root)
+
+
 def test_a_token_store_says_what_it_was_made_of(library: Library) -> None:
     (tokenization,) = library.tokenizations.all()
     store = TokenStore(library.path(tokenization.folder))

@@ -84,7 +84,6 @@ def built_once(folders: Any) -> Path:
 
     if not _built:
         torch.set_num_threads(1)  # tiny models run fastest on one, above all beside other work
-        os.environ.setdefault("MISTUDIO_HOME", str(folders.mktemp("home")))
         _built.append(build(folders.mktemp("built")))
     return _built[0]
 
@@ -198,6 +197,10 @@ class Child:
         return self._code
 
     @property
+    def ended(self) -> bool:
+        return self._code is not None
+
+    @property
     def out(self) -> str:
         return (self._folder / "out").read_text(encoding="utf-8")
 
@@ -212,6 +215,7 @@ class Children:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._last: Child | None = None
         self._parent = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "warm.py")],
             stdin=subprocess.PIPE,
@@ -224,12 +228,16 @@ class Children:
     def start(self, *arguments: object, limit: int | None = None) -> Child:
         """`mistudio ARGUMENTS`; `limit` is the largest file it may write, in bytes."""
         assert self._parent.stdin and self._parent.stdout
+        if self._last and not self._last.ended:  # of a test that failed
+            self._last.signal(signal.SIGKILL)
+            self._last.wait()
         request = {"arguments": list(map(str, arguments)), "limit": limit}
         request |= {"folder": str(self._folder), "home": os.environ["MISTUDIO_HOME"]}
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
         pid = json.loads(self._parent.stdout.readline())["pid"]
-        return Child(self._parent.stdout, self._folder, pid)
+        self._last = Child(self._parent.stdout, self._folder, pid)
+        return self._last
 
     def run(self, *arguments: object, limit: int | None = None) -> Child:
         child = self.start(*arguments, limit=limit)

@@ -19,12 +19,19 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 @dataclass(frozen=True)
 class Moment:
-    """Work that is long enough to be hit, and the phase to hit it in."""
+    """Work that is long enough to be hit, the phase to hit it in, and what has been written of it
+    by then (in the test's folder)."""
 
     kind: str
     phase: str
     arguments: Callable[[Path, Path], tuple[object, ...]]
     progress: float = 0.0
+    half: str = "copied"
+
+    def reached(self, root: Path, folder: Path) -> bool:
+        """Whether it is in the middle of it now."""
+        running = road.in_phase(root, self.kind, self.phase, self.progress)
+        return running() and any(folder.glob(self.half))
 
 
 def _long_text(root: Path, folder: Path) -> Path:
@@ -97,16 +104,17 @@ def _export(root: Path, folder: Path) -> tuple[object, ...]:
     return "export", "first", "--to", folder / "exported"
 
 
+WORK = "copied/work/job-*"
 MOMENTS = (
-    Moment("add_dataset", "read", _add_dataset),
-    Moment("add_model", "import", _add_model),
-    Moment("tokenize", "tokenize", _tokenize),
-    Moment("extract", "extract", _extract),
-    Moment("train", "train", _train, progress=0.1),
+    Moment("add_dataset", "read", _add_dataset, half=f"{WORK}/dataset/documents.jsonl"),
+    Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes.txt"),
+    Moment("tokenize", "tokenize", _tokenize, half=f"{WORK}/tokens/train.ids"),
+    Moment("extract", "extract", _extract, half=f"{WORK}/activations/train/*.f16"),
+    Moment("train", "train", _train, progress=0.1, half=f"{WORK}/metrics.jsonl"),
     Moment("train", "evaluate", _evaluate),
     Moment("discover", "discover", _discover),
     Moment("steer", "generate", _steer),
-    Moment("export", "export", _export),
+    Moment("export", "export", _export, half=f".exported.partial-*/{road.POINT}/notes.bin"),
 )
 
 
@@ -121,7 +129,7 @@ def test_a_kill_costs_only_the_unfinished_work_which_can_be_run_again(
     arguments = moment.arguments(root, tmp_path)
     before = road.contents(root)
     child = mistudio.start("--library", root, *arguments)
-    road.wait_until(road.in_phase(root, moment.kind, moment.phase, moment.progress))
+    road.wait_until(lambda: moment.reached(root, tmp_path))
     road.kill(child)
     (job,) = road.rows(root, "SELECT * FROM jobs WHERE status = 'running'")
     assert (job["kind"], job["phase"]) == (moment.kind, moment.phase)
