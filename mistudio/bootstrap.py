@@ -29,6 +29,18 @@ APT_LINE = (
     "libxcb-shape0 libxcb-xkb1 libxkbcommon-x11-0"
 )
 
+# What Qt's X11 plugin loads beyond what every X11 program has.
+X11_LIBRARIES = (
+    "libxcb-cursor.so.0",
+    "libxcb-icccm.so.4",
+    "libxcb-keysyms.so.1",
+    "libxcb-shape.so.0",
+    "libxcb-xkb.so.1",
+    "libxkbcommon-x11.so.0",
+    "libxcb-image.so.0",
+    "libxcb-render-util.so.0",
+)
+
 
 class CannotStart(Exception):
     """The window cannot open here; the text says why and what to do."""
@@ -72,13 +84,20 @@ def _check_screen() -> None:
             "Start it in a graphical session, or use the command line: `mistudio --help`."
         )
     if has_x11 and not has_wayland:
-        try:
-            ctypes.CDLL("libxcb-cursor.so.0")
-        except OSError as exc:
+        missing = [name for name in X11_LIBRARIES if not _loads(name)]
+        if missing:
             raise CannotStart(
-                f"Qt cannot open a window: {exc}.\n"
+                f"Qt cannot open a window: {', '.join(missing)} cannot be loaded.\n"
                 f"On Debian and Ubuntu this installs what it needs (as root):\n  {APT_LINE}"
-            ) from exc
+            )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 class CrashLog:

@@ -89,3 +89,17 @@ def test_the_log_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     other.write_text("still running")
     assert bootstrap.CrashLog(tmp_path).take_last() == ""
     assert other.exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="X11 is Linux's")
+def test_a_missing_x11_library_is_named_before_qt_would_end_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("QT_QPA_PLATFORM", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(bootstrap, "X11_LIBRARIES", ("libc.so.6", "libxcb-nowhere.so.1"))
+    with pytest.raises(bootstrap.CannotStart) as refused:
+        bootstrap.check_dependencies()
+    assert "libxcb-nowhere.so.1" in str(refused.value) and "libc.so.6" not in str(refused.value)
+    assert "apt-get install" in str(refused.value)
