@@ -24,7 +24,7 @@ from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import check_layers, loaded_model, parse_points, precision_of
 from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library, flush_tree
-from mistudio.library.records import Extraction, Tokenization, Training
+from mistudio.library.records import Extraction, Model, Tokenization, Training
 
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
@@ -272,7 +272,7 @@ def _save_site(
         site.dictionary,
         folder / point.name,
         hook_point=point,
-        model_name=record.name if record.source == "local" else record.origin,
+        model_name=public_name(record),
         hf_hook_name=model.module_path(point),
         context=site.plan.config.context,
         training_architecture=site.plan.config.sparsity,
@@ -372,6 +372,13 @@ def _commit(
                 metrics=row,
             )
     return library.trainings.get(training_id)
+
+
+def public_name(model: Model) -> str:
+    """The name that other libraries know a model by: its Hub id where it has one."""
+    from mistudio.engine.models.sample import HUB_REPO
+
+    return {"sample": HUB_REPO, "hub": model.origin}.get(model.source, model.name)
 
 
 def layers_of(names: list[str]) -> list[int]:
