@@ -7,10 +7,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mistudio.engine.progress import Progress
 from mistudio.jobs import datasets, features, models, steering, training
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
-from mistudio.jobs.stages import Stage
+from mistudio.jobs.stages import Stage, Within
 from mistudio.library.library import Library
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ TRAIN_TOKENS = 600_000
 LOSS_TOKENS = 4096
 PROMPT = "I think that"
 CANDIDATES, SHOWN = 24, 8
+TRIED_STRENGTH = 1.5
+NEW_TOKENS = 40
 STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
@@ -162,37 +165,25 @@ class _Road:
     def _steering(
         self, model_id: int, sae_id: int, feature_run: Any, model: HookedDecoder
     ) -> dict[str, Any]:
-        """Steer with the feature, of those on show, whose own words become likelier most."""
+        """Steer with a feature of those on show, and keep the strongest readable variant."""
         from mistudio.engine.features.describe import showcase
-        from mistudio.engine.features.effect import probability_rises, word_tokens
 
         store, split = features.open_features(self._library, feature_run)
-        stage = Stage(
-            self._context,
-            "steer",
-            {"choose": (0.0, 0.2), "generate": (0.2, 0.9), "measure": (0.9, 1.0)},
-        )
+        stage = Stage(self._context, "steer")
         tokenizer = self._tokenizer(model_id)
         self._shown = showcase(store, split, tokenizer, n=CANDIDATES)
-        rises = probability_rises(
-            model,
-            self._saved(sae_id),
-            store,
-            {feature: word_tokens(shared, tokenizer) for feature, shared in self._shown},
-            tokenizer(PROMPT)["input_ids"],
-            progress=stage,
-        )
-        feature = max(rises, key=lambda feature: rises[feature])
+        saved_sae = self._saved(sae_id)
+        feature = self._feature_that_speaks(model, saved_sae, store, tokenizer, Within(stage, 0, 2))
         self._shown.sort(key=lambda item: item[0] != feature)  # the report shows it first
         job = steering.Steer(
             sae_id,
             [[feature, 1.0]],
             PROMPT,
-            max_new_tokens=40,
+            max_new_tokens=NEW_TOKENS,
             seed=self._job.seed,
             scales=STRENGTHS,
         )
-        result = steering.steer(self._library, job, model, stage)
+        result = steering.steer(self._library, job, model, Within(stage, 1, 2))
         chosen = _readable(result["variants"])
         # Kept as if it alone had been asked for, so that the window shows its true strength.
         strength = chosen["scale"]
@@ -210,6 +201,37 @@ class _Road:
             "perplexity_ratio": chosen["perplexity_ratio"],
             "percent_of_norm": chosen["percent_of_norm"],
         }
+
+    def _feature_that_speaks(
+        self, model: HookedDecoder, saved: Any, store: Any, tokenizer: Any, progress: Progress
+    ) -> int:
+        """All features on show continue the prompt in one batch; the one whose own words its text
+        uses most is taken."""
+        import torch
+
+        from mistudio.engine.features.describe import uses_of_words
+        from mistudio.engine.models.loading import special_ids
+        from mistudio.engine.steering.generation import Sampling, generate
+
+        shown = [feature for feature, _ in self._shown]
+        largest = torch.tensor([float(store.columns["max_activation"][f]) for f in shown])
+        vectors = saved.dictionary.decoder[torch.tensor(shown)] * largest[:, None]
+        made = generate(
+            model,
+            tokenizer,
+            tokenizer(PROMPT)["input_ids"],
+            saved.hook_point,
+            vectors * TRIED_STRENGTH,
+            Sampling(max_new_tokens=NEW_TOKENS, seed=self._job.seed),
+            special_ids=sorted(special_ids(tokenizer)),
+            stop_ids=(),
+            progress=progress,
+        )
+        uses = [
+            uses_of_words(row.text, found.words)
+            for (_, found), row in zip(self._shown, made.rows[1:], strict=True)
+        ]
+        return shown[uses.index(max(uses))]
 
     def _saved(self, sae_id: int) -> Any:
         from mistudio.engine.sae.files import load_sae

@@ -48,3 +48,19 @@ class Stage:
         self._outer.report(
             self._reached * SCALE, SCALE, phase=self._phase, detail=self._inner, **metrics
         )
+
+
+class Within:
+    """Progress of item `number` of `count` equal ones."""
+
+    def __init__(self, outer: Progress, number: int, count: int) -> None:
+        self._outer, self._number, self._count = outer, number, count
+
+    def check(self) -> None:
+        self._outer.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        share = done / total if total else 0.0
+        self._outer.report(self._number + share, self._count, phase, **metrics)

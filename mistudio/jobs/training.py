@@ -22,7 +22,7 @@ from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import check_layers, loaded_model, parse_points, precision_of
-from mistudio.jobs.stages import Stage
+from mistudio.jobs.stages import Stage, Within
 from mistudio.library.library import Library, flush_tree
 from mistudio.library.records import Extraction, Model, Tokenization, Training
 
@@ -222,22 +222,6 @@ def _losses(
             progress=share,
         )
     return found
-
-
-class Within:
-    """Progress of item `number` of `count` equal ones."""
-
-    def __init__(self, outer: Progress, number: int, count: int) -> None:
-        self._outer, self._number, self._count = outer, number, count
-
-    def check(self) -> None:
-        self._outer.check()
-
-    def report(
-        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
-    ) -> None:
-        share = done / total if total else 0.0
-        self._outer.report(self._number + share, self._count, phase, **metrics)
 
 
 def _save_site(

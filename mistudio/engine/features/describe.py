@@ -138,3 +138,10 @@ def search(store: FeatureStore, tokenizer: Any, text: str, features: Iterable[in
         if any(i >= 0 and wanted in tokenizer.decode([i]).lower() for i in ids):
             found.append(feature)
     return found
+
+
+def uses_of_words(text: str, words: Sequence[str]) -> int:
+    """How many words of the text begin like one of `words` (its first five letters, so that
+    building counts for builds)."""
+    stems = tuple({word[:5].lower() for word in words})
+    return sum(word.startswith(stems) for word in _WORD.findall(text.lower()))

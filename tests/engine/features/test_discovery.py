@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from mistudio.engine.activations.source import calibrate_medians, token_rows
-from mistudio.engine.features.describe import Description, background, describe, search, showcase
+from mistudio.engine.features.describe import background, describe, search, showcase, uses_of_words
 from mistudio.engine.features.discovery import RADIUS, discover
-from mistudio.engine.features.effect import probability_rises, word_tokens
 from mistudio.engine.features.logit_lens import logit_lens
 from mistudio.engine.features.store import FeatureStore
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae.dictionary import Dictionary, JumpReLU
-from mistudio.engine.sae.files import SavedSae
 
 POINT = HookPoint("resid_post", 2)
 CONTEXT, TOP = 64, 5
@@ -220,27 +218,7 @@ def test_showcase_picks_only_features_with_examples(store, tokens, tiny_tokenize
         assert description.share > 0
 
 
-def test_probability_rises_equal_a_plain_computation(tiny, store, dictionary):
-    saved = SavedSae(dictionary, POINT, {}, {})
-    prompt, targets = [5, 9, 14, 22], {3: [7, 8], 11: [40], 20: [7]}
-    found = probability_rises(tiny, saved, store, targets, prompt, strength=3.0, batch=2)
-    ids = torch.tensor([prompt])
-    before = tiny.model(ids).logits[0, -1].softmax(0)
-    for feature, wanted in targets.items():
-        delta = 3.0 * float(store.columns["max_activation"][feature]) * dictionary.decoder[feature]
-
-        def add(x, delta=delta):
-            return torch.cat([x[:, :-1], x[:, -1:] + delta], dim=1)
-
-        with tiny.intervene({POINT: add}):
-            after = tiny.model(ids).logits[0, -1].softmax(0)
-        rise = float(after[wanted].sum() - before[wanted].sum())
-        assert found[feature] == pytest.approx(rise, abs=1e-5)
-        assert rise != 0
-
-
-def test_shared_words_become_tokens_that_begin_a_word(tiny_tokenizer):
-    shared = Description("words", "war, army", 1.0, 5, ("war", "army"), 1.0)
-    pieces = [tiny_tokenizer.decode([t]) for t in word_tokens(shared, tiny_tokenizer)]
-    assert len(pieces) == 4
-    assert " war".startswith(pieces[0])
+def test_uses_of_words_counts_forms_of_a_word():
+    words = ("building", "king")
+    assert uses_of_words("The King builds buildings; kingdoms fall. Asking.", words) == 4
+    assert uses_of_words("nothing here", words) == 0
