@@ -142,8 +142,15 @@ def problems(config: TrainingConfig) -> dict[str, str]:
         value, limits = getattr(config, entry.name), entry.metadata
         label = limits["label"]
         if value is None:
+            if "None" not in str(entry.type):
+                found[entry.name] = f"{label} cannot be left open."
             continue
-        if "choices" in limits and value not in limits["choices"]:
+        whole = str(entry.type).startswith("int")
+        if "minimum" in limits and (
+            isinstance(value, bool) or not isinstance(value, int if whole else int | float)
+        ):
+            found[entry.name] = f"{label} must be a {'whole ' if whole else ''}number."
+        elif "choices" in limits and value not in limits["choices"]:
             found[entry.name] = f"{label} must be one of {', '.join(map(str, limits['choices']))}."
         elif "minimum" in limits and not limits["minimum"] <= value <= limits["maximum"]:
             found[entry.name] = (

@@ -35,7 +35,17 @@ def test_defaults_have_no_problem():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("k", 0), ("tokens", 3), ("sparsity", "magic"), ("decay_share", 2.0), ("learning_rate", 5.0)],
+    [
+        ("k", 0),
+        ("k", 8.5),
+        ("k", None),
+        ("tokens", 3),
+        ("tokens", "many"),
+        ("sparsity", "magic"),
+        ("decay_share", 2.0),
+        ("learning_rate", 5.0),
+        ("learning_rate", True),
+    ],
 )
 def test_values_out_of_range_are_named(name, value):
     found = problems(TrainingConfig(**{name: value}))
