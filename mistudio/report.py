@@ -40,7 +40,7 @@ def demo_report(result: dict[str, Any], library: str) -> str:
         lines += _feature(row)
     lines += [
         "",
-        f"Steering with feature {steering['feature']} at {number(steering['strength'], 1)} x its "
+        f"Steering with feature {steering['feature']} at {number(steering['strength'], 2)} x its "
         f"largest activation ({number(steering['percent_of_norm'], 0)} % of the layer's norm)",
         f"  its examples share: {steering['shared']}",
         f"  prompt     {steering['prompt']}",
