@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PySide6.QtCore import QMimeData, QObject, QPointF, Qt, QUrl
 from PySide6.QtGui import QDropEvent
 from PySide6.QtWidgets import QApplication
 
+from mistudio import formatting
 from mistudio.errors import InvalidInput
 from mistudio.jobs.kinds import AddDataset, AddSampleDataset
 from mistudio.library.library import Library
@@ -22,7 +23,7 @@ from mistudio.ui.datasets.dialogs import AddFileDialog, DatasetDialog
 from mistudio.ui.datasets.page import DatasetsPage
 from mistudio.ui.datasets.presenter import ADDING_KINDS, PAGE, DatasetPresenter, Samples
 from mistudio.ui.services import Services
-from mistudio.ui.widgets import ToastArea
+from mistudio.ui.widgets import StatTile, ToastArea
 
 from .checks import cut_off, nameless, too_small
 from .screens import shot
@@ -306,25 +307,42 @@ def test_only_the_last_of_several_searches_is_shown(
 
 
 def test_dialog_shows_samples_and_statistics(
-    qtbot: Any, services: Services, library: Library
+    qtbot: Any, trained_library: Library, services_of: Callable[[Library], Services]
 ) -> None:
-    dataset_id = add_dataset(library)
-    add_tokenization(library, dataset_id)
-    dialog = DatasetDialog(services, library.datasets.get(dataset_id))
+    from mistudio.engine.datasets.documents import Documents
+    from mistudio.engine.models.loading import load_tokenizer
+
+    library = trained_library
+    dataset = library.datasets.all()[0]
+    model = library.models.all()[0]
+    tokenizer = load_tokenizer(library.path(model.folder))
+    ids = [
+        tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        for document in Documents(library.path(dataset.folder))
+    ]
+    dialog = DatasetDialog(services_of(library), dataset)
     qtbot.addWidget(dialog)
     dialog.resize(1152, 648)
     dialog.show()
     for index, name in enumerate(("overview", "samples", "tokenization", "statistics")):
         dialog.tabs.setCurrentIndex(index)
         if index == 1:
-            qtbot.waitUntil(lambda: "of 25" in dialog.samples.summary.text())
+            qtbot.waitUntil(lambda: f"of {len(ids)}" in dialog.samples.summary.text())
         shot(dialog, f"dataset-{name}")
         assert cut_off(dialog) == [] and too_small(dialog) == []
+    shown = {tile.value for tile in dialog.tabs.currentWidget().findChildren(StatTile)}
+    assert shown == {
+        formatting.count(len(ids)),
+        formatting.count(sum(map(len, ids))),
+        formatting.number(sum(map(len, ids)) / len(ids), 1),
+        formatting.count(len({token for one in ids for token in one})),
+    }
     assert nameless(dialog) == []
     assert dialog.samples.next.isEnabled() and not dialog.samples.previous.isEnabled()
     dialog.tabs.setCurrentIndex(1)
     qtbot.mouseClick(dialog.samples.next, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: dialog.samples.summary.text() == f"Showing {PAGE + 1}-{2 * PAGE} of 25")
+    second = f"Showing {PAGE + 1}-{2 * PAGE} of {len(ids)}"
+    qtbot.waitUntil(lambda: dialog.samples.summary.text() == second)
     dialog.close()
 
 

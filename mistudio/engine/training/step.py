@@ -36,7 +36,8 @@ REVIVE_AT = (0.10, 0.25, 0.40, 0.55)
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured on its batch. `fvu` is relative to the calibration sample's
+    """What one step measured on its batch. `fvu` (and `loss`, which leaves the auxiliary term out
+    and is therefore the same number) is relative to the calibration sample's
     variance; `l0` is the mean number of active latents per token."""
 
     loss: float

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 LOG_LINES = 400  # shown; the charts keep everything
 
 CHARTS = (
-    ("loss", "Loss", "What the training lowers: the unexplained share of the batch's variance, "
-     "and the auxiliary term where latents are dead."),
-    ("fvu", "FVU", "Fraction of variance unexplained, on the training batch. "
+    ("loss", "Loss", "What the training lowers: squared error of the batch over the variance of a "
+     "calibration sample (the batch's FVU; the auxiliary term is left out). "
      "0 is a perfect reconstruction."),
     ("l0", "L0", "Mean number of active latents per token, on the training batch. It falls from "
      "four times the target while the sparsity warms up."),
     ("dead", "Dead latents", "Latents that have not fired within the dead window."),
+    ("learning_rate", "Learning rate", "Of this step: warm-up, constant, then linear to 0."),
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def log_line(row: Mapping[str, Any], several: bool = False) -> str:
     where = f"{site_label(row['site'])}  " if several else ""
     return (
         f"Step {formatting.count(row['step'] + 1):>7}  {where}"
-        f"loss {number(row, 'loss', 4)}  FVU {number(row, 'fvu', 4)}  L0 {number(row, 'l0', 1)}  "
+        f"loss {number(row, 'loss', 4)}  L0 {number(row, 'l0', 1)}  "
         f"dead {number(row, 'dead', 0)}  {number(row, 'tokens_per_second', 0)} tokens/s"
     )
 
