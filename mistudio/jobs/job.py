@@ -26,6 +26,7 @@ class Job(Protocol):
     """One kind of long work. Instances are frozen dataclasses whose fields are JSON-able; the
     fields are the job's row `params`, so that an interrupted job can be run again from its row."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     kind: ClassVar[str]
     lane: ClassVar[str]
 
@@ -123,7 +124,7 @@ class JobContext:
 
 def submit(library: Library, job: Job) -> int:
     """Make the job's row; nothing runs yet."""
-    return library.jobs.submit(job.kind, job.title(library), job.lane, asdict(job))  # type: ignore[call-overload]
+    return library.jobs.submit(job.kind, job.title(library), job.lane, asdict(job))
 
 
 def run_job(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import TextIO
 
 from mistudio.engine.datasets.documents import Document
 from mistudio.errors import CorruptFile, InvalidInput, NotFound
@@ -103,7 +104,7 @@ def columns(path: Path) -> list[str]:
             return []
 
 
-def _open(file: Path):  # type: ignore[no-untyped-def]
+def _open(file: Path) -> TextIO:
     return file.open("r", encoding="utf-8-sig", newline="")
 
 
