@@ -1,4 +1,5 @@
-"""A sparse dictionary: an encoder, an activation function, a decoder. Works on raw activations.
+"""A sparse dictionary: an encoder, an activation function, a decoder, and perhaps a linear skip.
+Works on raw activations.
 
 `encode` is the only place that scales inputs. Files are in `files.py`, measures in `metrics.py`,
 learning in `engine/training`.
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mistudio.engine.sae.activation import Activation
 
 # Pre-activations are computed for at most this many (row, latent) pairs at a time: 64 MB.
 CHUNK_CELLS = 16 * 1024**2
@@ -51,54 +53,21 @@ class Codes:
         return out
 
 
-class Activation(Protocol):
-    """Which pre-activations survive. `name` is SAELens' architecture name."""
-
-    @property
-    def name(self) -> str: ...
-
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, latents, values) of the active entries of `pre` [n, d_sae], sorted by row."""
-        ...
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The k largest of every row, and only where positive (Gao et al. 2024, arXiv 2406.04093)."""
-
-    k: int
-    name: str = "topk"
-
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values, latents = pre.topk(self.k, dim=1, sorted=False)
-        rows = torch.arange(len(pre), device=pre.device)[:, None].expand_as(latents)
-        kept = values > 0
-        return rows[kept], latents[kept], values[kept]
-
-
-@dataclass(frozen=True)
-class JumpReLU:
-    """Everything above its latent's threshold [d_sae] (Rajamanoharan et al. 2024, 2407.14435).
-
-    Also how a BatchTopK dictionary is used after training: one threshold for all latents.
-    """
-
-    threshold: Tensor
-    name: str = "jumprelu"
-
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, latents = ((pre > self.threshold) & (pre > 0)).nonzero(as_tuple=True)
-        return rows, latents, pre[rows, latents]
-
-
 @dataclass(frozen=True)
 class Dictionary:
-    """Parameters of one SAE.
+    """Parameters of one dictionary, whatever its sparsity and its wiring.
 
     `W_enc` is kept transposed as `encoder` [d_sae, d_in], one row a latent, as its gradients are
-    row-sparse; `decoder` is W_dec [d_sae, d_out]. Latents are
-    `act((scale * x - b_dec) @ W_enc + b_enc)`, the reconstruction is
-    `(z @ W_dec + b_dec) / scale`. A finished dictionary is folded: scale = 1.
+    row-sparse; `decoder` is W_dec [d_sae, d_out]. With u = scale * norm(x):
+
+        z = act((u - centre) @ W_enc + b_enc)
+        reconstruction = (z @ W_dec + b_dec + u @ skip^T) / out_scale
+
+    `centre` [d_in] is b_dec where None is given (the usual autoencoder); transcoders have their
+    own or zeros. `skip` [d_out, d_in] is the linear bypass, None without. `norm` is the identity,
+    or what an imported SAE was trained on: "centre" takes the token's mean over d_in away and
+    adds it to the reconstruction again; "layer_norm" also divides by its standard deviation.
+    A finished dictionary is folded: scale = out_scale = 1.
     """
 
     encoder: Tensor
@@ -107,6 +76,10 @@ class Dictionary:
     b_dec: Tensor
     activation: Activation
     scale: float = 1.0
+    out_scale: float | None = None  # None: as `scale`
+    centre: Tensor | None = None
+    skip: Tensor | None = None
+    norm: str = "none"
 
     @property
     def d_sae(self) -> int:
@@ -136,7 +109,9 @@ class Dictionary:
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """[n, d_sae] from raw activations [n, d_in]."""
-        return torch.addmm(self.b_enc, x.float() * self.scale - self.b_dec, self.encoder.T)
+        centre = self.b_dec if self.centre is None else self.centre
+        u = self._normalised(x.float())[0] * self.scale
+        return torch.addmm(self.b_enc, u - centre, self.encoder.T)
 
     def encode(self, x: Tensor) -> Codes:
         """Active latents of raw activations [n, d_in]; memory stays flat in n * d_sae."""
@@ -148,36 +123,62 @@ class Dictionary:
             values.append(v)
         return Codes(torch.cat(rows), torch.cat(latents), torch.cat(values), len(x), self.d_sae)
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction of raw activations [n, d_out]."""
-        return (weighted_rows(self.decoder, codes) + self.b_dec) / self.scale
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
+        """Reconstruction [n, d_out] of the raw target.
+
+        `x` [n, d_in], the raw input, is needed where there is a skip or a norm: they pass some of
+        it on. Raises ValueError without it.
+        """
+        out = weighted_rows(self.decoder, codes) + self.b_dec
+        out_scale = self.scale if self.out_scale is None else self.out_scale
+        if self.skip is None and self.norm == "none":
+            return out / out_scale
+        if x is None:
+            raise ValueError("This dictionary passes part of its input on: decode needs it")
+        normalised, mean, spread = self._normalised(x.float())
+        if self.skip is not None:
+            out = out + (normalised * self.scale) @ self.skip.T
+        return out / out_scale * spread + mean
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     def folded(self) -> Dictionary:
         """The same function with scale 1: `W_enc *= s, W_dec /= s, b_dec /= s`.
 
         Latent activations keep their (scaled) unit, thresholds too.
         """
+        out_scale = self.scale if self.out_scale is None else self.out_scale
         return replace(
             self,
             encoder=self.encoder * self.scale,
-            decoder=self.decoder / self.scale,
-            b_dec=self.b_dec / self.scale,
+            decoder=self.decoder / out_scale,
+            b_dec=self.b_dec / out_scale,
+            centre=None if self.centre is None else self.centre / self.scale,
+            skip=None if self.skip is None else self.skip * (self.scale / out_scale),
             scale=1.0,
+            out_scale=1.0,
+        )
+
+    def with_centre_in_bias(self) -> Dictionary:
+        """The same function with a centre of zeros: `b_enc -= centre @ W_enc`."""
+        centre = self.b_dec if self.centre is None else self.centre
+        return replace(
+            self,
+            b_enc=self.b_enc - self.encoder @ centre,
+            centre=torch.zeros_like(centre),
         )
 
     def with_unit_decoder(self) -> Dictionary:
         """Decoder rows of norm 1; latent activations then are in units of the activation's norm.
 
-        Exact for thresholded dictionaries, and for TopK where all rows have the same norm.
+        Exact for every activation but TopK, which is left alone where its rows differ in norm.
+        Rows of zeros stay.
         """
         norms = self.decoder.norm(dim=1)
-        activation = self.activation
-        if isinstance(activation, JumpReLU):
-            activation = JumpReLU(activation.threshold * norms)
-        elif norms.numel() and float(norms.max() / norms.min()) > 1 + 1e-4:
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        activation = self.activation.rescaled(norms)
+        if activation is None:
             return self
         return replace(
             self,
@@ -188,17 +189,27 @@ class Dictionary:
         )
 
     def to(self, device: str | torch.device) -> Dictionary:
-        activation = self.activation
-        if isinstance(activation, JumpReLU):
-            activation = JumpReLU(activation.threshold.to(device))
         return replace(
             self,
             encoder=self.encoder.to(device),
             b_enc=self.b_enc.to(device),
             decoder=self.decoder.to(device),
             b_dec=self.b_dec.to(device),
-            activation=activation,
+            activation=self.activation.to(device),
+            centre=None if self.centre is None else self.centre.to(device),
+            skip=None if self.skip is None else self.skip.to(device),
         )
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """(x as the encoder wants it, what to add to and what to multiply the output with)."""
+        if self.norm == "none":
+            return x, 0.0, 1.0
+        mean = x.mean(dim=1, keepdim=True)
+        if self.norm == "centre":
+            return x - mean, mean, 1.0
+        # As OpenAI's LN and SAELens' "layer_norm" (unbiased standard deviation, eps 1e-5).
+        spread = (x - mean).std(dim=1, keepdim=True)
+        return (x - mean) / (spread + 1e-5), mean, spread
 
 
 def weighted_rows(table: Tensor, codes: Codes) -> Tensor:

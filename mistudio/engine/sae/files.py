@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.sae.dictionary import Activation, Dictionary, JumpReLU, TopK
+from mistudio.engine.sae.activation import Activation, JumpReLU, ReLU, TopK
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.errors import CorruptFile, NotFound
 
 CONFIG = "cfg.json"
@@ -141,21 +142,20 @@ def _build(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
     b_dec = tensors["b_dec"].float()
     encoder = tensors["W_enc"].float().T.contiguous()
     b_enc = tensors["b_enc"].float()
-    if not config.get("apply_b_dec_to_input", True):
-        b_enc = b_enc + encoder @ b_dec  # our encoder subtracts b_dec: undo it in the bias
+    centre = None if config.get("apply_b_dec_to_input", True) else torch.zeros(d_in)
     if architecture == "topk":
         activation: Activation = TopK(int(config["k"]))
     elif architecture == "jumprelu":
         activation = JumpReLU(tensors["threshold"].float())
     elif architecture == "standard":
-        activation = JumpReLU(torch.zeros_like(b_enc))
+        activation = ReLU()
     else:
         raise CorruptFile(
             "This kind of SAE cannot be read yet",
             f"Its architecture is {architecture!r}.",
             "miStudio reads topk, jumprelu and standard.",
         )
-    return Dictionary(encoder, b_enc, tensors["W_dec"].float(), b_dec, activation)
+    return Dictionary(encoder, b_enc, tensors["W_dec"].float(), b_dec, activation, centre=centre)
 
 
 def _check_round_trip(saved: Dictionary, folder: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from mistudio.engine.activations.source import ActivationSource
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU
+from mistudio.engine.sae.activation import JumpReLU
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.metrics import ReconstructionMeter, ReconstructionQuality
 from mistudio.engine.training.config import Plan, TrainingConfig, derive
 from mistudio.engine.training.step import SiteTrainer, StepMetrics

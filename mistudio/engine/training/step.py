@@ -14,14 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistudio.engine.sae.dictionary import (
-    Activation,
-    Codes,
-    Dictionary,
-    JumpReLU,
-    TopK,
-    weighted_rows,
-)
+from mistudio.engine.sae.activation import Activation, JumpReLU, TopK
+from mistudio.engine.sae.dictionary import Codes, Dictionary, weighted_rows
 from mistudio.engine.training.config import Plan
 from mistudio.errors import TrainingDiverged
 

@@ -14,7 +14,8 @@ from mistudio.engine.features.discovery import RADIUS, discover
 from mistudio.engine.features.logit_lens import logit_lens
 from mistudio.engine.features.store import FeatureStore
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU
+from mistudio.engine.sae.activation import JumpReLU
+from mistudio.engine.sae.dictionary import Dictionary
 
 POINT = HookPoint("resid_post", 2)
 CONTEXT, TOP = 64, 5

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae import dictionary as module
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU, TopK
+from mistudio.engine.sae.activation import JumpReLU, TopK
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.files import load_sae, save_sae
 from mistudio.errors import CorruptFile, NotFound
 

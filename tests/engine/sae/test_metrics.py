@@ -8,7 +8,8 @@ import torch
 
 from mistudio.engine.activations.source import calibrate_medians
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU
+from mistudio.engine.sae.activation import JumpReLU
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.metrics import ReconstructionMeter, loss_recovered
 
 POINT = HookPoint("resid_post", 1)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.sae.dictionary import Dictionary, JumpReLU
+from mistudio.engine.sae.activation import JumpReLU
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.generation import Sampling, draw, encode_prompt, generate
 from mistudio.engine.steering.interventions import FeatureEdit, RowSteering, steering_vector
 from mistudio.engine.steering.metrics import (
