@@ -11,8 +11,9 @@ from mistudio.jobs.demo import Demo
 from mistudio.jobs.features import Discover
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, Extract
+from mistudio.jobs.saes import Export
 from mistudio.jobs.steering import Steer
-from mistudio.jobs.training import Export, Train
+from mistudio.jobs.training import Train
 
 __all__ = [
     "KINDS",

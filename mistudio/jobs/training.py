@@ -1,10 +1,8 @@
-"""Jobs on dictionaries: train, export."""
+"""The training job: from a model and text to one dictionary per hook point."""
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,18 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import psutil
-
 import mistudio
 from mistudio import device
-from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import InvalidInput, NotFound
+from mistudio.engine.progress import Progress
+from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import check_layers, loaded_model, parse_points, precision_of
 from mistudio.jobs.stages import Stage, Within
-from mistudio.library.library import Library, flush_tree
+from mistudio.library.library import Library
 from mistudio.library.records import Extraction, Model, Tokenization, Training
 
 if TYPE_CHECKING:
@@ -77,33 +73,6 @@ class Train:
         tokens = tokenize(library, work, self.dataset_id, self.model_id, Stage(context, "tokenize"))
         record = train(library, work, self, tokens, context, {})
         return {"training_id": record.id, "status": record.status}
-
-
-@dataclass(frozen=True)
-class Export:
-    """The SAEs of a run are written to a folder outside the library."""
-
-    training_id: int
-    folder: str
-    format: str = "saelens"
-
-    kind: ClassVar[str] = "export"
-    lane: ClassVar[str] = "disk"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase("export"),)
-
-    def title(self, library: Library) -> str:
-        return f"Export {library.trainings.get(self.training_id).name} as {self.format}"
-
-    def run(self, context: JobContext) -> dict[str, Any]:
-        return {
-            "folders": export(
-                context.library,
-                self.training_id,
-                self.format,
-                Path(self.folder).expanduser(),
-                context,
-            )
-        }
 
 
 def train(
@@ -235,6 +204,7 @@ def _save_site(
     source: ActivationSource,
 ) -> dict[str, Any]:
     from mistudio.engine.sae.files import save_sae
+    from mistudio.engine.sae.site import Site
 
     metrics = {
         **site.quality.as_dict(),
@@ -255,7 +225,7 @@ def _save_site(
     save_sae(
         site.dictionary,
         folder / point.name,
-        hook_point=point,
+        site=Site.at(point),
         model_name=public_name(record),
         hf_hook_name=model.module_path(point),
         context=site.plan.config.context,
@@ -375,67 +345,3 @@ def layers_of(names: list[str]) -> list[int]:
 def _default_name(library: Library, job: Train) -> str:
     layers = "-".join(map(str, layers_of(job.hook_points)))
     return f"{library.models.get(job.model_id).name} layer {layers} {time.strftime('%H%M')}"
-
-
-def export(
-    library: Library,
-    training_id: int,
-    format: str,
-    folder: Path,
-    progress: Progress = SILENT,
-) -> list[str]:
-    """Copy the run's SAE folders (SAELens' format is our own), complete or not at all, and read
-    each back. Returns the folders."""
-    from mistudio.engine.sae.files import load_sae
-
-    if format != "saelens":
-        raise InvalidInput(
-            "Unknown export format", f"{format!r} is not known.", "Use `saelens`.", field="format"
-        )
-    saes = library.saes.of_training(training_id)
-    if not saes:
-        raise NotFound("This run has no SAEs", next_step="Choose another run.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInput(
-            "The target is not an empty folder",
-            f"{folder} already holds something.",
-            "Choose a new or empty folder.",
-            field="folder",
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear_dead_partials(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        for number, sae in enumerate(saes):
-            progress.report(number, len(saes))
-            load_sae(library.path(sae.folder))  # a refusal should name this place, not the copy
-            _copy_tree(library.path(sae.folder), partial / sae.hook_point, progress)
-            load_sae(partial / sae.hook_point)
-        flush_tree(partial)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return [str(folder / sae.hook_point) for sae in saes]
-
-
-def _clear_dead_partials(folder: Path) -> None:
-    """What exports to the same place left when their process was killed."""
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        owner = partial.name.rpartition("-")[2]
-        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy_tree(source: Path, target: Path, progress: Progress) -> None:
-    for file in sorted(source.rglob("*")):
-        place = target / file.relative_to(source)
-        if file.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as reader, place.open("wb") as writer:
-            while block := reader.read(8 * 1024**2):
-                progress.check()
-                writer.write(block)

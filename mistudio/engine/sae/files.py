@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae.activation import Activation, JumpReLU, ReLU, TopK
 from mistudio.engine.sae.dictionary import Dictionary
+from mistudio.engine.sae.site import Site
 from mistudio.errors import CorruptFile, NotFound
 
 CONFIG = "cfg.json"
@@ -33,16 +34,21 @@ class SavedSae:
     """A dictionary with where it belongs. `record` is our own metadata (training, metrics)."""
 
     dictionary: Dictionary
-    hook_point: HookPoint
+    site: Site
     metadata: dict[str, Any]
     record: dict[str, Any]
+
+    @property
+    def hook_point(self) -> HookPoint:
+        """Where it reads."""
+        return self.site.input
 
 
 def save_sae(
     dictionary: Dictionary,
     folder: Path,
     *,
-    hook_point: HookPoint,
+    site: Site,
     model_name: str,
     hf_hook_name: str = "",
     context: int = 128,
@@ -75,7 +81,8 @@ def save_sae(
             "sae_lens_training_version": f"miStudio-{version}",
             "training_architecture": training_architecture or final.activation.name,
             "model_name": model_name,
-            "hook_name": hook_point.name,
+            "hook_name": site.input.name,
+            "hook_name_out": site.output.name,
             "hf_hook_name": hf_hook_name,
             "context_size": context,
             "prepend_bos": prepend_bos,
@@ -113,9 +120,11 @@ def load_sae(folder: Path, device: str = "cpu") -> SavedSae:
         ) from exc
     dictionary = _build(folder, config, tensors)
     ours = folder / OURS
+    reads = config["metadata"]["hook_name"]
+    writes = config["metadata"].get("hook_name_out") or reads
     return SavedSae(
         dictionary=dictionary,
-        hook_point=HookPoint.parse(config["metadata"]["hook_name"]),
+        site=Site(HookPoint.parse(reads), HookPoint.parse(writes)),
         metadata=config["metadata"],
         record=json.loads(ours.read_text(encoding="utf-8")) if ours.exists() else {},
     )

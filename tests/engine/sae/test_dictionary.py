@@ -13,6 +13,7 @@ from mistudio.engine.sae import dictionary as module
 from mistudio.engine.sae.activation import JumpReLU, TopK
 from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.files import load_sae, save_sae
+from mistudio.engine.sae.site import Site
 from mistudio.errors import CorruptFile, NotFound
 
 D, M = 12, 40
@@ -84,7 +85,7 @@ def test_unit_decoder_keeps_the_reconstruction():
 @pytest.mark.parametrize("activation", [None, TopK(5)])
 def test_saved_dictionary_reads_back_as_the_same_function(tmp_path, activation):
     d, x = make(activation), torch.randn(30, D)
-    save_sae(d, tmp_path / "sae", hook_point=HookPoint("resid_post", 3), model_name="m")
+    save_sae(d, tmp_path / "sae", site=Site.at(HookPoint("resid_post", 3)), model_name="m")
     saved = load_sae(tmp_path / "sae")
     assert saved.hook_point == HookPoint("resid_post", 3)
     assert torch.allclose(saved.dictionary.reconstruct(x), d.reconstruct(x), atol=1e-4)
@@ -94,7 +95,7 @@ def test_the_folder_is_what_saelens_reads(tmp_path):
     save_sae(
         make(),
         tmp_path,
-        hook_point=HookPoint("resid_post", 3),
+        site=Site.at(HookPoint("resid_post", 3)),
         model_name="gpt2",
         frequencies=torch.full((M,), 0.01),
     )
@@ -119,7 +120,7 @@ def test_the_folder_is_what_saelens_reads(tmp_path):
 
 
 def test_a_bias_not_applied_to_the_input_is_honoured(tmp_path):
-    save_sae(make(), tmp_path, hook_point=HookPoint("resid_post", 0), model_name="m")
+    save_sae(make(), tmp_path, site=Site.at(HookPoint("resid_post", 0)), model_name="m")
     config = json.loads((tmp_path / "cfg.json").read_text())
     config["apply_b_dec_to_input"] = False
     (tmp_path / "cfg.json").write_text(json.dumps(config))
@@ -133,7 +134,7 @@ def test_a_bias_not_applied_to_the_input_is_honoured(tmp_path):
 def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(NotFound):
         load_sae(tmp_path)
-    save_sae(make(), tmp_path, hook_point=HookPoint("resid_post", 0), model_name="m")
+    save_sae(make(), tmp_path, site=Site.at(HookPoint("resid_post", 0)), model_name="m")
     weights = tmp_path / "sae_weights.safetensors"
     good = load_file(weights)
     save_file({**good, "W_dec": good["W_dec"][:-1].contiguous()}, weights)
