@@ -1,12 +1,14 @@
 """Where training takes its activations from: a running model, or a store on disk. One interface.
 
-Both give shuffled batches of raw activations at several hook points, row i of every site being
-the same token, and neither ever gives a position that does not count.
+All give shuffled batches of raw activations at several hook points, row i of every site being
+the same token, and none ever gives a position that does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.activations.positions import countable, counted, median_norm
+from mistudio.engine.activations.ring import Layout, RingStream, Rows
+from mistudio.engine.activations.stream import Batch, BatchStream, Dropped, State
 from mistudio.engine.datasets.tokens import TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 
-Batch = Mapping[HookPoint, Tensor]
 CALIBRATION_WINDOWS = 16
 
 
@@ -27,20 +30,51 @@ class ActivationSource(Protocol):
     """Activations of one model over one token store.
 
     `medians` are the median norms at the sites, from a calibration sample; they define outliers.
+
+    A stream of batches may be stopped and gone on with, also in another process:
+
+        with source.batches(2048, seed, progress) as stream:
+            for batch in stream:
+                ...
+                save_file(stream.state(), path)
+        with source.batches(2048, seed, progress, state=load_file(path)) as stream:
+            ...  # bit for bit the batches that the first stream would have given next
+
+    That holds on one machine with one number of threads; another may round the model's sums
+    otherwise.
     """
 
     points: tuple[HookPoint, ...]
     medians: dict[HookPoint, float]
-    dropped_outliers: int
+
+    @property
+    def dropped(self) -> Dropped:
+        """What became of the positions that were read for training. A running model counts along
+        the stream that went furthest: sampling and calibration read the same text again."""
+        ...
+
+    @property
+    def dropped_outliers(self) -> int: ...
 
     def width(self, point: HookPoint) -> int: ...
 
-    def batches(self, batch_size: int, seed: int, progress: Progress) -> Iterator[Batch]:
-        """Endless shuffled training batches, float32 [batch_size, d] per site."""
+    def batches(
+        self, batch_size: int, seed: int, progress: Progress, state: State | None = None
+    ) -> BatchStream:
+        """Endless shuffled training batches, float32 [batch_size, d] per site.
+
+        `state` is what `BatchStream.state` gave. Raises `Incompatible` where it does not belong
+        to this source. Another `batch_size` than the interrupted stream's is possible: the same
+        rows follow, cut otherwise.
+        """
         ...
 
     def heldout(self, batch_size: int, limit: int, progress: Progress) -> Iterator[Batch]:
         """The held-out split in order, at most `limit` tokens; the last batch may be short."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """While inside, the source leaves the model alone. For who runs or edits it meanwhile."""
         ...
 
 
@@ -111,14 +145,58 @@ def capture_windows(
     for start in range(0, len(order), batch_windows):
         progress.check()
         windows = order[start : start + batch_windows]
-        ids = tokens.windows(windows, context).to(model.device)
-        captured = model.capture(ids, points)
-        mask = counted(ids, captured, medians, tokens.meta.special_ids)
-        yield WindowBatch(windows, ids, captured, mask)
+        yield capture_batch(model, tokens, points, medians, windows, context)
+
+
+def capture_batch(
+    model: HookedDecoder,
+    tokens: TokenSplit,
+    points: tuple[HookPoint, ...],
+    medians: Mapping[HookPoint, float],
+    windows: np.ndarray,
+    context: int,
+) -> WindowBatch:
+    """One forward pass over `windows`."""
+    ids = tokens.windows(windows, context).to(model.device)
+    captured = model.capture(ids, points)
+    mask = counted(ids, captured, medians, tokens.meta.special_ids)
+    return WindowBatch(windows, ids, captured, mask)
+
+
+def kept_rows(batch: WindowBatch, tokens: TokenSplit) -> tuple[dict[HookPoint, Tensor], Dropped]:
+    """The positions that count, row i of every site being the same token, and the tally."""
+    places = batch.mask.flatten().nonzero().squeeze(1)
+    rows = {
+        point: values.flatten(0, 1).index_select(0, places)
+        for point, values in batch.captured.items()
+    }
+    special = int((~countable(batch.ids, tokens.meta.special_ids)).sum())
+    outliers = batch.ids.numel() - special - len(places)
+    return rows, Dropped(special, outliers, len(places))
+
+
+def rebatched(chunks: Iterable[Rows], batch_size: int, limit: int) -> Iterator[Rows]:
+    """The rows of `chunks` in order, cut into batches; at most `limit` rows, the last may be
+    short."""
+    pending: list[Rows] = []
+    have = given = 0
+    for rows in chunks:
+        pending.append(rows)
+        have += len(next(iter(rows.values())))
+        while have >= batch_size or (have and given + have >= limit):
+            joined = {point: torch.cat([part[point] for part in pending]) for point in pending[0]}
+            n = min(batch_size, limit - given, have)
+            yield {point: values[:n] for point, values in joined.items()}
+            pending = [{point: values[n:] for point, values in joined.items()}]
+            have, given = have - n, given + n
+            if given >= limit:
+                return
+    if have:
+        yield {point: torch.cat([part[point] for part in pending]) for point in pending[0]}
 
 
 class LiveActivations:
-    """Activations streamed from the model, mixed in a buffer of `buffer_tokens` rows."""
+    """Activations streamed from the model, shuffled in fills of `buffer_tokens` positions."""
 
     def __init__(
         self,
@@ -128,95 +206,87 @@ class LiveActivations:
         context: int,
         batch_windows: int = 8,
         buffer_tokens: int = 32768,
+        device: torch.device | str | None = None,
     ) -> None:
+        """`device` is where batches go, the model's own by default."""
         store.train.require_windows(context, 8, "Training")
         store.heldout.require_windows(context, 2, "Judging the result")
         self.points = points
-        self.dropped_outliers = 0
         self._model, self._store = model, store
         self._context, self._batch_windows = context, batch_windows
         self._buffer_tokens = buffer_tokens
+        self._device = model.device if device is None else torch.device(device)
+        self._turn, self._model_free = threading.Lock(), threading.Lock()
+        self._furthest = Dropped()
         self.medians = calibrate_medians(model, store.train, points, context)
+
+    @property
+    def dropped(self) -> Dropped:
+        return self._furthest
+
+    @property
+    def dropped_outliers(self) -> int:
+        return self.dropped.outliers
 
     def width(self, point: HookPoint) -> int:
         return self._model.width(point)
 
-    def batches(self, batch_size: int, seed: int, progress: Progress = SILENT) -> Iterator[Batch]:
-        generator = np.random.default_rng(seed)
-        size = max(self._buffer_tokens, 2 * batch_size)
-        mixer = _Mixer(size, batch_size, {point: self.width(point) for point in self.points})
-        while True:
-            order = generator.permutation(self._store.train.n_windows(self._context))
-            for rows in self._rows(self._store.train, order, progress):
-                yield from mixer.add(rows, generator)
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        progress: Progress = SILENT,
+        state: State | None = None,
+    ) -> BatchStream:
+        return RingStream(
+            self._train_rows,
+            progress.check,
+            self._layout(batch_size),
+            self.points,
+            seed,
+            batch_size,
+            self._device,
+            self._note,
+            state,
+        )
 
     def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:
         order = np.arange(self._store.heldout.n_windows(self._context))
-        given = 0
-        for rows in self._rows(self._store.heldout, order, progress):
-            n = min(len(rows[self.points[0]]), limit - given)
-            for start in range(0, n, batch_size):
-                yield {point: rows[point][start : min(start + batch_size, n)] for point in rows}
-            given += n
-            if given >= limit:
-                return
+        chunks = (
+            self._rows(self._store.heldout, order[start : start + self._batch_windows])[0]
+            for start in range(0, len(order), self._batch_windows)
+        )
+        for rows in rebatched(chunks, batch_size, limit):
+            progress.check()
+            yield {point: values.to(self._device).float() for point, values in rows.items()}
 
-    def _rows(
-        self, tokens: TokenSplit, order: np.ndarray, progress: Progress
-    ) -> Iterator[dict[HookPoint, Tensor]]:
-        special = tokens.meta.special_ids
-        for batch in capture_windows(
-            self._model,
-            tokens,
-            self.points,
-            self.medians,
-            order,
-            self._context,
-            self._batch_windows,
-            progress,
-        ):
-            self.dropped_outliers += int((countable(batch.ids, special) & ~batch.mask).sum())
-            yield {point: batch.captured[point][batch.mask].float() for point in self.points}
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._turn, self._model_free:
+            yield
 
+    def _layout(self, batch_size: int) -> Layout:
+        """Fills of `buffer_tokens` positions, but of two batches at least."""
+        wanted = max(self._buffer_tokens, 2 * batch_size) // self._context
+        return Layout(
+            n_windows=self._store.train.n_windows(self._context),
+            context=self._context,
+            batch_windows=self._batch_windows,
+            fill_windows=max(wanted, self._batch_windows),
+        )
 
-class _Mixer:
-    """A shuffling buffer: filled in order, given away at random once it is full.
+    def _train_rows(self, windows: np.ndarray) -> tuple[Rows, Dropped]:
+        return self._rows(self._store.train, windows)
 
-    Each time the buffer is full it is permuted and half of it leaves as batches, so that a batch
-    holds rows from many windows (neighbouring tokens are strongly correlated).
-    """
+    def _rows(self, tokens: TokenSplit, windows: np.ndarray) -> tuple[Rows, Dropped]:
+        """Rows [n, d] per site in the model's precision, and what was left out of them."""
+        with self._turn:
+            pass  # whoever waits for the model comes before the next batch of windows
+        with self._model_free:
+            batch = capture_batch(
+                self._model, tokens, self.points, self.medians, windows, self._context
+            )
+        return kept_rows(batch, tokens)
 
-    def __init__(self, size: int, batch_size: int, widths: Mapping[HookPoint, int]) -> None:
-        self._batch_size = batch_size
-        self._size = size
-        self._rows: dict[HookPoint, Tensor] = {}
-        self._widths = widths
-        self._filled = 0
-
-    def add(self, rows: Batch, generator: np.random.Generator) -> Iterator[dict[HookPoint, Tensor]]:
-        n = len(next(iter(rows.values())))
-        offset = 0
-        while offset < n:
-            if not self._rows:
-                self._rows = {
-                    point: torch.empty(self._size, width, device=rows[point].device)
-                    for point, width in self._widths.items()
-                }
-            take = min(n - offset, self._size - self._filled)
-            for point, buffer in self._rows.items():
-                buffer[self._filled : self._filled + take] = rows[point][offset : offset + take]
-            self._filled += take
-            offset += take
-            if self._filled == self._size:
-                yield from self._give(generator)
-
-    def _give(self, generator: np.random.Generator) -> Iterator[dict[HookPoint, Tensor]]:
-        order = torch.from_numpy(generator.permutation(self._size))
-        given = (self._size // 2 // self._batch_size) * self._batch_size
-        for start in range(0, given, self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            yield {point: buffer[chosen] for point, buffer in self._rows.items()}
-        kept = order[given:]
-        for buffer in self._rows.values():
-            buffer[: len(kept)] = buffer[kept]
-        self._filled = len(kept)
+    def _note(self, counts: Dropped) -> None:
+        self._furthest = max(self._furthest, counts, key=lambda dropped: dropped.seen)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ import numpy as np
 import torch
 
 from mistudio.engine.activations.positions import countable
-from mistudio.engine.activations.source import (
+from mistudio.engine.activations.source import TokenRows, calibrate_medians, capture_windows
+from mistudio.engine.activations.stream import (
+    BLOCK_ORDER,
     Batch,
-    TokenRows,
-    calibrate_medians,
-    capture_windows,
+    BatchStream,
+    Courier,
+    Dropped,
+    State,
+    generator,
+    number,
+    pack,
+    require,
 )
 from mistudio.engine.datasets.tokens import SPLITS, TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
@@ -147,24 +155,34 @@ def _orders(
 class StoredActivations:
     """A finished extraction as an `ActivationSource`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """`device` is where batches go. Raises `CorruptFile` where the folder is not whole."""
         self.meta = ActivationMeta(**json.loads((folder / META).read_text(encoding="utf-8")))
         self.points = tuple(HookPoint.parse(name) for name in self.meta.points)
         self.medians = {point: self.meta.medians[point.name] for point in self.points}
-        self.dropped_outliers = self.meta.dropped_outliers
-        self._arrays = {
-            split: {
-                point: np.memmap(
-                    folder / split / f"{point.name}.f16",
-                    dtype=np.float16,
-                    mode="r",
-                    shape=(self.meta.tokens[split], self.width(point)),
-                )
-                for point in self.points
-            }
+        self._courier = Courier(torch.device(device))
+        self._tables = {
+            split: {point: self._open(folder, split, point) for point in self.points}
             for split in SPLITS
         }
         self.rows = {split: np.load(folder / split / "rows.npy", mmap_mode="r") for split in SPLITS}
+
+    def _open(self, folder: Path, split: str, point: HookPoint) -> torch.Tensor:
+        shape = (self.meta.tokens[split], self.width(point))
+        if not shape[0]:
+            return torch.empty(shape, dtype=torch.float16)
+        # Mode c: nothing is written to the file, and torch takes no array that cannot be written.
+        path = folder / split / f"{point.name}.f16"
+        return torch.from_numpy(np.memmap(path, np.float16, "c", shape=shape))
+
+    @property
+    def dropped(self) -> Dropped:
+        kept = sum(self.meta.tokens.values())
+        return Dropped(self.meta.dropped_special, self.meta.dropped_outliers, kept)
+
+    @property
+    def dropped_outliers(self) -> int:
+        return self.dropped.outliers
 
     def width(self, point: HookPoint) -> int:
         return self.meta.widths[point.name]
@@ -174,25 +192,23 @@ class StoredActivations:
         self.points = points
         return self
 
-    def batches(self, batch_size: int, seed: int, progress: Progress = SILENT) -> Iterator[Batch]:
-        generator = np.random.default_rng(seed)
-        n = self.meta.tokens["train"]
-        blocks = max(1, batch_size // READ_BLOCK)
-        last = max(1, n // READ_BLOCK)
-        while True:
-            order = generator.permutation(last)
-            for start in range(0, max(1, last - blocks + 1), blocks):
-                progress.check()
-                chosen = order[start : start + blocks]
-                rows = (chosen[:, None] * READ_BLOCK + np.arange(READ_BLOCK)).ravel() % n
-                yield {point: self._read("train", point, rows) for point in self.points}
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        progress: Progress = SILENT,
+        state: State | None = None,
+    ) -> BatchStream:
+        return _StoredStream(self, batch_size, seed, progress, state)
 
     def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:
         n = min(limit, self.meta.tokens["heldout"])
         for start in range(0, n, batch_size):
             progress.check()
-            rows = np.arange(start, min(start + batch_size, n))
-            yield {point: self._read("heldout", point, rows) for point in self.points}
+            yield self.read("heldout", np.arange(start, min(start + batch_size, n)))
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def token_rows(
         self, split: str, point: HookPoint, progress: Progress = SILENT
@@ -210,9 +226,74 @@ class StoredActivations:
             )
             start += size
 
+    def read(self, split: str, rows: np.ndarray) -> Batch:
+        """The given rows of every site, float32 on the device."""
+        return {point: self._read(split, point, rows) for point in self.points}
+
     def _read(self, split: str, point: HookPoint, rows: np.ndarray) -> torch.Tensor:
-        values = torch.from_numpy(self._arrays[split][point][rows])
-        return values.float() / self.meta.scales[point.name]
+        values = self._courier.send(point, self._tables[split][point], torch.from_numpy(rows))
+        return values.div_(self.meta.scales[point.name])
+
+
+class _StoredStream(BatchStream):
+    """Epoch after epoch over the stored training rows, in blocks of `READ_BLOCK` rows.
+
+    Every row comes once an epoch. A batch that an epoch's end cuts short goes on in the next, so
+    the place is the number of rows given.
+    """
+
+    def __init__(
+        self,
+        store: StoredActivations,
+        batch_size: int,
+        seed: int,
+        progress: Progress,
+        state: State | None,
+    ) -> None:
+        self._store: StoredActivations | None = store
+        self._batch_size, self._seed, self._progress = batch_size, seed, progress
+        self._total = store.meta.tokens["train"]
+        self._epoch = self._place = 0
+        self._order: tuple[int, np.ndarray, int] = (-1, np.empty(0, np.uint32), 0)
+        if state is not None:
+            require(state, "seed", seed, "the seed")
+            require(state, "rows", self._total, "the number of stored tokens")
+            self._epoch, self._place = number(state, "epoch"), number(state, "place")
+
+    def __next__(self) -> Batch:
+        if self._store is None:
+            raise StopIteration
+        self._progress.check()
+        parts = []
+        wanted = self._batch_size
+        while wanted:
+            take = min(wanted, self._total - self._place)
+            parts.append(self._rows(self._epoch, self._place, self._place + take))
+            wanted -= take
+            self._place += take
+            if self._place == self._total:
+                self._epoch, self._place = self._epoch + 1, 0
+        return self._store.read("train", np.concatenate(parts))
+
+    def state(self) -> State:
+        return pack(seed=self._seed, rows=self._total, epoch=self._epoch, place=self._place)
+
+    def close(self) -> None:
+        self._store = None
+
+    def _rows(self, epoch: int, first: int, stop: int) -> np.ndarray:
+        """The rows at places `first` to `stop` of an epoch."""
+        if self._order[0] != epoch:
+            # The one thing that grows with the store: 1 byte for 8 rows.
+            order = np.arange(-(-self._total // READ_BLOCK), dtype=np.uint32)
+            generator(self._seed, BLOCK_ORDER, epoch).shuffle(order)
+            self._order = epoch, order, int(np.argmax(order == len(order) - 1))
+        _, order, short = self._order
+        places = np.arange(first, stop)
+        # The store's last block may be short: behind it, everything lies that much earlier.
+        missing = len(order) * READ_BLOCK - self._total
+        places[places >= (short + 1) * READ_BLOCK - missing] += missing
+        return order[places // READ_BLOCK].astype(np.int64) * READ_BLOCK + places % READ_BLOCK
 
 
 class _Writer:
