@@ -25,7 +25,7 @@ from mistudio.library.records import Extraction, Model, Tokenization, Training
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
-    from mistudio.engine.sae.metrics import LossRecovered
+    from mistudio.engine.sae.loss import LossRecovered
     from mistudio.engine.training.run import TrainedRun, TrainedSite
 
 TRAIN_PARTS = {
@@ -174,7 +174,7 @@ def _losses(
 ) -> dict[HookPoint, LossRecovered]:
     """Cross-entropy with each dictionary spliced into the model, on held-out text."""
     from mistudio.engine.datasets.tokens import TokenStore
-    from mistudio.engine.sae.metrics import loss_recovered
+    from mistudio.engine.sae.loss import loss_recovered
 
     heldout = TokenStore(library.path(tokenization.folder)).heldout
     found = {}
