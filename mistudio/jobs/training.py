@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
     from mistudio.engine.sae.loss import LossRecovered
+    from mistudio.engine.sae.site import Site
     from mistudio.engine.training.run import TrainedRun, TrainedSite
 
 TRAIN_PARTS = {
@@ -107,8 +108,8 @@ def train(
     losses = _losses(library, model, tokenization, source, trained, job, config.context, stage)
     folder = work / "training"
     metrics = {
-        point: _save_site(library, folder, model, job, site, point, losses[point], source)
-        for point, site in trained.sites.items()
+        site: _save_site(library, folder, model, job, result, site, losses[site], source)
+        for site, result in trained.sites.items()
     }
     history = work / "metrics.jsonl"
     if history.exists():
@@ -171,21 +172,21 @@ def _losses(
     job: Train,
     context: int,
     progress: Progress,
-) -> dict[HookPoint, LossRecovered]:
+) -> dict[Site, LossRecovered]:
     """Cross-entropy with each dictionary spliced into the model, on held-out text."""
     from mistudio.engine.datasets.tokens import TokenStore
     from mistudio.engine.sae.loss import loss_recovered
 
     heldout = TokenStore(library.path(tokenization.folder)).heldout
     found = {}
-    for number, (point, site) in enumerate(trained.sites.items()):
+    for number, (site, result) in enumerate(trained.sites.items()):
         share = Within(progress, number, len(trained.sites))
-        found[point] = loss_recovered(
+        found[site] = loss_recovered(
             model,
             heldout,
-            point,
-            site.dictionary.to(model.device),
-            source.medians[point],
+            site,
+            result.dictionary.to(model.device),
+            source.medians,
             context=context,
             max_tokens=job.loss_tokens,
             progress=share,
@@ -198,42 +199,41 @@ def _save_site(
     folder: Path,
     model: HookedDecoder,
     job: Train,
-    site: TrainedSite,
-    point: HookPoint,
+    result: TrainedSite,
+    site: Site,
     loss: LossRecovered,
     source: ActivationSource,
 ) -> dict[str, Any]:
     from mistudio.engine.sae.files import save_sae
-    from mistudio.engine.sae.site import Site
 
     metrics = {
-        **site.quality.as_dict(),
+        **result.quality.as_dict(),
         **{
             f"loss_{name}" if name == "tokens" else name: value
             for name, value in loss.as_dict().items()
         },
-        "median_norm": source.medians[point],
-        "train_fvu": site.train_fvu,
-        "calibration_tokens": site.calibration_tokens,
-        "revived": site.revived,
-        "learning_rate": site.plan.learning_rate,
-        "batch_size": site.plan.batch_size,
-        "steps": site.plan.steps,
-        "dead_window": site.plan.dead_window,
+        "median_norm": source.medians[site.input],
+        "train_fvu": result.train_fvu,
+        "calibration_tokens": result.calibration_tokens,
+        "revived": result.revived,
+        "learning_rate": result.plan.learning_rate,
+        "batch_size": result.plan.batch_size,
+        "steps": result.plan.steps,
+        "dead_window": result.plan.dead_window,
     }
     record = library.models.get(job.model_id)
     save_sae(
-        site.dictionary,
-        folder / point.name,
-        site=Site.at(point),
+        result.dictionary,
+        folder / site.name,
+        site=site,
         model_name=public_name(record),
-        hf_hook_name=model.module_path(point),
-        context=site.plan.config.context,
-        training_architecture=site.plan.config.sparsity,
-        frequencies=site.frequencies,
+        hf_hook_name=model.module_path(site.input),
+        context=result.plan.config.context,
+        training_architecture=result.plan.config.sparsity,
+        frequencies=result.frequencies,
         record={
             "metrics": metrics,
-            "plan": site.plan.as_dict(),
+            "plan": result.plan.as_dict(),
             "model": {
                 "name": record.name,
                 "origin": record.origin,
@@ -244,10 +244,10 @@ def _save_site(
     )
     return {
         **metrics,
-        "d_in": site.dictionary.d_in,
-        "d_sae": site.dictionary.d_sae,
-        "k": site.plan.k,
-        "architecture": site.dictionary.activation.name,
+        "d_in": result.dictionary.d_in,
+        "d_sae": result.dictionary.d_sae,
+        "k": result.plan.k,
+        "architecture": result.dictionary.activation.name,
     }
 
 
@@ -257,7 +257,7 @@ def _run_record(
     model: HookedDecoder,
     tokenization: Tokenization,
     trained: TrainedRun,
-    metrics: dict[HookPoint, dict[str, Any]],
+    metrics: dict[Site, dict[str, Any]],
     source: ActivationSource,
 ) -> dict[str, Any]:
     """Everything that says how the run came about, kept beside the SAEs."""
@@ -274,12 +274,12 @@ def _run_record(
         "dataset": {"name": dataset.name, "provenance": dataset.provenance},
         "tokenizer_hash": tokenization.tokenizer_hash,
         "source": "stored activations" if job.extraction_id is not None else "streamed",
-        "dropped_outliers": source.dropped_outliers,
+        "dropped": asdict(source.dropped),
         "tokens": trained.tokens,
         "tokens_per_second": trained.tokens_per_second,
         "training_seconds": trained.seconds,
         "stopped": trained.stopped,
-        "sites": {point.name: row for point, row in metrics.items()},
+        "sites": {site.name: row for site, row in metrics.items()},
         "versions": device.versions(),
         "device": device.current().name,
     }
@@ -292,7 +292,7 @@ def _commit(
     tokenization: Tokenization,
     trained: TrainedRun,
     record: dict[str, Any],
-    metrics: dict[HookPoint, dict[str, Any]],
+    metrics: dict[Site, dict[str, Any]],
     job_id: int,
     seconds: float,
 ) -> Training:
@@ -312,13 +312,13 @@ def _commit(
             folder=target,
             seconds=seconds,
         )
-        for point, row in metrics.items():
+        for site, row in metrics.items():
             library.saes.add(
                 training_id=training_id,
                 model_id=job.model_id,
-                hook_point=point.name,
-                layer=point.layer,
-                folder=f"{target}/{point.name}",
+                hook_point=site.name,
+                layer=site.layer,
+                folder=f"{target}/{site.name}",
                 architecture=row["architecture"],
                 d_in=row["d_in"],
                 d_sae=row["d_sae"],

@@ -25,9 +25,44 @@ class TrainingConfig:
         "batchtopk",
         "Sparsity",
         "How active latents are chosen. BatchTopK gives every token as many as it needs, with "
-        "the target on average; TopK gives every token the same number.",
-        choices=("batchtopk", "topk"),
+        "the target on average; TopK gives every token the same number; Matryoshka nests small "
+        "dictionaries in the large one; JumpReLU, ReLU + L1 and Gated learn a threshold or pay "
+        "for activity, steered to the target.",
+        choices=("batchtopk", "topk", "matryoshka", "jumprelu", "standard", "gated"),
         essential=True,
+    )
+    wiring: str = _option(
+        "sae",
+        "Encoder type",
+        "What is reconstructed: the activation itself (autoencoder), the activation beyond a "
+        "fixed linear part of it (skip autoencoder), or the MLP's output from its input "
+        "(transcoder), if wished beside a learnt linear map (skip transcoder).",
+        choices=("sae", "skip_sae", "transcoder", "skip_transcoder"),
+    )
+    skip: str = _option(
+        "principal",
+        "Skip",
+        "What the skip of a skip autoencoder passes on: the leading principal directions, or a "
+        "fixed share of everything.",
+        choices=("principal", "fixed"),
+        only={"wiring": ("skip_sae",)},
+    )
+    skip_rank: int = _option(
+        16,
+        "Skip directions",
+        "Principal directions that bypass the dictionary.",
+        minimum=1,
+        maximum=1024,
+        only={"wiring": ("skip_sae",), "skip": ("principal",)},
+    )
+    skip_share: float = _option(
+        0.2,
+        "Skip share",
+        "Share of the activation that bypasses the dictionary. At 1 nothing would be left to "
+        "learn.",
+        minimum=0.0,
+        maximum=0.95,
+        only={"wiring": ("skip_sae",), "skip": ("fixed",)},
     )
     expansion: float = _option(
         8.0,
@@ -55,11 +90,57 @@ class TrainingConfig:
         maximum=100_000_000_000,
         essential=True,
     )
+    width: int | None = _option(
+        None,
+        "Dictionary size",
+        "Number of latents, where it should not be a multiple of the activation's width.",
+        minimum=8,
+        maximum=2**22,
+        unit="latents",
+    )
+    steps: int | None = _option(
+        None,
+        "Steps",
+        "Length of the run in steps instead of tokens.",
+        minimum=1,
+        maximum=100_000_000,
+    )
     batch_size: int | None = _option(
         None, "Batch size", "Tokens per step.", minimum=64, maximum=65536, unit="tokens"
     )
     learning_rate: float | None = _option(
-        None, "Learning rate", "Peak rate of Adam.", minimum=1e-6, maximum=1e-1
+        None, "Learning rate", "Peak rate of the optimiser.", minimum=1e-6, maximum=1e-1
+    )
+    l1_coefficient: float | None = _option(
+        None,
+        "L1 coefficient",
+        "Price of activity, in units where inputs have norm sqrt(width). Left open it is steered "
+        "so that the target L0 is met.",
+        minimum=0.0,
+        maximum=1e4,
+        only={"sparsity": ("standard", "gated", "jumprelu")},
+    )
+    optimizer: str = _option(
+        "adam",
+        "Optimiser",
+        "Adam suits dictionaries; AdamW also shrinks weights; SGD has momentum 0.9; 8-bit Adam "
+        "keeps its moments in a quarter of the memory (NVIDIA GPUs).",
+        choices=("adam", "adamw", "sgd", "adam8bit"),
+    )
+    weight_decay: float = _option(
+        0.01,
+        "Weight decay",
+        "How much AdamW shrinks the encoder and the biases, per unit of learning rate.",
+        minimum=0.0,
+        maximum=1.0,
+        only={"optimizer": ("adamw",)},
+    )
+    schedule: str = _option(
+        "constant",
+        "Schedule",
+        "How the learning rate goes between warm-up and final decay: constant, or falling to a "
+        "tenth (linear, exponential) or to nothing (cosine).",
+        choices=("constant", "linear", "cosine", "exponential"),
     )
     warmup_share: float = _option(
         0.05,
@@ -93,6 +174,18 @@ class TrainingConfig:
         "Re-initialise dead latents",
         "At 10, 25, 40 and 55 % of the run, dead latents restart on the worst explained tokens.",
     )
+    mixed_precision: bool = _option(
+        False,
+        "Mixed precision",
+        "The encoder's product in bfloat16; weights, values and gradients stay in float32.",
+    )
+    gradient_accumulation: int = _option(
+        1,
+        "Gradient accumulation",
+        "A batch is worked through in this many parts: less memory, the same result.",
+        minimum=1,
+        maximum=1024,
+    )
     dead_window: int | None = _option(
         None,
         "Dead window",
@@ -104,6 +197,22 @@ class TrainingConfig:
     context: int = _option(
         128, "Context length", "Tokens per window.", minimum=8, maximum=8192, unit="tokens"
     )
+    autosave_steps: int | None = _option(
+        None,
+        "Save every (steps)",
+        "A checkpoint after every so many steps, beside those by time.",
+        minimum=1,
+        maximum=1_000_000,
+        unit="steps",
+    )
+    autosave_minutes: float = _option(
+        5.0,
+        "Save every (minutes)",
+        "A checkpoint after every so many minutes; 0 for none.",
+        minimum=0.0,
+        maximum=1440,
+        unit="minutes",
+    )
     seed: int = _option(0, "Seed", "The same seed gives the same run.", minimum=0, maximum=2**31)
 
 
@@ -113,6 +222,7 @@ class Plan:
 
     config: TrainingConfig
     d_in: int
+    d_out: int
     d_sae: int
     k: int
     batch_size: int
@@ -164,7 +274,7 @@ def parse(values: dict[str, Any]) -> TrainingConfig:
     """A checked configuration from names and values (text is converted to the field's type)."""
     known = {entry.name: entry for entry in fields(TrainingConfig)}
     converted = {}
-    for name, value in values.items():
+    for name, value in _without_ghosts(values).items():
         if name not in known:
             raise InvalidInput(
                 "Unknown training option",
@@ -179,6 +289,16 @@ def parse(values: dict[str, Any]) -> TrainingConfig:
         name, sentence = next(iter(wrong.items()))
         raise InvalidInput("A training option is out of range", sentence, field=name)
     return config
+
+
+def _without_ghosts(values: dict[str, Any]) -> dict[str, Any]:
+    """Ghost gradients are obsolete (no peer has them any more): the switch of that name means
+    today's care for dead latents, AuxK and re-initialisation."""
+    if "ghost_gradients" not in values:
+        return values
+    rest = {name: value for name, value in values.items() if name != "ghost_gradients"}
+    wanted = _convert("auxk", "bool", values["ghost_gradients"])
+    return {"auxk": wanted, "revive": wanted, **rest}
 
 
 def _convert(name: str, kind: str, value: Any) -> Any:
@@ -212,9 +332,10 @@ def _convert(name: str, kind: str, value: Any) -> Any:
     return value
 
 
-def derive(config: TrainingConfig, d_in: int) -> Plan:
-    """Fill in what was left open, for activations of width `d_in`."""
-    d_sae = max(8, round(config.expansion * d_in / 8) * 8)
+def derive(config: TrainingConfig, d_in: int, d_out: int | None = None) -> Plan:
+    """Fill in what was left open, for inputs of width `d_in` and targets of width `d_out` (the
+    same where not given)."""
+    d_sae = config.width or max(8, round(config.expansion * d_in / 8) * 8)
     if config.k >= d_sae:
         raise InvalidInput(
             "The target L0 is too large",
@@ -222,18 +343,30 @@ def derive(config: TrainingConfig, d_in: int) -> Plan:
             f"Choose a target below {d_sae}; 32 is usual.",
             field="k",
         )
-    batch_size = config.batch_size or (2048 if config.tokens >= 200_000 else 512)
-    steps = max(1, config.tokens // batch_size)
+    if config.wiring == "skip_sae" and config.skip == "principal" and config.skip_rank >= d_in:
+        raise InvalidInput(
+            "The skip leaves nothing to learn",
+            f"{config.skip_rank} of {d_in} directions would bypass the dictionary.",
+            f"Choose fewer than {d_in}; 16 is usual.",
+            field="skip_rank",
+        )
+    batch_size = config.batch_size or (2048 if _tokens(config, 2048) >= 200_000 else 512)
+    steps = config.steps or max(1, config.tokens // batch_size)
     return Plan(
         config=config,
         d_in=d_in,
+        d_out=d_out or d_in,
         d_sae=d_sae,
         k=config.k,
         batch_size=batch_size,
         steps=steps,
         learning_rate=config.learning_rate or default_learning_rate(steps),
-        dead_window=config.dead_window or default_dead_window(config.tokens),
+        dead_window=config.dead_window or default_dead_window(steps * batch_size),
     )
+
+
+def _tokens(config: TrainingConfig, batch_size: int) -> int:
+    return config.steps * batch_size if config.steps else config.tokens
 
 
 def default_learning_rate(steps: int) -> float:

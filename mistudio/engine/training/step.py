@@ -1,78 +1,100 @@
 """One training step of one dictionary, with hand-written sparse gradients (no autograd).
 
-Only active latents carry gradient, so everything after the encoder's matrix product costs
-nnz * d instead of batch * d_sae * d. `tests/engine/training` holds it against autograd.
+The objective (`objectives/`) says which entries are active and what sparsity costs, the wiring
+(`wiring.py`) what is read and what must be reconstructed; this file runs them through a batch in
+parts, cares for dead latents, and moves the weights.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mistudio.engine.sae.activation import Activation, JumpReLU, TopK
-from mistudio.engine.sae.dictionary import Codes, Dictionary, weighted_rows
+from mistudio.engine.sae.dictionary import CHUNK_CELLS, Codes, Dictionary, weighted_rows
 from mistudio.engine.training.config import Plan
+from mistudio.engine.training.distributed import ALONE, World
+from mistudio.engine.training.objectives import OBJECTIVES, Entries, Weights
+from mistudio.engine.training.optimizers import learning_rate, optimizer
+from mistudio.engine.training.sparse import Gradients, entry_dots
+from mistudio.engine.training.wiring import wire
 from mistudio.errors import TrainingDiverged
-
-# torch says so once per process; sampled_addmm on CSR is all that is used of it.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 AUX_EVERY = 4  # steps; the term is weighted up by the same factor
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
-THRESHOLD_MEMORY = 0.9
 REVIVE_AT = (0.10, 0.25, 0.40, 0.55)
+# Active entries kept before their gradient is taken: 20 bytes each, 80 MB.
+ENTRY_BUDGET = 4 * 1024**2
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured on its batch. `fvu` (and `loss`, which leaves the auxiliary term out
-    and is therefore the same number) is relative to the calibration sample's
-    variance; `l0` is the mean number of active latents per token."""
+    """What one step measured on its batch.
+
+    `fvu`: squared error relative to the calibration sample's variance of what the sparse part
+    must reconstruct; `loss`: that plus the price of sparsity (the auxiliary term is left out);
+    `l0`: mean active latents per token; `coefficient`: the price's weight, 0 without one.
+    """
 
     loss: float
     fvu: float
     l0: float
     dead: int
     learning_rate: float
+    coefficient: float = 0.0
 
 
 class SiteTrainer:
-    """A dictionary in training at one hook point: parameters, Adam moments, dead counters."""
+    """A dictionary in training at one site: parameters, optimiser state, dead counters."""
 
-    def __init__(self, plan: Plan, sample: Tensor, seed: int) -> None:
-        """`sample` [n, d_in]: raw activations that set the scale, the bias and the variance."""
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        sample: Tensor,
+        seed: int,
+        target: Tensor | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """`sample` [n, d_in], and `target` [n, d_out] for transcoders: raw activations that set
+        scales, biases and the variance."""
+        self.plan, self._world = plan, world
+        self.wiring = wire(plan, sample, target)
+        u = self.wiring.inputs(sample)
+        wanted = self.wiring.targets(u, target)
+        self.variance = float((wanted - wanted.mean(0)).square().sum(1).mean())
         generator = torch.Generator().manual_seed(seed)
-        self.scale = math.sqrt(plan.d_in) / float(sample.norm(dim=1).mean())
-        scaled = sample * self.scale
-        self.variance = float((scaled - scaled.mean(0)).square().sum(1).mean())
-        decoder = torch.randn(plan.d_sae, plan.d_in, generator=generator).to(sample.device)
-        decoder /= decoder.norm(dim=1, keepdim=True)
-        self.decoder = decoder
-        self.encoder = decoder.clone()
+        self._generator = generator
+        encoder = torch.randn(plan.d_sae, plan.d_in, generator=generator).to(sample.device)
+        encoder /= encoder.norm(dim=1, keepdim=True)
+        self.encoder = encoder
         self.b_enc = torch.zeros(plan.d_sae, device=sample.device)
-        self.b_dec = geometric_median(scaled)
-        self.threshold: float | None = None
+        self.b_dec = geometric_median(wanted)
+        centred = u - self._centre()
+        if self.wiring.centre is None:
+            self.decoder = encoder.clone()
+        else:
+            self.decoder = _response_directions(encoder, centred, wanted - self.b_dec, plan.k)
+        self.objective = OBJECTIVES[plan.config.sparsity](plan, self._weights(), centred)
         self.step_number = 0
+        self.parts = plan.config.gradient_accumulation
         self.tokens_since_fired = torch.zeros(plan.d_sae, dtype=torch.int64, device=sample.device)
         self.revived = 0
-        self._generator = generator
-        self._optimizer = torch.optim.Adam(
-            list(self.parameters().values()), lr=plan.learning_rate, betas=(0.9, 0.999), fused=True
-        )
+        self._optimizer = optimizer(plan, list(self.parameters().values()))
 
     def parameters(self) -> dict[str, Tensor]:
-        return {
+        named = {
             "encoder": self.encoder,
             "b_enc": self.b_enc,
             "decoder": self.decoder,
             "b_dec": self.b_dec,
+            **self.objective.parameters,
         }
+        if self.wiring.learns_skip and self.wiring.skip is not None:
+            named["skip"] = self.wiring.skip
+        return named
 
     @property
     def dead(self) -> Tensor:
@@ -88,72 +110,109 @@ class SiteTrainer:
         return start + (k - start) * self.step_number / steps
 
     def learning_rate(self) -> float:
-        """Linear warm-up, constant, linear decay to 0."""
-        config, step, steps = self.plan.config, self.step_number, self.plan.steps
-        warmup = max(1, round(config.warmup_share * steps))
-        decay = max(1, round(config.decay_share * steps)) if config.decay_share else 0
-        factor = min(1.0, (step + 1) / warmup)
-        if decay and step > steps - decay:
-            factor = min(factor, (steps - step) / decay)
-        return self.plan.learning_rate * factor
+        return learning_rate(self.plan, self.step_number)
 
-    def step(self, x: Tensor, *, measure: bool = True) -> StepMetrics | None:
-        """Learn from raw activations [batch, d_in]. Metrics cost a device sync; None without."""
-        self._maybe_revive(x)
-        xs = x * self.scale
-        centred = xs - self.b_dec
-        pre = torch.addmm(self.b_enc, centred, self.encoder.T)
-        codes = self._select(pre)
-        del pre
-        error = weighted_rows(self.decoder, codes) + self.b_dec - xs
-        gradients = reconstruction_gradients(
-            codes, error, centred, self.encoder, self.decoder, self.variance
-        )
+    def step(
+        self, x: Tensor, y: Tensor | None = None, *, measure: bool = True
+    ) -> StepMetrics | None:
+        """Learn from raw inputs [batch, d_in] (and targets [batch, d_out] for transcoders): this
+        process's rows of the batch. Metrics cost a device sync; None without.
+
+        Raises TrainingDiverged where the loss is not finite (seen when measured). Memory that
+        runs out before the weights are moved leaves the state as it was.
+        """
+        self._maybe_revive(x, y)
+        u = self.wiring.inputs(x)
+        target = self.wiring.targets(u, y)
+        centred = u - self._centre()
+        k = self.current_k()
+        tokens = len(x) * self._world.size
+        factor = 2.0 / (tokens * self.variance)
+        gradients = Gradients({})
+        fired, active = torch.zeros_like(self.b_enc), 0
+        errors: list[Tensor] = []
+        penalty: Tensor | float = 0.0
+        for rows, entries in self._entries(centred, k):
+            part = self.objective.backward(
+                self._weights(), entries, centred[rows], target[rows], factor
+            )
+            gradients.add(part.gradients)
+            errors.append(part.error)
+            penalty = penalty + part.penalty
+            alive = entries.codes.values > 0
+            active += int(alive.sum())
+            fired[entries.codes.latents[alive]] = 1.0
+        error = torch.cat(errors)
+        if self.wiring.learns_skip:
+            gradients.add({"skip": (error * factor).T @ u})
         if self.plan.config.auxk and self.step_number % AUX_EVERY == 0:
-            self._add_aux_gradients(gradients, error, centred)
-        self._update(gradients)
-        self._count_fired(codes)
+            self._add_aux_gradients(gradients.values, error, centred)
+        self._update(gradients.values)
+        counts = self._world.add(torch.cat([fired, fired.new_tensor([float(active)])]))
+        l0 = float(counts[-1]) / tokens
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[counts[:-1] > 0] = 0
+        self.objective.follow(l0, k, self.step_number)
         self.step_number += 1
-        return self._metrics(error, codes) if measure else None
+        return self._metrics(error, penalty, l0, tokens) if measure else None
 
     def dictionary(self) -> Dictionary:
         """The dictionary as it stands, in training units (scale not folded)."""
-        if self.plan.config.sparsity == "topk":
-            activation: Activation = TopK(self.plan.k)
-        else:
-            threshold = torch.full_like(self.b_enc, self.threshold or 0.0)
-            activation = JumpReLU(threshold)
         return Dictionary(
-            self.encoder, self.b_enc, self.decoder, self.b_dec, activation, self.scale
+            self.encoder,
+            self.b_enc,
+            self.decoder,
+            self.b_dec,
+            self.objective.activation(self._weights()),
+            self.wiring.scale,
+            self.wiring.out_scale,
+            self.wiring.centre,
+            self.wiring.skip_matrix(),
         )
 
     # --- the parts of a step ----------------------------------------------------------------
 
-    def _select(self, pre: Tensor) -> Codes:
-        k = self.current_k()
-        if self.plan.config.sparsity == "topk":
-            rows, latents, values = TopK(round(k)).select(pre)
-        else:
-            threshold = self._follow_threshold(pre, k)
-            rows, latents = (pre > threshold).nonzero(as_tuple=True)
-            values = pre[rows, latents]
-        return Codes(rows, latents, values, len(pre), pre.shape[1])
+    def _weights(self) -> Weights:
+        return Weights(self.encoder, self.b_enc, self.decoder, self.b_dec)
 
-    def _follow_threshold(self, pre: Tensor, k: float) -> float:
-        """BatchTopK (Bussmann et al. 2024, 2412.06410) by a running threshold.
+    def _centre(self) -> Tensor:
+        return self.b_dec if self.wiring.centre is None else self.wiring.centre
 
-        The exact threshold of a batch is its (batch * k)-th largest pre-activation; an eighth of
-        the rows estimates it well, and an average over steps smooths it. A flat top-k over the
-        whole batch costs more than the encoder.
-        """
-        rows = pre[:: max(1, min(8, len(pre) // 64))]
-        n = max(1, round(len(rows) * k))
-        here = max(float(rows.flatten().topk(n, sorted=False).values.min()), 0.0)
-        if self.threshold is None or self.step_number < 10:
-            self.threshold = here
-        else:
-            self.threshold = THRESHOLD_MEMORY * self.threshold + (1 - THRESHOLD_MEMORY) * here
-        return self.threshold
+    def _entries(self, centred: Tensor, k: float) -> Iterator[tuple[slice, Entries]]:
+        """The batch's entries, in parts that fit into memory. Pre-activations are the one large
+        matrix of a step, and only a part of it exists at a time."""
+        n = len(centred)
+        size = min(math.ceil(n / self.parts), max(1, CHUNK_CELLS // self.plan.d_sae))
+        start, pending, held = 0, [], 0
+        encoder = self.encoder.bfloat16() if self.plan.config.mixed_precision else self.encoder
+        for first in range(0, n, size):
+            chunk = centred[first : first + size]
+            pre = self._pre_activations(chunk, encoder)
+            if first == 0:
+                self.objective.begin(pre, k, self.step_number, self._world)
+            entries = self._selected(pre, chunk)
+            del pre
+            pending.append(entries)
+            held += len(entries.pre)
+            stop = first + len(chunk)
+            if held > ENTRY_BUDGET or stop == n:
+                yield slice(start, stop), Entries.joined(pending)
+                start, pending, held = stop, [], 0
+
+    def _pre_activations(self, centred: Tensor, encoder: Tensor) -> Tensor:
+        if encoder.dtype == self.b_enc.dtype:
+            return torch.addmm(self.b_enc, centred, encoder.T)
+        return torch.addmm(self.b_enc.to(encoder.dtype), centred.to(encoder.dtype), encoder.T)
+
+    def _selected(self, pre: Tensor, centred: Tensor) -> Entries:
+        rows, latents = self.objective.select(pre)
+        values = pre[rows, latents]
+        codes = Codes(rows, latents, values, len(pre), pre.shape[1])
+        if pre.dtype != self.b_enc.dtype:
+            # Half precision only decides what is active; what is active is computed exactly.
+            codes = codes.with_values(values.float())
+            values = entry_dots(codes, centred, self.encoder) + self.b_enc[latents]
+        return Entries(codes.with_values(self.objective.activate(latents, values)), values)
 
     def _add_aux_gradients(
         self, gradients: dict[str, Tensor], error: Tensor, centred: Tensor
@@ -166,22 +225,29 @@ class SiteTrainer:
         dead = self.dead.nonzero().squeeze(1)
         if not len(dead):
             return
-        target = -error
         k_aux = min(self.plan.d_in // 2, 256, len(dead))
         encoder, decoder = self.encoder[dead], self.decoder[dead]
-        pre = torch.addmm(self.b_enc[dead], centred, encoder.T)
-        values, picked = pre.topk(k_aux, dim=1, sorted=False)
-        z = torch.zeros_like(pre).scatter_(1, picked, values)
-        spread = (target - target.mean(0)).square().sum(1).mean().clamp_min(1e-12)
-        weight = AUX_WEIGHT * AUX_EVERY / spread
-        residual = (z @ decoder - target) * (2 * weight / len(centred))
-        dz = torch.zeros_like(pre).scatter_(1, picked, (residual @ decoder.T).gather(1, picked))
-        gradients["decoder"].index_add_(0, dead, z.T @ residual)
-        gradients["encoder"].index_add_(0, dead, dz.T @ centred)
-        gradients["b_enc"].index_add_(0, dead, dz.sum(0))
+        spread = self._world.add((error - error.mean(0)).square().sum())
+        factor = 2 * AUX_WEIGHT * AUX_EVERY / spread.clamp_min(1e-12)
+        size = max(1, CHUNK_CELLS // 4 // len(dead))
+        for first in range(0, len(error), size):
+            inputs, target = centred[first : first + size], -error[first : first + size]
+            pre = torch.addmm(self.b_enc[dead], inputs, encoder.T)
+            values, picked = pre.topk(k_aux, dim=1, sorted=False)
+            z = torch.zeros_like(pre).scatter_(1, picked, values)
+            residual = (z @ decoder - target) * factor
+            dz = torch.zeros_like(pre).scatter_(1, picked, (residual @ decoder.T).gather(1, picked))
+            gradients["decoder"].index_add_(0, dead, z.T @ residual)
+            gradients["encoder"].index_add_(0, dead, dz.T @ inputs)
+            gradients["b_enc"].index_add_(0, dead, dz.sum(0))
 
     def _update(self, gradients: dict[str, Tensor]) -> None:
-        """Clip, remove the part along each decoder row, Adam, unit decoder rows."""
+        """Clip, remove the part along each decoder row, step, unit decoder rows."""
+        centre = gradients.pop("centre")
+        if self.wiring.centre is None:
+            gradients["b_dec"] += centre  # it is added to the output and taken off the input
+        for gradient in gradients.values():
+            self._world.add(gradient)
         along = (gradients["decoder"] * self.decoder).sum(1, keepdim=True)
         gradients["decoder"].addcmul_(self.decoder, along, value=-1)
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
@@ -195,15 +261,12 @@ class SiteTrainer:
             parameter.grad = None
         self.decoder /= self.decoder.norm(dim=1, keepdim=True)
 
-    def _count_fired(self, codes: Codes) -> None:
-        self.tokens_since_fired += codes.n_rows
-        self.tokens_since_fired[codes.latents] = 0
-
-    def _maybe_revive(self, x: Tensor) -> None:
+    def _maybe_revive(self, x: Tensor, y: Tensor | None) -> None:
         """Restart dead latents on the tokens that are explained worst (after Bricken et al. 2023).
 
         Tokens are drawn in proportion to their squared error; the decoder row points along the
-        error, the encoder row likewise at a fifth of the living rows' norm, Adam forgets.
+        error, the encoder row along the same token's part that the error leaves (for autoencoders
+        the error itself) at a fifth of the living rows' norm; the optimiser forgets.
         """
         points = {round(share * self.plan.steps) for share in REVIVE_AT}
         if not self.plan.config.revive or self.step_number not in points or not self.step_number:
@@ -211,44 +274,59 @@ class SiteTrainer:
         dead = self.dead.nonzero().squeeze(1)
         if len(dead) <= 0.01 * self.plan.d_sae:
             return
-        xs = x * self.scale
-        centred = xs - self.b_dec
-        codes = self._select(torch.addmm(self.b_enc, centred, self.encoder.T))
-        error = xs - self.b_dec - weighted_rows(self.decoder, codes)
+        # All processes look at the whole batch, so that all of them draw the same tokens.
+        u = self.wiring.inputs(self._world.gathered(x))
+        whole = None if y is None else self._world.gathered(y)
+        target = self.wiring.targets(u, whole)
+        centred = u - self._centre()
+        error = torch.empty_like(target)
+        for rows, entries in self._entries(centred, self.current_k()):
+            reconstruction = weighted_rows(self.decoder, entries.codes) + self.b_dec
+            error[rows] = target[rows] - reconstruction
         chosen = torch.multinomial(
             error.square().sum(1).cpu(), len(dead), replacement=True, generator=self._generator
         ).to(x.device)
-        direction = error[chosen] / error[chosen].norm(dim=1, keepdim=True).clamp_min(1e-8)
         living = self.encoder[~self.dead].norm(dim=1).mean()
-        self.decoder[dead] = direction
-        self.encoder[dead] = 0.2 * living * direction
-        self.b_enc[dead] = 0.0
-        if self.plan.config.sparsity == "batchtopk" and self.threshold is not None:
-            # The latent must fire on its own token, or it would stay dead.
-            own = (self.encoder[dead] * centred[chosen]).sum(1)
-            self.b_enc[dead] = (1.05 * self.threshold - own).clamp(min=0.0)
-        for name, parameter in self.parameters().items():
-            state = self._optimizer.state.get(parameter)
-            if state and name != "b_dec":
-                state["exp_avg"][dead] = 0.0
-                state["exp_avg_sq"][dead] = 0.0
+        self.decoder[dead] = _directions(error[chosen])
+        reading = error if self.wiring.centre is None else centred
+        self.encoder[dead] = 0.2 * living * _directions(reading[chosen])
+        # The latent must fire on its own token, or it would stay dead.
+        own = (self.encoder[dead] * centred[chosen]).sum(1)
+        self.b_enc[dead] = (1.05 * self.objective.firing_level(dead) - own).clamp(min=0.0)
+        self._forget(dead)
         self.tokens_since_fired[dead] = 0
         self.revived += len(dead)
 
-    def _metrics(self, error: Tensor, codes: Codes) -> StepMetrics:
-        fvu = float(error.square().sum(1).mean()) / self.variance
-        if not math.isfinite(fvu):
+    def _forget(self, latents: Tensor) -> None:
+        """Zero the optimiser's moments of these latents' rows."""
+        for name, parameter in self.parameters().items():
+            if name in ("b_dec", "skip"):
+                continue
+            for value in self._optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[latents] = 0.0
+
+    def _metrics(
+        self, error: Tensor, penalty: Tensor | float, l0: float, tokens: int
+    ) -> StepMetrics:
+        sums = torch.stack([error.square().sum(), torch.as_tensor(penalty).to(error)])
+        squares, priced = self._world.add(sums).tolist()
+        fvu = squares / tokens / self.variance
+        loss = fvu + priced
+        if not math.isfinite(loss):
             raise TrainingDiverged(
                 "The training diverged",
-                f"The loss became {fvu} at step {self.step_number}.",
+                f"The loss became {loss} at step {self.step_number}.",
                 f"Lower the learning rate (it was {self.plan.learning_rate:.2g}) and start again.",
             )
+        coefficient = getattr(self.objective, "coefficient", None)
         return StepMetrics(
-            loss=fvu,
+            loss=loss,
             fvu=fvu,
-            l0=codes.l0,
+            l0=l0,
             dead=int(self.dead.sum()),
             learning_rate=self.learning_rate(),
+            coefficient=coefficient.value if coefficient else 0.0,
         )
 
     # --- state for checkpoints --------------------------------------------------------------
@@ -258,92 +336,89 @@ class SiteTrainer:
         tensors = {name: value.clone() for name, value in self.parameters().items()}
         for name, parameter in self.parameters().items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{name}.{key}"] = torch.as_tensor(value).clone()
+                if value is not None:
+                    tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).clone()
+        for key, value in self.objective.state().items():
+            tensors[f"objective.{key}"] = value
+        if self.wiring.centre is not None:
+            tensors["wiring.centre"] = self.wiring.centre.clone()
+        if self.wiring.skip is not None:
+            tensors["wiring.skip"] = self.wiring.skip.clone()
         tensors["tokens_since_fired"] = self.tokens_since_fired.clone()
         tensors["generator"] = self._generator.get_state()
         tensors["numbers"] = torch.tensor(
             [
-                self.scale,
+                self.wiring.scale,
+                self.wiring.out_scale,
                 self.variance,
-                math.nan if self.threshold is None else self.threshold,
                 self.step_number,
                 self.revived,
+                self.parts,
             ],
             dtype=torch.float64,
         )
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a state of the same plan; `state` of this trainer then equals it."""
+        if self.wiring.centre is not None:
+            self.wiring.centre.copy_(tensors["wiring.centre"])
+        if self.wiring.skip is not None:
+            self.wiring.skip.copy_(tensors["wiring.skip"])
         for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
+            prefix = f"optimizer.{name}."
             moments = {
-                key: tensors[f"adam.{name}.{key}"].clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.{name}.{key}" in tensors
+                key.removeprefix(prefix): value.clone()
+                for key, value in tensors.items()
+                if key.startswith(prefix)
             }
+            for key, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[key] = value.to(parameter.device)
             if moments:
                 self._optimizer.state[parameter] = moments
-        self.tokens_since_fired = tensors["tokens_since_fired"].clone()
-        self._generator.set_state(tensors["generator"])
-        scale, variance, threshold, step, revived = tensors["numbers"].tolist()
-        self.scale, self.variance = scale, variance
-        self.threshold = None if math.isnan(threshold) else threshold
-        self.step_number, self.revived = int(step), int(revived)
-
-
-def reconstruction_gradients(
-    codes: Codes,
-    error: Tensor,
-    centred: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    variance: float,
-) -> dict[str, Tensor]:
-    """Gradients of mean_i ||error_i||^2 / variance, where error = z @ W_dec + b_dec - x.
-
-    `error`, `centred` (x - b_dec) are [batch, d]. Selection is a constant, as in TopK training.
-    """
-    g = error * (2.0 / (len(error) * variance))
-    # dL/dz at the active entries only: g_i . W_dec[j]
-    pattern = torch.sparse_csr_tensor(
-        codes.offsets,
-        codes.latents,
-        torch.zeros_like(codes.values),
-        (codes.n_rows, codes.d_sae),
-        check_invariants=False,
-    )
-    dz = torch.sparse.sampled_addmm(pattern, g, decoder.T, beta=0.0).values()
-    by_latent = _by_latent(codes)
-    db_enc = torch.zeros_like(encoder[:, 0]).index_add_(0, codes.latents, dz)
-    return {
-        "encoder": by_latent.sum_of(centred, dz),
-        "b_enc": db_enc,
-        "decoder": by_latent.sum_of(g, codes.values),
-        # b_dec enters twice: added to the reconstruction, subtracted from the input.
-        "b_dec": g.sum(0) - db_enc @ encoder,
-    }
-
-
-@dataclass(frozen=True)
-class _ByLatent:
-    """The active entries regrouped by latent: the sparse z^T."""
-
-    rows: Tensor
-    order: Tensor
-    offsets: Tensor
-
-    def sum_of(self, table: Tensor, values: Tensor) -> Tensor:
-        """sum_i values_ij * table[i], [d_sae, d]"""
-        return torch.nn.functional.embedding_bag(
-            self.rows, table, self.offsets, per_sample_weights=values[self.order], mode="sum"
+        self.objective.load_state(
+            {
+                key.removeprefix("objective."): value
+                for key, value in tensors.items()
+                if key.startswith("objective.")
+            }
         )
+        self.tokens_since_fired = tensors["tokens_since_fired"].to(self.b_enc.device, copy=True)
+        self._generator.set_state(tensors["generator"].cpu())
+        scale, out_scale, variance, step, revived, parts = tensors["numbers"].tolist()
+        self.wiring.scale, self.wiring.out_scale, self.variance = scale, out_scale, variance
+        self.step_number, self.revived, self.parts = int(step), int(revived), int(parts)
 
 
-def _by_latent(codes: Codes) -> _ByLatent:
-    order = torch.sort(codes.latents, stable=True).indices
-    counts = torch.bincount(codes.latents, minlength=codes.d_sae)
-    offsets = counts.cumsum(0) - counts
-    return _ByLatent(codes.rows[order], order, offsets)
+def _directions(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-8)
+
+
+def _response_directions(encoder: Tensor, centred: Tensor, target: Tensor, k: int) -> Tensor:
+    """What a latent's own tokens have in common in the target: unit rows [d_sae, d_out].
+
+    Encoder and decoder of a transcoder live in different spaces, so the decoder cannot start as
+    the encoder's transpose. Every latent takes the tokens it responds to most.
+    """
+    tokens = min(len(centred), 8192)
+    centred, target = centred[:tokens], target[:tokens]
+    n = max(8, round(tokens * k / len(encoder)))
+    rows = torch.empty(len(encoder), target.shape[1], device=target.device)
+    size = max(1, CHUNK_CELLS // tokens)
+    for first in range(0, len(encoder), size):
+        response = encoder[first : first + size] @ centred.T
+        values, picked = response.topk(min(n, tokens), dim=1)
+        offsets = torch.arange(0, picked.numel(), picked.shape[1], device=picked.device)
+        rows[first : first + size] = torch.nn.functional.embedding_bag(
+            picked.flatten(),
+            target,
+            offsets,
+            per_sample_weights=values.clamp_min(0.0).flatten(),
+            mode="sum",
+        )
+    return _directions(rows)
 
 
 def geometric_median(points: Tensor, iterations: int = 50, tolerance: float = 1e-5) -> Tensor:

@@ -9,6 +9,7 @@ from mistudio.engine.activations.source import LiveActivations
 from mistudio.engine.activations.store import StoredActivations, extract
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.progress import Cancelled, Silent
+from mistudio.engine.sae.site import Site
 from mistudio.engine.training.config import TrainingConfig
 from mistudio.engine.training.run import train
 
@@ -31,7 +32,7 @@ def run(stored):
 
 def test_every_site_gets_its_own_dictionary(run):
     result, _ = run
-    assert set(result.sites) == set(POINTS)
+    assert set(result.sites) == {Site.at(point) for point in POINTS}
     a, b = result.sites.values()
     assert not torch.equal(a.dictionary.decoder, b.dictionary.decoder)
     for site in (a, b):
@@ -47,8 +48,8 @@ def test_calibrated_sparsity_holds_on_heldout_text(run):
 
 def test_quality_equals_a_plain_computation(run, stored):
     result, _ = run
-    for point, site in result.sites.items():
-        x = torch.cat([batch[point] for batch in stored.heldout(4096, 10**9)]).double()
+    for at, site in result.sites.items():
+        x = torch.cat([batch[at.input] for batch in stored.heldout(4096, 10**9)]).double()
         d = site.dictionary
         pre = (x - d.b_dec) @ d.W_enc.double() + d.b_enc
         z = pre * (pre > d.activation.threshold)
@@ -76,7 +77,8 @@ def test_same_seed_same_dictionary(stored):
     first, second = train(stored, short), train(stored, short)
     for point in POINTS:
         assert torch.equal(
-            first.sites[point].dictionary.encoder, second.sites[point].dictionary.encoder
+            first.sites[Site.at(point)].dictionary.encoder,
+            second.sites[Site.at(point)].dictionary.encoder,
         )
 
 
@@ -91,7 +93,7 @@ def test_finishing_early_keeps_a_usable_dictionary(stored):
     result = train(stored, CONFIG, wants_finish=wants_finish)
     assert result.stopped
     assert result.tokens == 10 * 512
-    site = result.sites[POINTS[0]]
+    site = result.sites[Site.at(POINTS[0])]
     assert 0 < site.quality.l0 < 100
 
 
@@ -111,4 +113,4 @@ def test_cancelling_raises_at_once(stored):
 def test_streamed_activations_train_too(tiny, tokens):
     source = LiveActivations(tiny, tokens, POINTS[:1], 64, buffer_tokens=4096)
     result = train(source, TrainingConfig(tokens=20_000, expansion=2, k=8, batch_size=512))
-    assert result.sites[POINTS[0]].quality.explained_variance > 0.3
+    assert result.sites[Site.at(POINTS[0])].quality.explained_variance > 0.3

@@ -1,0 +1,72 @@
+"""TopK (Gao et al. 2024, arXiv 2406.04093) and BatchTopK (Bussmann et al. 2024, 2412.06410)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mistudio.engine.sae.activation import Activation, JumpReLU, TopK
+from mistudio.engine.training.config import Plan
+from mistudio.engine.training.distributed import World
+from mistudio.engine.training.objectives.base import Objective, Weights
+
+THRESHOLD_MEMORY = 0.9
+SETTLING_STEPS = 10  # the threshold follows every batch exactly before it is averaged
+
+
+class TopKObjective(Objective):
+    """The same number of latents for every token."""
+
+    _k = 0
+
+    def begin(self, pre: Tensor, k: float, step: int, world: World) -> None:
+        self._k = round(k)
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return TopK(self._k).select(pre)[:2]
+
+    def activation(self, weights: Weights) -> Activation:
+        return TopK(self.plan.k)
+
+
+class BatchTopKObjective(Objective):
+    """The same number of latents for every batch, as many for a token as it needs.
+
+    The exact threshold of a batch is its (batch * k)-th largest pre-activation. A flat top-k over
+    the batch costs more than the encoder, so an eighth of the rows estimates it and an average
+    over steps smooths it.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights, sample: Tensor) -> None:
+        super().__init__(plan, weights, sample)
+        self.threshold: Tensor | None = None  # scalar
+
+    def begin(self, pre: Tensor, k: float, step: int, world: World) -> None:
+        rows = pre[:: max(1, min(8, len(pre) * world.size // 64))]
+        n = max(1, round(len(rows) * world.size * k))
+        largest = rows.flatten().topk(min(n, rows.numel()), sorted=False).values.float()
+        here = world.gathered(largest).topk(n, sorted=False).values.min().clamp_min(0.0)
+        if self.threshold is None or step < SETTLING_STEPS:
+            self.threshold = here
+        else:
+            self.threshold = THRESHOLD_MEMORY * self.threshold + (1 - THRESHOLD_MEMORY) * here
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.threshold is not None
+        rows, latents = (pre > self.threshold.to(pre.dtype)).nonzero(as_tuple=True)
+        return rows, latents
+
+    def activation(self, weights: Weights) -> Activation:
+        level = 0.0 if self.threshold is None else float(self.threshold)
+        return JumpReLU(torch.full_like(weights.b_enc, level))
+
+    def firing_level(self, latents: Tensor) -> Tensor | float:
+        return 0.0 if self.threshold is None else self.threshold
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.threshold is None else {"threshold": self.threshold.clone()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.threshold = tensors["threshold"].clone() if "threshold" in tensors else None

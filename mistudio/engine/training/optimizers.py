@@ -1,0 +1,61 @@
+"""Optimisers and learning-rate schedules, from the configuration's names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mistudio.engine.training.config import Plan
+from mistudio.errors import InvalidInput
+
+MOMENTUM = 0.9  # of SGD
+FALLS_TO = 0.1  # where linear and exponential schedules end
+
+
+def optimizer(plan: Plan, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Raises InvalidInput where the device has no such optimiser."""
+    rate, config = plan.learning_rate, plan.config
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM, fused=True)
+    if parameters[0].device.type != "cuda":
+        raise InvalidInput(
+            "8-bit Adam needs an NVIDIA GPU",
+            f"This run is on {parameters[0].device.type}.",
+            "Choose Adam.",
+            field="optimizer",
+        )
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as exc:
+        raise InvalidInput(
+            "8-bit Adam needs bitsandbytes",
+            "The package is not installed.",
+            "Install it (pip install bitsandbytes), or choose Adam.",
+            field="optimizer",
+        ) from exc
+
+    return Adam8bit(parameters, lr=rate)
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """The rate of a step: linear warm-up, the schedule, linear decay to 0 at the end."""
+    config, steps = plan.config, plan.steps
+    warmup = max(1, round(config.warmup_share * steps))
+    decay = max(1, round(config.decay_share * steps)) if config.decay_share else 0
+    factor = min(1.0, (step + 1) / warmup)
+    progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
+    if config.schedule == "linear":
+        factor *= 1.0 - (1.0 - FALLS_TO) * progress
+    elif config.schedule == "exponential":
+        factor *= FALLS_TO**progress
+    elif config.schedule == "cosine":
+        factor *= 0.5 * (1.0 + math.cos(math.pi * progress))
+    if decay and step > steps - decay:
+        factor = min(factor, (steps - step) / decay)
+    return plan.learning_rate * factor
