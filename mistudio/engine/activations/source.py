@@ -7,6 +7,7 @@ the same token, and none ever gives a position that does not count.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.activations.positions import countable, counted, median_norm
-from mistudio.engine.activations.ring import Layout, RingStream, Rows
+from mistudio.engine.activations.ring import Devices, Layout, RingStream, Rows
 from mistudio.engine.activations.stream import Batch, BatchStream, Dropped, State
 from mistudio.engine.datasets.tokens import TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
@@ -74,7 +75,8 @@ class ActivationSource(Protocol):
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """While inside, the source leaves the model alone. For who runs or edits it meanwhile."""
+        """While inside, the source leaves the model alone: for whoever runs or edits it beside a
+        stream that works ahead. `heldout` may be used inside, a stream may not."""
         ...
 
 
@@ -195,6 +197,36 @@ def rebatched(chunks: Iterable[Rows], batch_size: int, limit: int) -> Iterator[R
         yield {point: torch.cat([part[point] for part in pending]) for point in pending[0]}
 
 
+class _Turns:
+    """Who may run a model now: a thread that works ahead, or whoever judges by it meanwhile."""
+
+    def __init__(self) -> None:
+        self._wanted, self._held = threading.RLock(), threading.RLock()
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        with self._wanted, self._held:
+            yield
+
+    @contextmanager
+    def after_others(self) -> Iterator[None]:
+        """Lets everyone who waits in `first` go before."""
+        with self._wanted:
+            pass
+        with self._held:
+            yield
+
+
+# One model may serve several sources; a forward pass in one thread must not meet another's hooks.
+_all_turns: weakref.WeakKeyDictionary[HookedDecoder, _Turns] = weakref.WeakKeyDictionary()
+_all_turns_lock = threading.Lock()
+
+
+def _turns(model: HookedDecoder) -> _Turns:
+    with _all_turns_lock:
+        return _all_turns.setdefault(model, _Turns())
+
+
 class LiveActivations:
     """Activations streamed from the model, shuffled in fills of `buffer_tokens` positions."""
 
@@ -207,16 +239,24 @@ class LiveActivations:
         batch_windows: int = 8,
         buffer_tokens: int = 32768,
         device: torch.device | str | None = None,
+        overlap: bool | None = None,
     ) -> None:
-        """`device` is where batches go, the model's own by default."""
+        """`device` is where batches go, the model's own by default. With `overlap` the model
+        runs in a thread beside the training step and a second buffer is held: by default on CUDA
+        only."""
         store.train.require_windows(context, 8, "Training")
         store.heldout.require_windows(context, 2, "Judging the result")
         self.points = points
         self._model, self._store = model, store
         self._context, self._batch_windows = context, batch_windows
         self._buffer_tokens = buffer_tokens
-        self._device = model.device if device is None else torch.device(device)
-        self._turn, self._model_free = threading.Lock(), threading.Lock()
+        on_cuda = model.device.type == "cuda"
+        self._devices = Devices(
+            model=model.device,
+            training=model.device if device is None else torch.device(device),
+            overlap=on_cuda if overlap is None else overlap,
+        )
+        self._turns = _turns(model)
         self._furthest = Dropped()
         self.medians = calibrate_medians(model, store.train, points, context)
 
@@ -245,7 +285,7 @@ class LiveActivations:
             self.points,
             seed,
             batch_size,
-            self._device,
+            self._devices,
             self._note,
             state,
         )
@@ -258,12 +298,12 @@ class LiveActivations:
         )
         for rows in rebatched(chunks, batch_size, limit):
             progress.check()
-            yield {point: values.to(self._device).float() for point, values in rows.items()}
+            yield {
+                point: values.to(self._devices.training).float() for point, values in rows.items()
+            }
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        with self._turn, self._model_free:
-            yield
+    def exclusive(self) -> AbstractContextManager[None]:
+        return self._turns.first()
 
     def _layout(self, batch_size: int) -> Layout:
         """Fills of `buffer_tokens` positions, but of two batches at least."""
@@ -280,9 +320,7 @@ class LiveActivations:
 
     def _rows(self, tokens: TokenSplit, windows: np.ndarray) -> tuple[Rows, Dropped]:
         """Rows [n, d] per site in the model's precision, and what was left out of them."""
-        with self._turn:
-            pass  # whoever waits for the model comes before the next batch of windows
-        with self._model_free:
+        with self._turns.after_others():
             batch = capture_batch(
                 self._model, tokens, self.points, self.medians, windows, self._context
             )
