@@ -137,14 +137,15 @@ class SiteTrainer:
                 self._weights(), entries, centred[rows], target[rows], factor
             )
             gradients.add(part.gradients)
+            if self.wiring.learns_skip:
+                gradients.add({"skip": part.g.T @ u[rows]})
             errors.append(part.error)
             penalty = penalty + part.penalty
             alive = entries.codes.values > 0
             active += int(alive.sum())
             fired[entries.codes.latents[alive]] = 1.0
+            del part, entries  # as large as the batch: not needed beside the optimiser
         error = torch.cat(errors)
-        if self.wiring.learns_skip:
-            gradients.add({"skip": (error * factor).T @ u})
         if self.plan.config.auxk and self.step_number % AUX_EVERY == 0:
             self._add_aux_gradients(gradients.values, error, centred)
         self._update(gradients.values)

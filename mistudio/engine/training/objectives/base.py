@@ -74,11 +74,14 @@ class Entries:
 class Backward:
     """One part of a batch, worked through.
 
-    `error` [n, d_out]; `gradients` by parameter name, with "centre" [d_in] for what is subtracted
-    from the input; `penalty` is the part's share of the loss beside the squared error.
+    `error` [n, d_out]; `g` [n, d_out] is the gradient of what was reconstructed (the same as
+    `error * factor` only where one reconstruction counts); `gradients` by parameter name, with
+    "centre" [d_in] for what is subtracted from the input; `penalty` is the part's share of the
+    loss beside the squared error.
     """
 
     error: Tensor
+    g: Tensor
     gradients: dict[str, Tensor]
     penalty: Tensor | float = 0.0
 
@@ -115,7 +118,7 @@ class Objective:
         g = error * factor
         d_pre = entry_dots(codes, g, weights.decoder)
         by_latent = ByLatent(codes)
-        return Backward(error, plain_gradients(by_latent, weights, codes, centred, g, d_pre))
+        return Backward(error, g, plain_gradients(by_latent, weights, codes, centred, g, d_pre))
 
     def follow(self, l0: float, k: float, step: int) -> None:
         """After a step: the batch's L0, over all processes, against its target."""

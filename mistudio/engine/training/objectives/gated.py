@@ -27,8 +27,8 @@ class GatedObjective(Objective):
         z = 1[pi > 0] * ReLU(exp(r_mag) * (pi - b_gate) + b_mag)
         penalty_i = coefficient * sum_j ReLU(pi_ij) + ||ReLU(pi_i) W_dec + b_dec - target_i||^2
 
-    In the second term W_dec and b_dec are constants, as in the paper (SAELens lets them learn
-    from it). The gate learns from the penalty alone, the magnitude from the error alone.
+    In the second term W_dec, b_dec and a learnt skip are constants, as in the paper (SAELens lets
+    them learn from it). The gate learns from the penalty alone, the magnitude from the error alone.
     """
 
     def __init__(self, plan: Plan, weights: Weights, sample: Tensor) -> None:
@@ -74,7 +74,7 @@ class GatedObjective(Objective):
             "b_mag": by_latent.sum(d_mag),
         }
         penalty = entries.pre.sum() * price + gate_error.square().sum() * (factor / 2)
-        return Backward(error, gradients, penalty)
+        return Backward(error, g, gradients, penalty)
 
     def follow(self, l0: float, k: float, step: int) -> None:
         self.coefficient.follow(l0, k, step)

@@ -75,7 +75,7 @@ class JumpReLUObjective(Objective):
         by_latent = ByLatent(codes)
         gradients = plain_gradients(by_latent, weights, codes, centred, g, d_pre)
         gradients["log_threshold"] = by_latent.sum(-jump * d_z) * threshold
-        return Backward(error, gradients, saturation.sum() * price)
+        return Backward(error, g, gradients, saturation.sum() * price)
 
     def follow(self, l0: float, k: float, step: int) -> None:
         self.coefficient.follow(l0, k, step)

@@ -68,7 +68,7 @@ class MatryoshkaObjective(BatchTopKObjective):
         # of the loss.
         whole = errors[-1].square().sum()
         narrow = torch.stack([error.square().sum() for error in errors]).mean() - whole
-        return Backward(errors[-1], gradients, narrow * (factor / 2))
+        return Backward(errors[-1], g, gradients, narrow * (factor / 2))
 
 
 def _pairs(bounds: list[int]) -> list[tuple[int, int]]:

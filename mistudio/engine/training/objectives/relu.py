@@ -40,7 +40,7 @@ class ReLUObjective(Objective):
         price = self.coefficient.value * factor / 2
         d_pre = entry_dots(codes, g, weights.decoder) + price
         gradients = plain_gradients(ByLatent(codes), weights, codes, centred, g, d_pre)
-        return Backward(error, gradients, codes.values.sum() * price)
+        return Backward(error, g, gradients, codes.values.sum() * price)
 
     def follow(self, l0: float, k: float, step: int) -> None:
         self.coefficient.follow(l0, k, step)
