@@ -269,7 +269,7 @@ def test_sparsify_folders_compute_the_same(tmp_path, wiring):
 @pytest.mark.parametrize("activation", ["standard", "jumprelu", "gated"])
 def test_sparsify_refuses_what_is_not_topk(tmp_path, activation):
     source = saved(tmp_path / "sae", activation, "sae")
-    with pytest.raises(Incompatible, match="only TopK.*saelens"):
+    with pytest.raises(Incompatible, match=r"only TopK.*saelens"):
         export_sae(source, tmp_path / "out", "sparsify")
 
 

@@ -5,11 +5,13 @@ Nothing is unpickled: torch files are read with `weights_only`, numpy files with
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,9 +99,12 @@ def read_torch(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():  # old files warn about their own storage classes
             warnings.simplefilter("ignore")
             value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as exc:  # a broken pickle can fail in any way
+        # torch reports a zip archive that is cut short as "invalid argument".
+        if isinstance(exc, OSError) and exc.errno != errno.EINVAL:
+            raise
         raise _refused_pickle(path, str(exc)) from exc
     if not isinstance(value, dict):
         raise damaged(path, f"it holds a {type(value).__name__}, not a dict of tensors")
@@ -107,33 +112,32 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def _refused_pickle(path: Path, message: str) -> UserError:
-    code = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+\.[\w.]+)", message)
-    if "weights_only" in message and "TorchScript" in message:
-        what = "it is a TorchScript program"
-    elif "Unsupported" in message and code:
-        what = f"it asks to run {code[1]}"
-    else:
-        return damaged(path, message.splitlines()[0] if message else "it cannot be read")
+    asked = re.search(r"GLOBAL ([\w.]+)", message)
+    if asked is None and "TorchScript" not in message:
+        return damaged(path, "it is cut short, or was not written by torch.save")
+    what = f"it asks for {asked[1]}" if asked else "it is a TorchScript program"
+    return _holds_code(path, what, "ask for a safetensors file, or torch.save of a state_dict")
+
+
+def _holds_code(path: Path, what: str, instead: str) -> Incompatible:
     return Incompatible(
         "This file holds code, not only numbers",
-        f"Opening {path} in full could run anything: {what}. miStudio reads tensors only.",
-        "Ask its author for the tensors alone (a safetensors file, or torch.save of a state_dict), "
-        "or convert it on a machine where you trust it.",
+        f"Opening {path} in full could run anything: {what}. miStudio reads only numbers.",
+        f"Choose another file of this SAE, or {instead}.",
     )
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of an npz file; object arrays, which are pickles, are refused."""
+    if not zipfile.is_zipfile(path):
+        raise damaged(path, "it is cut short, or is no npz file")
     try:
         with np.load(path, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as exc:
-        if "pickle" in str(exc):
-            raise Incompatible(
-                "This file holds code, not only numbers",
-                f"{path} contains Python objects ({exc}).",
-                "Ask its author for plain arrays of numbers.",
-            ) from exc
+    except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as exc:
+        if "pickle" in str(exc).lower():
+            what = "an array of Python objects"
+            raise _holds_code(path, f"it has {what}", "ask for plain arrays") from exc
         raise damaged(path, str(exc)) from exc
 
 

@@ -27,6 +27,7 @@ from mistudio.engine.sae.site import Site
 
 NAME = "openai"
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+_ACTIVATION = ("activation", "activation_state_dict", "activation.k", "activation.postact_fn")
 _SITES = {
     "resid_post_mlp": "resid_post",
     "resid_delta_mlp": "mlp_out",
@@ -53,7 +54,7 @@ def read(path: Path) -> ImportedSae:
     }
     if "decoder.linear.weight" in state and "decoder.weight" not in state:  # tied to the encoder
         state["decoder.weight"] = state.pop("decoder.linear.weight").T
-    ignored = (*_STATISTICS, "activation", "activation_state_dict")
+    ignored = (*_STATISTICS, *_ACTIVATION)
     weights, sizes = fit(path, state, axes, ignored=ignored)
     activation = _activation(path, state, sizes["m"])
     location, layer = _place(path)

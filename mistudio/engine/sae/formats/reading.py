@@ -113,11 +113,11 @@ def _at_or_below(path: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             yield Found(path, named)
         return
     budget[0] -= 1
+    if depth < 0 or budget[0] < 0:
+        return
     named = format_of_folder(path)
     if named is not None:
         yield Found(path, named)
-        return
-    if depth < 0 or budget[0] < 0:
         return
     for entry in sorted(path.iterdir(), key=lambda entry: _natural(entry.name)):
         if entry.name.startswith("."):

@@ -41,7 +41,7 @@ NAME = "sparsify"
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 
-_BLOCK = re.compile(r"(?:^|[._])(?:layers|h|blocks)[._](\d+)(?:[._](\w+))?$")
+_BLOCK = re.compile(r"(?:^|[._])(?:layers|h|blocks)[._](\d+)(?:[._]([\w.]+))?$")
 _PARTS = {
     "mlp": "mlp_out",
     "post_feedforward_layernorm": "mlp_out",  # where a norm stands between the MLP and the stream
