@@ -47,7 +47,15 @@ from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+# The libraries that a benchmark compares with; they and the app cannot share an environment.
+PEERS = ROOT / ".venv-peers"
+
+
+def python_of(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+PYTHON = python_of(VENV)
 STATE = VENV / "mistudio"
 LOG = STATE / "setup.log"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -62,7 +70,10 @@ usage: python3 run.py [COMMAND] [ARGUMENTS]
   mistudio ARGS     the command line: list, doctor, dataset add, model add, train, ...
   test [ARGS]       the checks and then the test suite; ARGS go to pytest
   check [NAMES]     lint, format, types, layers: all of them or those named
-  bench [NAMES]     the benchmarks in tests/benchmarks; keeps their tables in results/ there
+  bench [NAMES] [OPTIONS]
+                    the benchmarks in tests/benchmarks; keeps their tables in results/ there.
+                    `bench peers` alone compares with SAELens, which it installs in .venv-peers
+                    (--help shows its options; in full it takes hours and can be interrupted)
   setup [EXTRAS]    set up only; EXTRAS: test
 
 The first start creates .venv and installs what the command needs, later starts go straight on.
@@ -392,19 +403,20 @@ def child_environment(**more: str) -> dict[str, str]:
     return environment | more
 
 
-def venv_python_works() -> bool:
-    """Whether .venv has an interpreter that starts, new enough and the one it was made for."""
-    if not PYTHON.exists() or not (VENV / "pyvenv.cfg").is_file():
+def venv_python_works(venv: Path = VENV) -> bool:
+    """Whether it has an interpreter that starts, new enough and the one it was made for."""
+    python = python_of(venv)
+    if not python.exists() or not (venv / "pyvenv.cfg").is_file():
         return False
     ask = "import sys; print(sys.version_info[:2] >= (3, 11), sys.prefix != sys.base_prefix)"
     try:
         answer = subprocess.run(
-            [str(PYTHON), "-I", "-c", ask], capture_output=True, text=True, timeout=60
+            [str(python), "-I", "-c", ask], capture_output=True, text=True, timeout=60
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    made_for = re.search(r"^version(?:_info)?\s*=\s*(\d+\.\d+)", _text(VENV / "pyvenv.cfg"), re.M)
-    library = VENV / "lib" / f"python{made_for.group(1)}" if made_for else VENV
+    made_for = re.search(r"^version(?:_info)?\s*=\s*(\d+\.\d+)", _text(venv / "pyvenv.cfg"), re.M)
+    library = venv / "lib" / f"python{made_for.group(1)}" if made_for else venv
     return answer.stdout.split() == ["True", "True"] and (os.name == "nt" or library.is_dir())
 
 
@@ -415,10 +427,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def venv_identity() -> str:
-    """The interpreter of .venv: changes when it is rebuilt or its base Python is replaced."""
-    version = re.search(r"^version(?:_info)?\s*=\s*(\S+)", _text(VENV / "pyvenv.cfg"), re.M)
-    return f"{version.group(1) if version else '?'} {os.path.realpath(PYTHON)}"
+def venv_identity(venv: Path = VENV) -> str:
+    """Its interpreter: changes when it is rebuilt or its base Python is replaced."""
+    version = re.search(r"^version(?:_info)?\s*=\s*(\S+)", _text(venv / "pyvenv.cfg"), re.M)
+    return f"{version.group(1) if version else '?'} {os.path.realpath(python_of(venv))}"
 
 
 def stamp_path(extras: Iterable[str]) -> Path:
@@ -468,26 +480,26 @@ print(json.dumps({re.sub("[-_.]+", "-", d.metadata["Name"]).lower(): d.version f
 """
 
 
-def in_venv(code: str) -> str:
+def in_venv(code: str, venv: Path = VENV) -> str:
     return subprocess.run(
-        [str(PYTHON), "-I", "-c", code], capture_output=True, text=True, check=True
+        [str(python_of(venv)), "-I", "-c", code], capture_output=True, text=True, check=True
     ).stdout
 
 
-def make_venv() -> None:
-    """Create .venv; without ensurepip (fresh Debian) pip is put in afterwards."""
-    with step(f"virtual environment in {VENV.name} (Python {platform.python_version()})"):
+def make_venv(venv: Path = VENV) -> None:
+    """Create it; without ensurepip (fresh Debian) pip is put in afterwards."""
+    with step(f"virtual environment in {venv.name} (Python {platform.python_version()})"):
         command = [sys.executable, "-m", "venv", "--clear"]
         if importlib.util.find_spec("ensurepip"):
-            result = subprocess.run([*command, str(VENV)], capture_output=True, text=True)
+            result = subprocess.run([*command, str(venv)], capture_output=True, text=True)
             if result.returncode == 0:
                 return
         result = subprocess.run(
-            [*command, "--without-pip", str(VENV)], capture_output=True, text=True
+            [*command, "--without-pip", str(venv)], capture_output=True, text=True
         )
         if result.returncode:
             raise SetupError(
-                f"Python could not create {VENV}: {(result.stderr or result.stdout).strip()[-600:]}"
+                f"Python could not create {venv}: {(result.stderr or result.stdout).strip()[-600:]}"
             )
 
 
@@ -545,18 +557,19 @@ def _pip_quietly(command: Sequence[str]) -> int:
     return code
 
 
-def ensure_pip() -> None:
-    """pip and setuptools inside .venv, by ensurepip or by the pip of the Python that runs this."""
+def ensure_pip(venv: Path = VENV) -> None:
+    """pip and setuptools inside it, by ensurepip or by the pip of the Python that runs this."""
 
     def works(*command: str) -> bool:
         result = subprocess.run([*command, "--version"], capture_output=True)
         return result.returncode == 0
 
     tools = ["pip", *tomllib.loads(_text(ROOT / "pyproject.toml"))["build-system"]["requires"]]
-    own = (str(PYTHON), "-m", "pip")
-    outer = (sys.executable, "-m", "pip", "--python", str(PYTHON))
+    python = str(python_of(venv))
+    own = (python, "-m", "pip")
+    outer = (sys.executable, "-m", "pip", "--python", python)
     if not works(*own):
-        subprocess.run([str(PYTHON), "-I", "-m", "ensurepip"], capture_output=True)
+        subprocess.run([python, "-I", "-m", "ensurepip"], capture_output=True)
     if works(*own):
         pip_install("pip and setuptools", tools, own)
     elif works(*outer):
@@ -579,23 +592,26 @@ def install_torch(pyproject: Mapping, constraints: str) -> None:
             return
     elif "torch" in kept_versions(ranges, installed):
         return
-    choice = choose_torch(this_machine(), override, pinned(constraints, "torch"))
-    if choice.note:
-        say(f"  {choice.note}")
     if override and "torch" in installed:
         call([str(PYTHON), "-m", "pip", "uninstall", "-y", "-q", "torch"], pip_environment())
+    install_torch_build(choose_torch(this_machine(), override, pinned(constraints, "torch")))
+    remembered.write_text(override)
+
+
+def install_torch_build(choice: TorchChoice, pip: Sequence[str] = ()) -> None:
+    if choice.note:
+        say(f"  {choice.note}")
     if CPU_INDEX in choice.arguments:
         # Without dependencies and with few retries: where the index cannot be reached, pip asks it
         # once, in seconds, and takes torch from the ordinary index.
         quick = ["--no-deps", "--retries", "1", "--timeout", "15"]
         try:
-            pip_install(choice.label, [*choice.arguments, *quick])
+            pip_install(choice.label, [*choice.arguments, *quick], pip)
         except SetupError:
             say("  once more, with patience:")
-            pip_install(choice.label, [*choice.arguments, "--no-deps"])
+            pip_install(choice.label, [*choice.arguments, "--no-deps"], pip)
     else:
-        pip_install(choice.label, choice.arguments)
-    remembered.write_text(override)
+        pip_install(choice.label, choice.arguments, pip)
 
 
 def set_up(extras: set[str]) -> None:
@@ -632,6 +648,43 @@ def set_up(extras: set[str]) -> None:
         )
         key = setup_key(pyproject, constraints, venv_identity(), extras, str(ROOT))
         stamp_path(extras).write_text(key)
+        say(f"Set up in {time.monotonic() - began:.0f} s")
+
+
+def peers_key(requirements: str, torch: str, override: str, python: str) -> str:
+    """A hash of everything that decides what .venv-peers holds."""
+    return hashlib.sha256("\0".join((requirements, torch, override, python)).encode()).hexdigest()
+
+
+def set_up_peers() -> None:
+    """Bring .venv-peers to what tests/benchmarks/peers/requirements.txt asks for, with the app's
+    torch. Comes after `set_up`. Raises SetupError."""
+    wanted = ROOT / "tests" / "benchmarks" / "peers" / "requirements.txt"
+    torch = pinned(_text(ROOT / "constraints.txt"), "torch")
+    override = os.environ.get("MISTUDIO_TORCH", "").strip()
+    stamp = PEERS / "mistudio.stamp"
+
+    def key() -> str:
+        return peers_key(_text(wanted), torch, override, venv_identity(PEERS))
+
+    if python_of(PEERS).exists() and _text(stamp) == key():
+        return
+    with only_one():
+        began = time.monotonic()
+        say("Setting up the libraries to compare with in .venv-peers (only when they change)")
+        STATE.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        if not venv_python_works(PEERS):
+            make_venv(PEERS)
+        in_venv(REPAIR, PEERS)
+        ensure_pip(PEERS)
+        pip = (str(python_of(PEERS)), "-m", "pip")
+        install_torch_build(choose_torch(this_machine(), override, torch), pip)
+        limits = PEERS / "constraints.txt"
+        kept = json.loads(in_venv(INSTALLED, PEERS)).get("torch")
+        limits.write_text(f"torch=={kept}\n" if kept else "")
+        pip_install("SAELens", ["-c", str(limits), "-r", str(wanted)], pip)
+        stamp.write_text(key())
         say(f"Set up in {time.monotonic() - began:.0f} s")
 
 
@@ -792,39 +845,63 @@ def run_test(arguments: list[str]) -> int:
     return tested or checked
 
 
+def bench_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of benchmarks, and the options that follow them."""
+    first = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return list(arguments[:first]), list(arguments[first:])
+
+
 def run_bench(arguments: list[str]) -> int:
     folder = ROOT / "tests" / "benchmarks"
+    names, options = bench_arguments(arguments)
     scripts = sorted(folder.glob("bench_*.py"))
-    if arguments:
-        scripts = [s for s in scripts if any(name in s.stem for name in arguments)]
+    if names:
+        scripts = [s for s in scripts if any(name in s.stem for name in names)]
     if not scripts:
-        say(f"No benchmark in {folder.relative_to(ROOT)} is called {' or '.join(arguments)}.")
+        say(f"No benchmark in {folder.relative_to(ROOT)} is called {' or '.join(names)}.")
+        return 2
+    if options and len(scripts) != 1:
+        say(f"{' '.join(options)} belongs to one benchmark: name it, as in `bench peers --help`.")
         return 2
     set_up({"test"})
     ensure_qt(xcb=False)
+    return 1 if [script for script in scripts if not run_one_bench(script, options)] else 0
+
+
+def run_one_bench(script: Path, options: Sequence[str]) -> bool:
+    """Whether it went well; its table is then kept."""
+    say(f"\n{script.stem}")
     environment = child_environment(
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
         QT_QPA_PLATFORM=os.environ.get("QT_QPA_PLATFORM", "offscreen"),
     )
-    failed = 0
-    for script in scripts:
-        say(f"\n{script.stem}")
-        lines = []
-        child = subprocess.Popen(
-            [str(PYTHON), str(script)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        with stopping_with_us(child):
-            for line in child.stdout or ():
-                print(line, end="", flush=True)
-                lines.append(line)
-            code = child.wait()
-        if code:
-            say(f"{script.stem} failed (exit {code})")
-            failed = 1
-        else:
-            keep_table(folder / "results" / f"{script.stem}.md", "".join(lines))
-    return failed
+    asks_for_help = bool({"-h", "--help"} & set(options))
+    if script.stem == "bench_peers" and not asks_for_help:
+        environment["MISTUDIO_PEERS_PYTHON"] = str(python_of(PEERS))
+        try:
+            set_up_peers()
+        except SetupError as problem:
+            say(f"SAELens could not be installed, so there is nothing to compare with. {problem}")
+            return False
+    lines = []
+    child = subprocess.Popen(
+        [str(PYTHON), str(script), *options],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with stopping_with_us(child):
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+        code = child.wait()
+    if code:
+        say(f"{script.stem} failed (exit {code})")
+    elif not asks_for_help:
+        keep_table(script.parent / "results" / f"{script.stem}.md", "".join(lines))
+    return code == 0
 
 
 def keep_table(path: Path, table: str) -> None:
