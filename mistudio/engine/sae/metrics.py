@@ -18,8 +18,8 @@ from torch import Tensor
 from mistudio.engine.sae.dictionary import Codes, Dictionary
 from mistudio.errors import InvalidInput
 
-# Temporaries of a batch are made for at most this many values at a time: 16 MB each.
-CHUNK_CELLS = 4 * 1024**2
+# Temporaries of a batch are made for at most this many values at a time: 4 MB each.
+CHUNK_CELLS = 1024**2
 DENSE_SHARE = 0.1
 # Quarters of a decade; a millionth is one firing in as many tokens as are ever judged.
 DENSITY_EDGES = tuple(step / 4 for step in range(-24, 1))
@@ -159,7 +159,7 @@ class ReconstructionMeter:
     def _add_left_to_latents(self, target: Tensor, skip_only: Tensor, step: int) -> None:
         mean = target.mean(0, dtype=torch.float32) - skip_only.mean(0, dtype=torch.float32)
         total = sum(
-            float(_squares(y.float() - s.float() - mean).double().sum())
+            float(_squares(y.float() - s.float() - mean).cpu().double().sum())
             for y, s in zip(target.split(step), skip_only.split(step), strict=True)
         )
         self._without_skip.add(len(target), mean, total)

@@ -232,7 +232,7 @@ def _hint(job: JobRecord, owned: bool, stopping: bool) -> str:
 
 # --- a run ----------------------------------------------------------------------------------------
 
-# Definitions: engine/sae/metrics.py (ReconstructionQuality, LossRecovered).
+# Definitions: engine/sae/metrics.py (ReconstructionQuality), loss.py (LossRecovered).
 EXPLAINED = (
     "1 − E‖x − x̂‖² / (E‖x‖² − ‖E x‖²): the share of the activations' variance that the SAE "
     "reconstructs. Measured on {tokens} held-out tokens."

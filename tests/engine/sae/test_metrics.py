@@ -1,6 +1,12 @@
 """Every number of the reconstruction meter against a plain float64 computation of its formula.
 
-Compared once by hand with SAELens SAELENS_VERSION.
+Compared once by hand with SAELens 6.54.12's `get_sparsity_and_variance_metrics`, in three batches
+of 8 windows of SmolLM2-135M at the output of block 10 (3,048 tokens without the first of each
+window), for a JumpReLU dictionary of 600 latents along +-300 principal directions. Ours | theirs:
+explained_variance .92905767 | .92905767, explained_variance_legacy .92194995 | .92194998,
+cosine .98309506 | .98309505, l2_ratio .97167453 | .97167456, mse 672.27069 | 672.27069,
+l0 156.70013 | 156.70013, l1 906.40350 | 906.40356. reconstruction_bias .9871639 | .9871632: theirs
+is the mean of the batches' ratios, ours the ratio of means.
 """
 
 from __future__ import annotations
