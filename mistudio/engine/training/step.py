@@ -122,8 +122,8 @@ class SiteTrainer:
         runs out before the weights are moved leaves the state as it was.
         """
         self._maybe_revive(x, y)
-        u = self.wiring.inputs(x)
-        target = self.wiring.targets(u, y)
+        u = self._in_order(self.wiring.inputs(x))
+        target = self.wiring.targets(u, None if y is None else self._in_order(y))
         centred = u - self._centre()
         k = self.current_k()
         tokens = len(x) * self._world.size
@@ -179,18 +179,36 @@ class SiteTrainer:
     def _centre(self) -> Tensor:
         return self.b_dec if self.wiring.centre is None else self.wiring.centre
 
+    def _stride(self, n: int) -> int:
+        """The objective looks at every how-manyth of this process's `n` rows before it selects."""
+        stride = self.objective.stride(n * self._world.size)
+        return max(stride, math.ceil(n * self.plan.d_sae / CHUNK_CELLS)) if stride else 0
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """The rows that the objective looks at first, then the others: what it sees is the same
+        fair sample of the batch whatever parts the batch is worked through in."""
+        stride = self._stride(len(rows))
+        return torch.cat([rows[i::stride] for i in range(stride)]) if stride > 1 else rows
+
     def _entries(self, centred: Tensor, k: float) -> Iterator[tuple[slice, Entries]]:
-        """The batch's entries, in parts that fit into memory. Pre-activations are the one large
-        matrix of a step, and only a part of it exists at a time."""
+        """The entries of a batch that is `_in_order`, in parts that fit into memory.
+        Pre-activations are the one large matrix of a step, and only a part of it exists at a
+        time."""
         n = len(centred)
         size = min(math.ceil(n / self.parts), max(1, CHUNK_CELLS // self.plan.d_sae))
+        stride = self._stride(n)
+        seen = math.ceil(n / stride) if stride else 0
         start, pending, held = 0, [], 0
         encoder = self.encoder.bfloat16() if self.plan.config.mixed_precision else self.encoder
+        if seen > size:
+            pre = self._pre_activations(centred[:seen], encoder)
+            self.objective.begin(pre, k, self.step_number, self._world)
+            del pre
         for first in range(0, n, size):
             chunk = centred[first : first + size]
             pre = self._pre_activations(chunk, encoder)
-            if first == 0:
-                self.objective.begin(pre, k, self.step_number, self._world)
+            if first == 0 and seen <= size:
+                self.objective.begin(pre[:seen], k, self.step_number, self._world)
             entries = self._selected(pre, chunk)
             del pre
             pending.append(entries)
@@ -276,8 +294,8 @@ class SiteTrainer:
         if len(dead) <= 0.01 * self.plan.d_sae:
             return
         # All processes look at the whole batch, so that all of them draw the same tokens.
-        u = self.wiring.inputs(self._world.gathered(x))
-        whole = None if y is None else self._world.gathered(y)
+        u = self._in_order(self.wiring.inputs(self._world.gathered(x)))
+        whole = None if y is None else self._in_order(self._world.gathered(y))
         target = self.wiring.targets(u, whole)
         centred = u - self._centre()
         error = torch.empty_like(target)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.sae import dictionary
-from mistudio.engine.training import sparse
+from mistudio.engine.training import sparse, step
 from mistudio.engine.training.config import TrainingConfig, derive
 from mistudio.engine.training.distributed import ALONE
 from mistudio.engine.training.objectives import OBJECTIVES, Entries, Weights
 from mistudio.engine.training.objectives.matryoshka import widths
-from mistudio.engine.training.step import AUX_EVERY, SiteTrainer
+from mistudio.engine.training.step import AUX_EVERY, SiteTrainer, StepMetrics
 
 SPARSITIES = ("batchtopk", "topk", "matryoshka", "jumprelu", "standard", "gated")
 WIRINGS = {
@@ -37,7 +37,10 @@ Tensors = dict[str, Tensor]
 def double_precision():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # everything here is tiny
     yield
+    torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
 
 
@@ -245,15 +248,22 @@ def test_matryoshka_widths_end_with_the_whole():
 
 def caught_gradients(trainer: SiteTrainer, x: Tensor, y: Tensor | None) -> Tensors:
     """The gradients of one step as its optimiser gets them."""
+    return caught_step(trainer, x, y)[0]
+
+
+def caught_step(
+    trainer: SiteTrainer, x: Tensor, y: Tensor | None
+) -> tuple[Tensors, StepMetrics | None]:
+    """The same, and what the step measured."""
     caught: Tensors = {}
 
     def catch(*_: object) -> None:
         caught.update({n: p.grad.clone() for n, p in trainer.parameters().items()})
 
     handle = trainer._optimizer.register_step_pre_hook(catch)
-    trainer.step(x, y)
+    metrics = trainer.step(x, y)
     handle.remove()
-    return caught
+    return caught, metrics
 
 
 def data(plan, n: int = 64) -> tuple[Tensor, Tensor | None]:
@@ -327,3 +337,91 @@ def test_a_whole_step_hands_the_true_gradient_to_the_optimiser(sparsity, wiring)
     assert caught.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert_close(caught[name], gradient / max(1.0, norm + 1e-6), name)
+
+
+# --- parts of a batch -----------------------------------------------------------------------------
+
+
+def step_of(sparsity: str, wiring: str, **options) -> tuple[Tensors, StepMetrics]:
+    """Gradients and metrics of a step, with AuxK, that depend on nothing but the options."""
+    torch.manual_seed(1)
+    plan = small_plan(sparsity, wiring, dead_window=1000, revive=False, **options)
+    trainer = SiteTrainer(plan, *_swapped(data(plan, 1024)))
+    for _ in range(AUX_EVERY):
+        trainer.step(*data(plan, 512))
+    trainer.tokens_since_fired[20:40] = 5000
+    return caught_step(trainer, *data(plan, 512))
+
+
+def assert_same_step(one: tuple[Tensors, StepMetrics], other: tuple[Tensors, StepMetrics]) -> None:
+    for name, gradient in one[0].items():
+        assert_close(other[0][name], gradient, name)
+    for name, value in vars(one[1]).items():
+        assert vars(other[1])[name] == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("wiring", ["sae", "skip_transcoder"])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_parts_of_a_batch_add_up_to_the_batch(monkeypatch, sparsity, wiring):
+    whole = step_of(sparsity, wiring)
+    assert whole[1].l0 > 0
+    # More than 8 parts are fewer rows than the threshold is taken from.
+    for parts in (2, 5, 40):
+        assert_same_step(whole, step_of(sparsity, wiring, gradient_accumulation=parts))
+    monkeypatch.setattr(step, "CHUNK_CELLS", 100 * 64)
+    assert_same_step(whole, step_of(sparsity, wiring))
+    monkeypatch.setattr(step, "ENTRY_BUDGET", 300)
+    assert_same_step(whole, step_of(sparsity, wiring))
+
+
+def test_a_batch_is_never_held_as_one_matrix(monkeypatch):
+    """The pre-activations are the largest matrix of a step: parts bound them, and a budget bounds
+    the entries that wait for their gradient."""
+    sizes, held = [], []
+
+    class Watched(SiteTrainer):
+        def _pre_activations(self, *args):
+            pre = super()._pre_activations(*args)
+            sizes.append(pre.numel())
+            return pre
+
+        def _entries(self, *args):
+            for rows, entries in super()._entries(*args):
+                held.append(len(entries.pre))
+                yield rows, entries
+
+    monkeypatch.setattr(step, "CHUNK_CELLS", 100 * 64)
+    monkeypatch.setattr(step, "ENTRY_BUDGET", 700)
+    plan = small_plan("batchtopk")
+    trainer = Watched(plan, *_swapped(data(plan, 1024)))
+    trainer.step(*data(plan, 512))
+    assert max(sizes) == 100 * 64
+    assert sum(sizes) == 512 * 64  # nothing is computed twice
+    assert len(held) > 2
+    assert max(held) < 700 + 2 * 100 * plan.k
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_step_that_failed_can_be_taken_again(sparsity):
+    """Memory that runs out before the weights move leaves nothing behind."""
+    batches = [data(small_plan(sparsity), 512) for _ in range(16)]
+    plan = small_plan(sparsity, steps=100)
+    sample = _swapped(data(plan, 1024))
+    smooth, bumpy = SiteTrainer(plan, *sample), SiteTrainer(plan, *sample)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    for number, batch in enumerate(batches):
+        smooth.step(*batch)
+        if number in (0, 12):
+            handle = bumpy._optimizer.register_step_pre_hook(fail)
+            before = bumpy.state()
+            with pytest.raises(MemoryError):
+                bumpy.step(*batch)
+            handle.remove()
+            for name, value in bumpy.state().items():
+                assert torch.equal(before[name], value), name
+        bumpy.step(*batch)
+    for name, value in smooth.state().items():
+        assert torch.equal(value, bumpy.state()[name]), name

@@ -98,8 +98,13 @@ class Objective:
         """What is learnt beside the weights."""
         return {}
 
+    def stride(self, tokens: int) -> int:
+        """`begin` wants to see every how-manyth row of a batch of `tokens` rows; 0 for none."""
+        return 0
+
     def begin(self, pre: Tensor, k: float, step: int, world: World) -> None:
-        """Look at the first part of a batch [n, d_sae] before anything is selected."""
+        """Look at these rows [n, d_sae] of a batch before anything is selected from it. Nothing
+        lasts before `follow`: a step that failed may begin again."""
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, latents) of the entries of `pre` [n, d_sae] that matter, sorted by row."""

@@ -42,16 +42,22 @@ class BatchTopKObjective(Objective):
     def __init__(self, plan: Plan, weights: Weights, sample: Tensor) -> None:
         super().__init__(plan, weights, sample)
         self.threshold: Tensor | None = None  # scalar
+        self._last: Tensor | None = None  # of the last whole step
+
+    def stride(self, tokens: int) -> int:
+        return max(1, min(8, tokens // 64))
 
     def begin(self, pre: Tensor, k: float, step: int, world: World) -> None:
-        rows = pre[:: max(1, min(8, len(pre) * world.size // 64))]
-        n = max(1, round(len(rows) * world.size * k))
-        largest = rows.flatten().topk(min(n, rows.numel()), sorted=False).values.float()
+        n = max(1, round(len(pre) * world.size * k))
+        largest = pre.flatten().topk(min(n, pre.numel()), sorted=False).values.float()
         here = world.gathered(largest).topk(n, sorted=False).values.min().clamp_min(0.0)
-        if self.threshold is None or step < SETTLING_STEPS:
+        if self._last is None or step < SETTLING_STEPS:
             self.threshold = here
         else:
-            self.threshold = THRESHOLD_MEMORY * self.threshold + (1 - THRESHOLD_MEMORY) * here
+            self.threshold = THRESHOLD_MEMORY * self._last + (1 - THRESHOLD_MEMORY) * here
+
+    def follow(self, l0: float, k: float, step: int) -> None:
+        self._last = self.threshold
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         assert self.threshold is not None
@@ -66,7 +72,8 @@ class BatchTopKObjective(Objective):
         return 0.0 if self.threshold is None else self.threshold
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.threshold is None else {"threshold": self.threshold.clone()}
+        return {} if self._last is None else {"threshold": self._last.clone()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.threshold = tensors["threshold"].clone() if "threshold" in tensors else None
+        self._last = tensors["threshold"].clone() if "threshold" in tensors else None
+        self.threshold = self._last
