@@ -11,7 +11,7 @@ from mistudio.jobs.demo import Demo
 from mistudio.jobs.features import Discover
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, Extract
-from mistudio.jobs.saes import Export
+from mistudio.jobs.saes import Export, ImportSae
 from mistudio.jobs.steering import Steer
 from mistudio.jobs.training import Train
 
@@ -24,6 +24,7 @@ __all__ = [
     "Discover",
     "Export",
     "Extract",
+    "ImportSae",
     "Steer",
     "Tokenize",
     "Train",
@@ -42,6 +43,7 @@ KINDS: dict[str, Any] = {
         Discover,
         Steer,
         Export,
+        ImportSae,
         Demo,
     )
 }

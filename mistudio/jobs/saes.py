@@ -4,65 +4,118 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
+import mistudio
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import InvalidInput, NotFound
+from mistudio.errors import Incompatible, InvalidInput, NotFound
+from mistudio.formatting import count
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.library.library import Library, flush_tree
+from mistudio.library.records import Model, Sae
+
+if TYPE_CHECKING:
+    from mistudio.engine.sae.formats.common import ImportedSae
+    from mistudio.engine.sae.formats.reading import Found
+    from mistudio.engine.sae.site import Site
 
 
 @dataclass(frozen=True)
 class Export:
-    """The SAEs of a run are written to a folder outside the library."""
+    """The SAEs of a run, or the one SAE `sae_id`, are written to a folder outside the library."""
 
-    training_id: int
+    training_id: int | None
     folder: str
     format: str = "saelens"
+    sae_id: int | None = None
 
     kind: ClassVar[str] = "export"
     lane: ClassVar[str] = "disk"
     phases: ClassVar[tuple[Phase, ...]] = (Phase("export"),)
 
     def title(self, library: Library) -> str:
-        return f"Export {library.trainings.get(self.training_id).name} as {self.format}"
+        return f"Export {self._name(library)} as {self.format}"
+
+    def _name(self, library: Library) -> str:
+        if self.training_id is not None:
+            return library.trainings.get(self.training_id).name
+        return sae_title(library, library.saes.get(self.sae_id or 0))
 
     def run(self, context: JobContext) -> dict[str, Any]:
-        return {
-            "folders": export(
-                context.library,
-                self.training_id,
-                self.format,
-                Path(self.folder).expanduser(),
-                context,
-            )
-        }
+        folder = Path(self.folder).expanduser()
+        saes = saes_of(context.library, self.training_id, self.sae_id)
+        return {"folders": export(context.library, saes, self.format, folder, context)}
+
+
+@dataclass(frozen=True)
+class ImportSae:
+    """Dictionaries that another library wrote come into this one, beside those trained here.
+
+    `path` is a folder or file in any format of `engine/sae/formats`; all that lie in it are
+    imported, or none. `model_id` is the model they belong to (None: the one that the files name,
+    or the only one there is). `layer` and `site` say where they belong, where the files do not.
+    """
+
+    path: str
+    model_id: int | None = None
+    name: str = ""
+    format: str | None = None
+    layer: int | None = None
+    site: str | None = None
+
+    kind: ClassVar[str] = "import_sae"
+    lane: ClassVar[str] = "disk"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("import"),)
+
+    def title(self, library: Library) -> str:
+        return f"Import {self.name or Path(self.path).name}"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        context.report(0, 1, phase="import")
+        saes = import_saes(context.library, context.work_folder, self, context)
+        return {"sae_ids": [sae.id for sae in saes]}
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+def saes_of(library: Library, training_id: int | None, sae_id: int | None) -> list[Sae]:
+    """The one SAE, or those of the run. NotFound where there are none."""
+    saes = [library.saes.get(sae_id)] if sae_id is not None else []
+    if not saes and training_id is not None:
+        saes = library.saes.of_training(training_id)
+    if not saes:
+        raise NotFound("This run has no SAEs", next_step="Choose another run.")
+    return saes
+
+
+def sae_title(library: Library, sae: Sae) -> str:
+    """What a person knows an SAE by: its name, or its run's and its place."""
+    if sae.name:
+        return sae.name
+    training = library.trainings.find(sae.training_id) if sae.training_id else None
+    return f"{training.name}, {sae.hook_point}" if training else sae.hook_point
 
 
 def export(
     library: Library,
-    training_id: int,
+    saes: list[Sae],
     format: str,
     folder: Path,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """Copy the run's SAE folders (SAELens' format is our own), complete or not at all, and read
-    each back. Returns the folders."""
-    from mistudio.engine.sae.files import load_sae
+    """Write SAEs in a format that others read, complete or not at all, each read back and
+    compared. Returns what was written, one folder or file each."""
+    from mistudio.engine.sae.formats.writing import check_format, export_sae
 
-    if format != "saelens":
-        raise InvalidInput(
-            "Unknown export format", f"{format!r} is not known.", "Use `saelens`.", field="format"
-        )
-    saes = library.saes.of_training(training_id)
-    if not saes:
-        raise NotFound("This run has no SAEs", next_step="Choose another run.")
+    check_format(format)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInput(
             "The target is not an empty folder",
@@ -74,18 +127,19 @@ def export(
     _clear_dead_partials(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
+        written = []
         for number, sae in enumerate(saes):
             progress.report(number, len(saes))
-            load_sae(library.path(sae.folder))  # a refusal should name this place, not the copy
-            _copy_tree(library.path(sae.folder), partial / sae.hook_point, progress)
-            load_sae(partial / sae.hook_point)
+            progress.check()
+            written.append(export_sae(library.path(sae.folder), partial, format))
+        progress.check()
         flush_tree(partial)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [str(folder / sae.hook_point) for sae in saes]
+    return [str(folder / place.relative_to(partial)) for place in written]
 
 
 def _clear_dead_partials(folder: Path) -> None:
@@ -96,14 +150,219 @@ def _clear_dead_partials(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _copy_tree(source: Path, target: Path, progress: Progress) -> None:
-    for file in sorted(source.rglob("*")):
-        place = target / file.relative_to(source)
-        if file.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as reader, place.open("wb") as writer:
-            while block := reader.read(8 * 1024**2):
-                progress.check()
-                writer.write(block)
+# --- import -------------------------------------------------------------------------------------
+
+
+def import_saes(
+    library: Library, work: Path, job: ImportSae, progress: Progress = SILENT
+) -> list[Sae]:
+    """Read, check against the model, save in the library's own form, commit: all or none.
+
+    The files are only read. Latents keep the unit that their own library gives them.
+    """
+    from mistudio.engine.sae.formats.reading import find_saes
+
+    path = Path(job.path).expanduser()
+    found = find_saes(path, format=job.format)
+    library.require_space(_bytes(found), "Importing these SAEs")
+    if job.model_id is not None:
+        library.models.get(job.model_id)  # a clear refusal before anything is read
+    shutil.rmtree(work / "saes", ignore_errors=True)
+    base = job.name or path.resolve().name
+    sources: dict[str, Path] = {}
+    rows: list[dict[str, Any]] = []
+    for number, entry in enumerate(found):
+        progress.check()
+        progress.report(number, len(found))
+        read = entry.read()
+        model = _model_of(library, job, read)
+        site = _site_of(job, read)
+        _check_fit(model, read, site)
+        name = base if len(found) == 1 else f"{base} {site.name}"
+        folder = work / "saes" / str(number)
+        _save(folder, read, site, model)
+        target = library.new_folder("saes", name)
+        sources[target] = folder
+        rows.append(_row(library, read, site, model, target, name))
+    with library.commit_all(sources):
+        ids = [library.saes.add(**row) for row in rows]
+    return [library.saes.get(sae_id) for sae_id in ids]
+
+
+def _bytes(found: list[Found]) -> int:
+    """Of the files that will be kept, in float32: twice what half-precision files take."""
+    files = [
+        file
+        for entry in found
+        for file in ([entry.path] if entry.path.is_file() else entry.path.rglob("*"))
+        if file.suffix in (".safetensors", ".npz", ".pt", ".pth")
+    ]
+    return 2 * sum(file.stat().st_size for file in files)
+
+
+def _model_of(library: Library, job: ImportSae, read: ImportedSae) -> Model:
+    """The model that was named, else the one that the files name, else the only one there is."""
+    if job.model_id is not None:
+        return library.models.get(job.model_id)
+    models = library.models.all()
+    named = [m for m in models if _same_name(read.model_name, m.name, m.origin)]
+    if named or len(models) == 1:
+        return (named or models)[0]
+    if not models:
+        raise NotFound(
+            "There is no model for this SAE",
+            f"It belongs to {read.model_name or 'a model that its files do not name'}, and the "
+            "library has no model yet.",
+            "Add its model first (`mistudio model add`).",
+        )
+    raise InvalidInput(
+        "Which model does this SAE belong to?",
+        f"Its files name {read.model_name or 'none'}; the library has "
+        f"{', '.join(f'{m.id} {m.name!r}' for m in models)}.",
+        "Name the model (`--model M`).",
+        field="model",
+    )
+
+
+def _same_name(wanted: str, *names: str) -> bool:
+    """Whether a model's name is the same but for its author, case and `-small`, as in gpt2."""
+
+    def bare(name: str) -> str:
+        return re.sub(r"-small$", "", name.rstrip("/").split("/")[-1].lower())
+
+    return bool(wanted) and bare(wanted) in {bare(name) for name in names}
+
+
+def _site_of(job: ImportSae, read: ImportedSae) -> Site:
+    """Where the files say it belongs, else where the user says. A contradiction is refused."""
+    from mistudio.engine.models.hooks import HookPoint
+    from mistudio.engine.sae.site import Site
+
+    known_layer = read.site.layer if read.site else read.layer
+    if job.layer is not None and known_layer is not None and job.layer != known_layer:
+        raise _contradiction(read, f"layer {known_layer}", f"layer {job.layer}")
+    if read.site is not None:
+        if job.site is not None and job.site != read.site.input.site:
+            raise _contradiction(read, read.site.input.site, job.site)
+        return read.site
+    layer = job.layer if job.layer is not None else known_layer
+    if layer is None or job.site is None:
+        missing = [
+            option
+            for option, value in (("--layer N", layer), ("--site NAME", job.site))
+            if value is None
+        ]
+        raise InvalidInput(
+            "Where does this SAE belong?",
+            f"{read.path} does not say which activations it reads.",
+            f"Say it with {' and '.join(missing)}.",
+            field="site" if job.site is None else "layer",
+        )
+    return Site.at(HookPoint(job.site, layer))
+
+
+def _contradiction(read: ImportedSae, theirs: str, given: str) -> InvalidInput:
+    return InvalidInput(
+        "This SAE belongs elsewhere",
+        f"{read.path} says {theirs}; {given} was asked for.",
+        "Leave it out: the files know.",
+        field="site",
+    )
+
+
+def _check_fit(model: Model, read: ImportedSae, site: Site) -> None:
+    dictionary = read.dictionary
+    widths = {dictionary.d_in, dictionary.d_out}
+    if widths != {model.d_model}:
+        raise Incompatible(
+            "This SAE belongs to another model",
+            f"{read.path} is for activations of {_enumerated(widths)} channels"
+            f"{f' ({read.model_name})' if read.model_name else ''}; {model.name} has "
+            f"{count(model.d_model)}.",
+            "Choose the model it was trained on, or add it first.",
+        )
+    deepest = max(site.input.layer, site.output.layer)
+    if deepest >= model.n_layers:
+        raise Incompatible(
+            "This SAE belongs to another model",
+            f"{read.path} is for layer {deepest}; {model.name} has the layers 0 to "
+            f"{model.n_layers - 1}.",
+            "Choose the model it was trained on, or add it first.",
+        )
+
+
+def _enumerated(widths: set[int]) -> str:
+    return " and ".join(count(width) for width in sorted(widths))
+
+
+def _save(folder: Path, read: ImportedSae, site: Site, model: Model) -> None:
+    from mistudio.engine.sae.files import save_sae
+    from mistudio.jobs.training import public_name
+
+    details = read.details
+    context = details.get("context_size")
+    save_sae(
+        read.dictionary,
+        folder,
+        site=site,
+        model_name=public_name(model),
+        hf_hook_name=str(details.get("hf_hook_name") or ""),
+        hf_hook_name_out=str(details.get("hf_hook_name_out") or ""),
+        context=context if isinstance(context, int) and 0 < context <= 2**20 else 128,
+        prepend_bos=bool(details.get("prepend_bos")),
+        training_architecture=str(details.get("training_architecture") or ""),
+        record={"provenance": _provenance(read)},
+        version=mistudio.__version__,
+        unit_decoder=False,
+    )
+
+
+def _provenance(read: ImportedSae) -> dict[str, Any]:
+    return {
+        "path": str(read.path.resolve()),
+        "format": read.format,
+        "model": read.model_name,
+        "notes": list(read.notes),
+        "details": read.details,
+    }
+
+
+def _row(
+    library: Library, read: ImportedSae, site: Site, model: Model, target: str, name: str
+) -> dict[str, Any]:
+    from mistudio.engine.sae.activation import TopK
+    from mistudio.engine.sae.files import wiring_of
+
+    activation = read.dictionary.activation
+    trained_for = read.details.get("k")
+    if isinstance(activation, TopK):
+        k = float(activation.k)
+    else:
+        is_number = isinstance(trained_for, int | float) and trained_for > 0
+        k = float(trained_for) if is_number and trained_for is not None else 0.0
+    return {
+        "training_id": None,
+        "model_id": model.id,
+        "hook_point": site.input.name,
+        "hook_point_out": site.output.name,
+        "layer": site.layer,
+        "folder": target,
+        "architecture": activation.name,
+        "wiring": wiring_of(read.dictionary, site),
+        "d_in": read.dictionary.d_in,
+        "d_sae": read.dictionary.d_sae,
+        "k": k,
+        "name": _free_name(library, name),
+        "source": "imported",
+        "provenance": _provenance(read),
+    }
+
+
+def _free_name(library: Library, name: str) -> str:
+    """`name`, or with a number behind it where another imported SAE or a run has it."""
+    taken = {sae.name.lower() for sae in library.saes.imported()}
+    taken |= {training.name.lower() for training in library.trainings.all()}
+    number, free = 2, name
+    while free.lower() in taken:
+        free, number = f"{name} ({number})", number + 1
+    return free

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,17 @@ from mistudio.library.records import (
     Trainings,
 )
 
-FOLDERS = ("datasets", "models", "activations", "trainings", "features", "exports", "trash", "work")
+FOLDERS = (
+    "datasets",
+    "models",
+    "activations",
+    "trainings",
+    "saes",
+    "features",
+    "exports",
+    "trash",
+    "work",
+)
 # Lies in a folder that no row names yet (or no longer). Only such folders are ever swept up: a lost
 # or restored database must not send everything it does not know to the trash.
 UNNAMED = ".no-record-yet"
@@ -172,19 +182,31 @@ class Library:
 
         If the rows fail, the files go back to where they were: nothing half-made remains.
         """
-        (source / UNNAMED).touch()
-        flush_tree(source)
-        target = self.path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
-        flush_folder(target.parent)
+        with self.commit_all({folder: source}):
+            yield
+
+    @contextmanager
+    def commit_all(self, sources: Mapping[str, Path]) -> Iterator[None]:
+        """`commit` for several folders at once: their files and their rows, all or none."""
+        for source in sources.values():
+            (source / UNNAMED).touch()
+            flush_tree(source)
+        placed: list[tuple[Path, Path]] = []
         try:
+            for folder, source in sources.items():
+                target = self.path(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+                placed.append((source, target))
+                flush_folder(target.parent)
             with self.transaction():
                 yield
         except BaseException:
-            os.replace(target, source)
+            for source, target in placed:
+                os.replace(target, source)
             raise
-        (target / UNNAMED).unlink(missing_ok=True)
+        for _, target in placed:
+            (target / UNNAMED).unlink(missing_ok=True)
 
     def discard(self, table: str, record_id: int) -> None:
         """Remove a record and move its files to the trash (kept seven days).
@@ -305,6 +327,7 @@ _OWNERS = {
     "models": ("models",),
     "activations": ("extractions",),
     "trainings": ("trainings",),
+    "saes": ("saes",),
     "features": ("feature_runs",),
 }
 # What is deleted together with a record, and what a record may not be deleted under.

@@ -94,7 +94,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Sae:
-    """One trained dictionary at one hook point; `metrics` come from its final evaluation."""
+    """One dictionary; `metrics` come from its final evaluation.
+
+    It reads `hook_point` and reconstructs `hook_point_out`: the same, or another in a transcoder.
+    `wiring` is `sae`, `skip_sae`, `transcoder` or `skip_transcoder`. An imported one (`source`)
+    belongs to no run and has a `name` of its own; `provenance` says where it is from. `k` is the
+    number of active latents it was trained for, 0 where that is not known.
+    """
 
     id: int
     training_id: int | None
@@ -108,6 +114,15 @@ class Sae:
     k: float
     metrics: dict[str, Any]
     created_at: str
+    name: str
+    source: str
+    wiring: str
+    hook_point_out: str
+    provenance: dict[str, Any]
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.hook_point_out != self.hook_point
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,15 @@ class Saes(Table[Sae]):
     def of_training(self, training_id: int) -> list[Sae]:
         """The SAEs of one run, shallowest layer first."""
         return sorted(self.all("training_id = ?", (training_id,)), key=lambda sae: sae.layer)
+
+    def imported(self) -> list[Sae]:
+        """Those that belong to no run, newest first."""
+        return self.all("source = 'imported'")
+
+    def add(self, **values: object) -> int:
+        # An autoencoder reconstructs what it reads.
+        values.setdefault("hook_point_out", values["hook_point"])
+        return super().add(**values)
 
 
 class FeatureRuns(Table[FeatureRun]):

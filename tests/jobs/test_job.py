@@ -23,6 +23,7 @@ from mistudio.jobs.kinds import (
     Discover,
     Export,
     Extract,
+    ImportSae,
     Steer,
     Tokenize,
     Train,
@@ -402,6 +403,8 @@ EXAMPLES = (
     Discover(5, 1000, 7),
     Steer(5, [[3, 1.5], [4, -2.0]], "Hello", 0.9, 0.8, 20, 7, True, (1.0, 2.0)),
     Export(9, "/tmp/x", "saelens"),
+    Export(None, "/tmp/x", "sparsify", 4),
+    ImportSae("/a/b", 2, "Name", "sparsify", 3, "mlp_out"),
     Demo(4),
 )
 

@@ -335,6 +335,14 @@ def test_the_header_of_the_plain_format_is_all_strings(tmp_path):
     assert meta["k"] == "5" and meta["context_size"] == "128" and meta["model_name"] == "m"
 
 
+def test_a_folder_that_saelens_reads_as_it_is_is_copied_to_the_byte(tmp_path):
+    source = saved(tmp_path / "sae", "jumprelu", "skip_transcoder")
+    place = export_sae(source, tmp_path / "out", "saelens")
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == {
+        p.name: p.read_bytes() for p in source.iterdir()
+    }
+
+
 # --- all ----------------------------------------------------------------------------------------
 
 
@@ -345,7 +353,9 @@ def test_an_unknown_format_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("format", EXPORT_FORMATS)
 def test_an_export_that_reads_back_otherwise_fails(tmp_path, monkeypatch, format):
-    source = saved(tmp_path / "sae", "topk", "sae")
+    # SAELens' own kind of folder is copied; this one must be written anew.
+    kind, norm = ("standard", "centre") if format == "saelens" else ("topk", "none")
+    source = saved(tmp_path / "sae", kind, "sae", norm=norm)
 
     def save_wrongly(tensors, path, *rest):
         name = next(iter(tensors))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from mistudio.engine.sae.files import OURS, SavedSae, load_sae
 from mistudio.engine.sae.formats import plain, saelens, sparsify
+from mistudio.engine.sae.formats.common import read_json
 from mistudio.engine.sae.formats.compare import check_same_function
 from mistudio.engine.sae.formats.reading import Found
 from mistudio.errors import Incompatible, InvalidInput
@@ -53,16 +54,22 @@ def export_sae(source: Path, folder: Path, format: str) -> Path:
 
 
 def _write_saelens(source: Path, saved: SavedSae, folder: Path) -> Path:
-    """A folder as SAELens writes it, with the latents' frequencies and our own record beside."""
+    """A copy of the library's own folder where SAELens would read that as it is, else a folder in
+    SAELens' terms with the same metadata, frequencies and record."""
     config, tensors = saelens.to_saelens(saved.dictionary, saved.site)
+    stored = read_json(source / saelens.CONFIG)
+    metadata = stored.pop("metadata")
+    as_it_is = stored == config
     place = folder / saved.site.name
     place.mkdir(parents=True, exist_ok=True)
-    for name in (saelens.SPARSITY, OURS):
+    copied = (saelens.CONFIG, saelens.WEIGHTS) if as_it_is else ()
+    for name in (*copied, saelens.SPARSITY, OURS):
         if (source / name).is_file():
             shutil.copyfile(source / name, place / name)
-    config["metadata"] = {"model_from_pretrained_kwargs": {}, **saved.metadata}
-    save_file(tensors, place / saelens.WEIGHTS)
-    (place / saelens.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if not as_it_is:
+        save_file(tensors, place / saelens.WEIGHTS)
+        text = json.dumps({**config, "metadata": metadata}, indent=1)
+        (place / saelens.CONFIG).write_text(text, encoding="utf-8")
     return place
 
 
