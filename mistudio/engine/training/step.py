@@ -228,9 +228,12 @@ class SiteTrainer:
         values = pre[rows, latents]
         codes = Codes(rows, latents, values, len(pre), pre.shape[1])
         if pre.dtype != self.b_enc.dtype:
-            # Half precision only decides what is active; what is active is computed exactly.
-            codes = codes.with_values(values.float())
+            # Half precision only proposes what is active; what is active is computed exactly.
+            codes = codes.with_values(values.to(self.b_enc.dtype))
             values = entry_dots(codes, centred, self.encoder) + self.b_enc[latents]
+            kept = self.objective.matters(latents, values)
+            latents, values = latents[kept], values[kept]
+            codes = Codes(rows[kept], latents, values, len(pre), pre.shape[1])
         return Entries(codes.with_values(self.objective.activate(latents, values)), values)
 
     def _add_aux_gradients(
@@ -246,7 +249,8 @@ class SiteTrainer:
             return
         k_aux = min(self.plan.d_in // 2, 256, len(dead))
         encoder, decoder = self.encoder[dead], self.decoder[dead]
-        spread = self._world.add((error - error.mean(0)).square().sum())
+        mean = self._world.add(error.sum(0)) / (len(error) * self._world.size)
+        spread = self._world.add((error - mean).square().sum())
         factor = 2 * AUX_WEIGHT * AUX_EVERY / spread.clamp_min(1e-12)
         size = max(1, CHUNK_CELLS // 4 // len(dead))
         for first in range(0, len(error), size):

@@ -425,3 +425,31 @@ def test_a_step_that_failed_can_be_taken_again(sparsity):
         bumpy.step(*batch)
     for name, value in smooth.state().items():
         assert torch.equal(value, bumpy.state()[name]), name
+
+
+# --- mixed precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_mixed_precision_only_proposes_what_is_active(sparsity):
+    """Selection in bfloat16 may differ for a few entries; the value of every entry is exact."""
+    plan = small_plan(sparsity, mixed_precision=True, revive=False)
+    trainer, x, _ = settled(plan)
+    u = trainer.wiring.inputs(x)
+    exact = SiteTrainer(small_plan(sparsity, revive=False), x, 0)
+    exact.load_state(trainer.state())
+    proposed, wanted = (
+        next(one._entries(one._in_order(u - one._centre()), plan.k))[1] for one in (trainer, exact)
+    )
+    pre = torch.addmm(trainer.b_enc, u - trainer.b_dec, trainer.encoder.T)
+    codes = proposed.codes
+    assert_close(proposed.pre, pre[codes.rows, codes.latents], "pre-activations")
+    if sparsity == "jumprelu":
+        silent = proposed.pre <= trainer.objective.threshold[codes.latents]
+        assert bool((codes.values[silent] == 0).all())
+    else:
+        assert bool((proposed.pre > 0).all())
+    ours, theirs = ((one.codes.dense() != 0) for one in (proposed, wanted))
+    assert float((ours != theirs).sum()) < 0.03 * float(theirs.sum())
+    both = ours & theirs
+    assert_close(codes.dense()[both], wanted.codes.dense()[both], "values")

@@ -110,6 +110,11 @@ class Objective:
         """(rows, latents) of the entries of `pre` [n, d_sae] that matter, sorted by row."""
         raise NotImplementedError
 
+    def matters(self, latents: Tensor, pre: Tensor) -> Tensor:
+        """Which entries [nnz] that were selected in half precision matter, by their exact
+        pre-activations; bool [nnz]."""
+        return pre > 0
+
     def activate(self, latents: Tensor, pre: Tensor) -> Tensor:
         """The activations of selected entries, [nnz], from their pre-activations."""
         return pre.clamp_min(0.0)

@@ -56,6 +56,9 @@ class JumpReLUObjective(Objective):
         rows, latents = (pre > self.threshold - BANDWIDTH / 2).nonzero(as_tuple=True)
         return rows, latents
 
+    def matters(self, latents: Tensor, pre: Tensor) -> Tensor:
+        return pre > self.threshold[latents] - BANDWIDTH / 2
+
     def activate(self, latents: Tensor, pre: Tensor) -> Tensor:
         return torch.where(pre > self.threshold[latents], pre, 0.0)
 
