@@ -256,7 +256,9 @@ def problems(config: TrainingConfig) -> dict[str, str]:
                 found[entry.name] = f"{label} cannot be left open."
             continue
         whole = str(entry.type).startswith("int")
-        if "minimum" in limits and (
+        if str(entry.type).startswith("bool") and not isinstance(value, bool):
+            found[entry.name] = f"{label} must be on or off."
+        elif "minimum" in limits and (
             isinstance(value, bool) or not isinstance(value, int if whole else int | float)
         ):
             found[entry.name] = f"{label} must be a {'whole ' if whole else ''}number."
@@ -297,8 +299,22 @@ def _without_ghosts(values: dict[str, Any]) -> dict[str, Any]:
     if "ghost_gradients" not in values:
         return values
     rest = {name: value for name, value in values.items() if name != "ghost_gradients"}
-    wanted = _convert("auxk", "bool", values["ghost_gradients"])
+    given = values["ghost_gradients"]
+    wanted = _SWITCH.get(given.lower()) if isinstance(given, str) else given
+    if not isinstance(wanted, bool):
+        raise InvalidInput(
+            "A training option cannot be read",
+            f"Ghost gradients (ghost_gradients) got {given!r}.",
+            "It takes true or false.",
+            field="ghost_gradients",
+        )
     return {"auxk": wanted, "revive": wanted, **rest}
+
+
+_SWITCH = {
+    **dict.fromkeys(("true", "on", "1", "yes"), True),
+    **dict.fromkeys(("false", "off", "0", "no"), False),
+}
 
 
 def _convert(name: str, kind: str, value: Any) -> Any:
@@ -308,28 +324,28 @@ def _convert(name: str, kind: str, value: Any) -> Any:
         return None
     try:
         if kind.startswith("bool"):
-            return {
-                "true": True,
-                "on": True,
-                "1": True,
-                "yes": True,
-                "false": False,
-                "off": False,
-                "0": False,
-                "no": False,
-            }[value.lower()]
+            return _SWITCH[value.lower()]
         if kind.startswith("int"):
-            return int(float(value.replace("_", "")))
+            number = float(value)
+            if number != int(number):
+                raise ValueError
+            return int(number)
         if kind.startswith("float"):
             return float(value)
     except (ValueError, KeyError, OverflowError) as exc:
         raise InvalidInput(
             "A training option cannot be read",
             f"{option(name)['label']} ({name}) got {value!r}.",
-            f"It takes {'true or false' if kind.startswith('bool') else 'a number'}.",
+            f"It takes {_takes(kind)}.",
             field=name,
         ) from exc
     return value
+
+
+def _takes(kind: str) -> str:
+    if kind.startswith("bool"):
+        return "true or false"
+    return "a whole number" if kind.startswith("int") else "a number"
 
 
 def derive(config: TrainingConfig, d_in: int, d_out: int | None = None) -> Plan:
