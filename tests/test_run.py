@@ -270,3 +270,60 @@ def test_benchmark_tables_are_appended(tmp_path: Path) -> None:
     assert text.startswith("# bench_speed\n")
     assert text.index("a 1") < text.index("a 2")
     assert text.count("```text") == 2
+
+
+def test_options_of_a_benchmark_need_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.bench_arguments(["peers", "--steps", "300"]) == (["peers"], ["--steps", "300"])
+    monkeypatch.setattr(run, "set_up", lambda extras: pytest.fail("set up for a bad command"))
+    assert run.main(["bench", "--steps", "300"]) == 2
+    assert "name it" in capsys.readouterr().err
+    assert run.main(["bench", "nothing_like_this"]) == 2
+
+
+def test_a_peer_that_cannot_be_installed_is_said_and_leaves_no_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise run.SetupError("pip could not install SAELens (exit 1).")
+
+    monkeypatch.setattr(run, "set_up", lambda extras: None)
+    monkeypatch.setattr(run, "ensure_qt", lambda xcb: None)
+    monkeypatch.setattr(run, "set_up_peers", refuse)
+    monkeypatch.setattr(run, "keep_table", lambda path, table: pytest.fail("a table of nothing"))
+    assert run.main(["bench", "peers"]) == 1
+    said = capsys.readouterr().err
+    assert "SAELens could not be installed" in said and "pip could not" in said
+
+
+def test_peers_are_set_up_once_and_again_when_something_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed = []
+    wanted = tmp_path / "tests" / "benchmarks" / "peers" / "requirements.txt"
+    wanted.parent.mkdir(parents=True)
+    wanted.write_text("sae-lens==1\n")
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "STATE", tmp_path / "state")
+    monkeypatch.setattr(run, "PEERS", tmp_path / "peers")
+    monkeypatch.delenv("MISTUDIO_TORCH", raising=False)
+    python = run.python_of(tmp_path / "peers")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.setattr(run, "venv_python_works", lambda venv: True)
+    monkeypatch.setattr(run, "ensure_pip", lambda venv: None)
+    monkeypatch.setattr(run, "in_venv", lambda code, venv: '{"torch": "2.13.0+cpu"}')
+    monkeypatch.setattr(
+        run, "pip_install", lambda label, arguments, pip=(): installed.append((label, arguments))
+    )
+    run.set_up_peers()
+    assert installed[0][1][0] == "torch==2.13.0", "the app's torch, before all else"
+    assert installed[-1][1][-2:] == ["-r", str(wanted)]
+    first = len(installed)
+    run.set_up_peers()
+    assert len(installed) == first, "nothing has changed"
+    wanted.write_text("sae-lens==2\n")
+    run.set_up_peers()
+    assert len(installed) == 2 * first
