@@ -20,6 +20,8 @@ from mistudio.jobs.control import Control
 from mistudio.library.library import Library
 
 DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 130
+SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out")
+RUN_HELP = "a run's name or number, an imported SAE's name, or sae:NUMBER"
 SORTS = ("density", "context_density", "max_activation", "mean_activation", "top_token_share", "id")
 
 Command = Callable[[argparse.Namespace, Library], "dict[str, Any]"]
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--site",
         default="resid_post",
-        choices=("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"),
+        choices=SITES,
     )
     train.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
     train.add_argument(
@@ -151,7 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     discover = add("discover", _discover, "find what every latent fires on")
-    discover.add_argument("run", metavar="RUN")
+    discover.add_argument("run", metavar="RUN", help=RUN_HELP)
+    discover.add_argument(
+        "--dataset", metavar="D", help="text to look through (default: the run's own)"
+    )
     discover.add_argument("--max-tokens", type=int, default=500_000)
     discover.add_argument("--top-k", type=int, default=20)
 
@@ -180,10 +185,25 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--seed", type=int, default=0)
     steer.add_argument("--chat", action="store_true", help="use the model's chat format")
 
-    export = add("export", _export, "write a run's SAEs to a folder")
-    export.add_argument("run", metavar="RUN")
-    export.add_argument("--format", default="saelens", choices=("saelens",))
+    export = add("export", _export, "write a run's SAEs to a folder that other libraries read")
+    export.add_argument("run", metavar="RUN", help=RUN_HELP)
+    export.add_argument("--layer", type=int, help="only this layer's SAE")
+    export.add_argument(
+        "--format", default="saelens", choices=("saelens", "sparsify", "safetensors")
+    )
     export.add_argument("--to", required=True, type=Path, metavar="DIR")
+
+    bring = add("import", _import, "bring SAEs that another library wrote into this one")
+    bring.add_argument("path", metavar="PATH", help="a folder or file; its format is recognised")
+    bring.add_argument("--model", metavar="M", help="whose activations they read")
+    bring.add_argument("--layer", type=int, metavar="N", help="where the files do not say")
+    bring.add_argument("--site", choices=SITES, help="where the files do not say")
+    bring.add_argument("--name", default="", help="what to call it")
+    bring.add_argument("--format", metavar="F", help="refuse any other format")
+
+    sae = commands.add_parser("sae", help="imported SAEs").add_subparsers(required=True)
+    sub = add("remove", _sae_remove, "move an imported SAE to the trash", sae)
+    sub.add_argument("sae", metavar="SAE", help="its name, or its number in `mistudio list`")
 
     job = commands.add_parser("job", help="jobs that were interrupted").add_subparsers(
         required=True
@@ -207,7 +227,7 @@ def _common_options(default: Any) -> argparse.ArgumentParser:
 
 
 def _add_sae_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run name or number")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--layer", type=int, help="which SAE, where the run has several")
 
 
@@ -305,6 +325,18 @@ def _list(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         for t in library.trainings.all()
         for sae in library.saes.of_training(t.id)
     ]
+    imported = [
+        {
+            "id": sae.id,
+            "name": sae.name,
+            "format": sae.provenance.get("format", ""),
+            "reads": sae.hook_point,
+            "writes": sae.hook_point_out if sae.is_transcoder else "",
+            "latents": sae.d_sae,
+            "features": "yes" if library.feature_runs.newest_of_sae(sae.id) else "no",
+        }
+        for sae in library.saes.imported()
+    ]
     jobs = [
         {"id": j.id, "title": j.title, "status": j.status, "progress": percent(j.fraction, 0)}
         for j in library.jobs.all("status NOT IN ('finished', 'cancelled')")
@@ -313,6 +345,7 @@ def _list(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         "Models": models,
         "Datasets": datasets,
         "Runs": runs,
+        "Imported": imported,
         "Jobs": jobs,
     }
     print(f"Library: {library.root}")
@@ -482,10 +515,11 @@ def _layers(text: str) -> list[int]:
 def _discover(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     from mistudio.jobs.kinds import Discover
 
-    training = _find(library.trainings, options.run)
+    dataset = _find(library.datasets, options.dataset) if options.dataset else None
+    name, saes = _find_saes(library, options.run)
     rows = []
-    for sae in library.saes.of_training(training.id):
-        job = Discover(sae.id, max_tokens=options.max_tokens, top_k=options.top_k)
+    for sae in saes:
+        job = Discover(sae.id, options.max_tokens, options.top_k, dataset.id if dataset else None)
         run = library.feature_runs.get(_run(library, job)["feature_run_id"])
         print(
             f"{sae.hook_point}: {count(run.summary['alive'])} of {count(run.n_features)} "
@@ -500,7 +534,7 @@ def _discover(options: argparse.Namespace, library: Library) -> dict[str, Any]:
                 "tokens": run.tokens,
             }
         )
-    return {"run": training.name, "feature_runs": rows}
+    return {"run": name, "feature_runs": rows}
 
 
 def _features(options: argparse.Namespace, library: Library) -> dict[str, Any]:
@@ -604,12 +638,71 @@ def _steer(options: argparse.Namespace, library: Library) -> dict[str, Any]:
 def _export(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     from mistudio.jobs.kinds import Export
 
-    training = _find(library.trainings, options.run)
-    job = Export(training.id, str(options.to.expanduser().resolve()), options.format)
+    _, saes = _find_saes(library, options.run)
+    target = str(options.to.expanduser().resolve())
+    if options.layer is not None or saes[0].training_id is None:
+        job = Export(None, target, options.format, _one_of(saes, options).id)
+    else:
+        job = Export(saes[0].training_id, target, options.format)
     result = _run(library, job)
     for folder in result["folders"]:
         print(folder)
-    return result
+    return {**result, "format": options.format}
+
+
+def _import(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import ImportSae
+
+    model = _find(library.models, options.model) if options.model else None
+    job = ImportSae(
+        str(Path(options.path).expanduser().resolve()),
+        model.id if model else None,
+        options.name,
+        options.format,
+        options.layer,
+        options.site,
+    )
+    result = _run(library, job)
+    rows = []
+    for sae in map(library.saes.get, result["sae_ids"]):
+        to = f" -> {sae.hook_point_out}" if sae.is_transcoder else ""
+        print(
+            f"SAE {sae.id}: {sae.name}, {count(sae.d_sae)} latents ({sae.architecture}), "
+            f"{library.models.get(sae.model_id).name} {sae.hook_point}{to}"
+        )
+        for note in sae.provenance["notes"]:
+            print(f"  {note}")
+        rows.append(
+            {
+                "sae_id": sae.id,
+                "name": sae.name,
+                "format": sae.provenance["format"],
+                "model_id": sae.model_id,
+                "hook_point": sae.hook_point,
+                "hook_point_out": sae.hook_point_out,
+                "wiring": sae.wiring,
+                "architecture": sae.architecture,
+                "d_in": sae.d_in,
+                "d_sae": sae.d_sae,
+                "notes": sae.provenance["notes"],
+            }
+        )
+    return {"saes": rows}
+
+
+def _sae_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    wanted = options.sae
+    _, saes = _find_saes(library, f"sae:{wanted}" if wanted.isdigit() else wanted)
+    sae = saes[0]
+    if sae.training_id is not None:
+        raise InvalidInput(
+            "This SAE belongs to a run",
+            f"It was trained here, by {library.trainings.get(sae.training_id).name}.",
+            "Delete the run as a whole, in the Training tab.",
+        )
+    library.discard("saes", sae.id)
+    print(f"Moved {sae.name} to the trash (kept seven days).")
+    return {"sae_id": sae.id}
 
 
 def _job_retry(options: argparse.Namespace, library: Library) -> dict[str, Any]:
@@ -695,18 +788,47 @@ def _find(table: Any, wanted: str) -> Any:
     )
 
 
-def _find_sae(library: Library, options: argparse.Namespace) -> Any:
-    training = _find(library.trainings, options.run)
+def _find_saes(library: Library, wanted: str) -> tuple[str, list[Any]]:
+    """(name, SAEs) of a run by number or name, of an imported SAE by name, or of `sae:NUMBER`."""
+    from mistudio.jobs.saes import sae_title
+
+    kind, _, number = wanted.partition(":")
+    if kind == "sae" and number.isdigit():
+        sae = library.saes.get(int(number))
+        return sae_title(library, sae), [sae]
+    try:
+        training = _find(library.trainings, wanted)
+    except NotFound as exc:
+        for sae in library.saes.imported():
+            if sae.name.lower() == wanted.lower():
+                return sae.name, [sae]
+        names = ", ".join(f"sae:{sae.id} {sae.name!r}" for sae in library.saes.imported())
+        if not names:
+            raise
+        raise NotFound(
+            f"No run or imported SAE called {wanted!r}",
+            f"{exc.what} Imported: {names}.",
+            exc.next_step,
+        ) from None
     saes = library.saes.of_training(training.id)
-    if options.layer is not None:
-        saes = [sae for sae in saes if sae.layer == options.layer]
     if not saes:
+        raise NotFound("This run has no SAEs", next_step="Choose another run.")
+    return training.name, saes
+
+
+def _find_sae(library: Library, options: argparse.Namespace) -> Any:
+    return _one_of(_find_saes(library, options.run)[1], options)
+
+
+def _one_of(saes: list[Any], options: argparse.Namespace) -> Any:
+    """The SAE of the layer that was asked for, else the first."""
+    chosen = [sae for sae in saes if options.layer in (None, sae.layer)]
+    if not chosen:
         raise NotFound(
             "This run has no such layer",
-            f"{training.name} has the layers "
-            f"{', '.join(str(s.layer) for s in library.saes.of_training(training.id))}.",
+            f"It has the layers {', '.join(str(sae.layer) for sae in saes)}.",
         )
-    return saes[0]
+    return chosen[0]
 
 
 def _check_json(options: argparse.Namespace) -> None:

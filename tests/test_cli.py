@@ -140,7 +140,7 @@ def test_every_command_of_the_house_has_a_help_page(capsys: pytest.CaptureFixtur
     from mistudio import cli
 
     commands = ("demo", "doctor", "list", "dataset add", "model add", "train", "discover")
-    for command in (*commands, "features", "steer", "export", "job retry", "job dismiss"):
+    for command in (*commands, "features", "steer", "export", "import", "sae remove", "job retry"):
         assert cli.run([*command.split(), "--help"]) == 0
         out = capsys.readouterr().out
         assert "--library DIR" in out and "--json FILE" in out
@@ -162,20 +162,21 @@ def test_answers_go_to_stdout_and_progress_to_stderr(
 def test_list_shows_what_the_library_holds(run: Run) -> None:
     result = run("list")
     assert result.code == 0
-    assert set(result.json) == {"models", "datasets", "runs", "jobs"}
+    assert set(result.json) == {"models", "datasets", "runs", "imported", "jobs"}
     assert result.json["models"][0]["name"] == road.MODEL.name
     assert result.json["datasets"][0]["documents"] == "120"
     (row,) = result.json["runs"]
     assert (row["name"], row["layer"], row["latents"]) == ("first", 1, 128)
     assert (row["status"], row["features"]) == ("completed", "yes")
-    for heading in ("Models", "Datasets", "Runs", "Jobs"):
+    for heading in ("Models", "Datasets", "Runs", "Imported", "Jobs"):
         assert f"\n{heading}\n" in result.out
 
 
 def test_list_of_an_empty_library_says_none(run: Run, tmp_path: Path) -> None:
     result = run("list", library=tmp_path / "new")
-    assert result.out.count("none") == 4
-    assert result.json == {"models": [], "datasets": [], "runs": [], "jobs": []}
+    assert result.out.count("none") == 5
+    empty = {"models": [], "datasets": [], "runs": [], "imported": [], "jobs": []}
+    assert result.json == empty
 
 
 def test_dataset_add_and_remove(run: Run, root: Path, tmp_path: Path) -> None:

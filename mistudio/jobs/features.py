@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput, NotFound
 from mistudio.jobs.control import Phase
+from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model
+from mistudio.jobs.saes import sae_title
 from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
-from mistudio.library.records import FeatureRun, Sae
+from mistudio.library.records import Extraction, FeatureRun, Sae, Tokenization
 
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import TokenRows
@@ -27,11 +29,16 @@ DISCOVER_PARTS = {"examples": (0.0, 0.85), "logit lens": (0.85, 1.0)}
 
 @dataclass(frozen=True)
 class Discover:
-    """Top examples, densities and logit-lens tokens of every latent of one SAE."""
+    """Top examples, densities and logit-lens tokens of every latent of one SAE.
+
+    `dataset_id` is the text to look through: its run's own where it is None, which an imported
+    SAE does not have.
+    """
 
     sae_id: int
     max_tokens: int = 500_000
     top_k: int = 20
+    dataset_id: int | None = None
 
     kind: ClassVar[str] = "discover"
     lane: ClassVar[str] = "compute"
@@ -59,6 +66,7 @@ def discover(
 ) -> FeatureRun:
     """One pass over the training split: from stored activations where the run has them, else
     from the model. A new run of the same SAE stands beside the old one."""
+    from mistudio.engine.datasets.tokens import TokenStore
     from mistudio.engine.features import discovery
     from mistudio.engine.sae.files import load_sae
 
@@ -72,10 +80,15 @@ def discover(
                 f"{name.replace('_', ' ')} must be between 1 and {largest:,}; it is {value:,}.",
                 field=name,
             )
-    sae, tokens = _inputs(library, job.sae_id)
+    sae = library.saes.get(job.sae_id)
+    tokenization = _text_of(library, work, sae, job.dataset_id, progress)
+    tokens = TokenStore(library.path(tokenization.folder)).train
     saved = load_sae(library.path(sae.folder))
     context = int(saved.metadata.get("context_size", 128))
-    rows, total = _rows(library, sae, tokens, saved.hook_point, model, context, job, progress)
+    extraction = _extraction(library, sae, tokenization)
+    rows, total = _rows(
+        library, extraction, tokens, saved.hook_point, model, context, job, progress
+    )
     folder = work / "features"
     meta = discovery.discover(
         rows,
@@ -89,12 +102,11 @@ def discover(
         top_k=job.top_k,
         progress=progress,
     )
-    training = library.trainings.get(sae.training_id or 0)
-    target = library.new_folder("features", training.name)
+    target = library.new_folder("features", sae_title(library, sae))
     with library.commit(folder, target):
         run_id = library.feature_runs.add(
             sae_id=sae.id,
-            tokenization_id=training.tokenization_id,
+            tokenization_id=tokenization.id,
             folder=target,
             n_features=meta.n_features,
             tokens=meta.tokens,
@@ -125,24 +137,35 @@ def newest_run(library: Library, sae_id: int) -> FeatureRun:
     return run
 
 
-def _inputs(library: Library, sae_id: int) -> tuple[Sae, TokenSplit]:
-    from mistudio.engine.datasets.tokens import TokenStore
-
-    sae = library.saes.get(sae_id)
+def _text_of(
+    library: Library, work: Path, sae: Sae, dataset_id: int | None, progress: Progress
+) -> Tokenization:
+    """The tokens to look through: of the dataset that was named, else of the SAE's run."""
+    if dataset_id is not None:
+        return tokenize(library, work, dataset_id, sae.model_id, progress)
     if sae.training_id is None:
         raise NotFound(
             "This SAE has no text of its own",
             "It was not trained in this library.",
-            "Train one here, or choose another.",
+            "Name a dataset to look through (`--dataset D`).",
         )
     training = library.trainings.get(sae.training_id)
-    tokenization = library.tokenizations.get(training.tokenization_id)
-    return sae, TokenStore(library.path(tokenization.folder)).train
+    return library.tokenizations.get(training.tokenization_id)
+
+
+def _extraction(library: Library, sae: Sae, tokenization: Tokenization) -> Extraction | None:
+    """The stored activations that the SAE learnt from, if they are of this text."""
+    training = library.trainings.find(sae.training_id) if sae.training_id else None
+    if training is None or training.extraction_id is None:
+        return None
+    extraction = library.extractions.find(training.extraction_id)
+    same = extraction is not None and extraction.tokenization_id == tokenization.id
+    return extraction if same else None
 
 
 def _rows(
     library: Library,
-    sae: Sae,
+    extraction: Extraction | None,
     tokens: TokenSplit,
     point: HookPoint,
     model: HookedDecoder,
@@ -155,10 +178,6 @@ def _rows(
     from mistudio.engine.activations.source import calibrate_medians, token_rows
     from mistudio.engine.activations.store import StoredActivations
 
-    training = library.trainings.get(sae.training_id or 0)
-    extraction = (
-        library.extractions.find(training.extraction_id) if training.extraction_id else None
-    )
     if extraction is not None:
         stored = StoredActivations(library.path(extraction.folder))
         if stored.meta.context == context:

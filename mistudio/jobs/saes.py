@@ -206,8 +206,9 @@ def _model_of(library: Library, job: ImportSae, read: ImportedSae) -> Model:
         return library.models.get(job.model_id)
     models = library.models.all()
     named = [m for m in models if _same_name(read.model_name, m.name, m.origin)]
-    if named or len(models) == 1:
-        return (named or models)[0]
+    candidates = named or models
+    if len(candidates) == 1:
+        return candidates[0]
     if not models:
         raise NotFound(
             "There is no model for this SAE",
@@ -218,7 +219,7 @@ def _model_of(library: Library, job: ImportSae, read: ImportedSae) -> Model:
     raise InvalidInput(
         "Which model does this SAE belong to?",
         f"Its files name {read.model_name or 'none'}; the library has "
-        f"{', '.join(f'{m.id} {m.name!r}' for m in models)}.",
+        f"{', '.join(f'{m.id} {m.name!r}' for m in candidates)}.",
         "Name the model (`--model M`).",
         field="model",
     )

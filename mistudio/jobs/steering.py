@@ -16,7 +16,9 @@ from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
 
 if TYPE_CHECKING:
+    from mistudio.engine.datasets.tokens import TokenSplit
     from mistudio.engine.models.hooks import HookedDecoder
+    from mistudio.engine.sae.files import SavedSae
 
 STEER_PARTS = {"generate": (0.0, 0.9), "measure": (0.9, 1.0)}
 
@@ -76,9 +78,15 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
     sae = library.saes.get(job.sae_id)
     store, tokens = open_features(library, newest_run(library, job.sae_id))
     saved = load_sae(library.path(sae.folder))
+    point = saved.site.output  # where decoder rows are directions: what a transcoder writes to
     dictionary = saved.dictionary.to(model.device)
     edits = [_edit(store.columns["max_activation"], f, s) for f, s in job.features]
+    median = _median_norm(model, tokens, saved)
     vector = steering_vector(dictionary, edits)
+    if dictionary.norm == "layer_norm":
+        # Its decoder speaks of normalised activations: in raw ones it is multiplied by a token's
+        # standard deviation, of which the median norm over sqrt(d) is the usual size.
+        vector = vector * (median / dictionary.d_out**0.5)
     vectors = torch.stack([vector * scale for scale in job.scales])
     tokenizer = loading.load_tokenizer(library.path(library.models.get(sae.model_id).folder))
     special = sorted(loading.special_ids(tokenizer))
@@ -89,7 +97,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         model,
         tokenizer,
         prompt_ids,
-        saved.hook_point,
+        point,
         vectors,
         sampling,
         special_ids=special,
@@ -97,14 +105,13 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         progress=progress,
     )
     seconds = time.monotonic() - began
-    median = _median_norm(library, job.sae_id, model, tokens, saved)
     unsteered = generated.rows[0]
     variants = []
     for number, (scale, row) in enumerate(zip(job.scales, generated.rows[1:], strict=True)):
         progress.report(number, len(job.scales), phase="measure")
         effect = steering_effect(
             model,
-            saved.hook_point,
+            point,
             vectors[number],
             prompt_ids,
             unsteered.ids,
@@ -126,7 +133,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         )
     return {
         "prompt": job.prompt,
-        "hook_point": saved.hook_point.name,
+        "hook_point": point.name,
         "precision": precision_of(model),
         "unsteered": unsteered.text,
         "unsteered_ids": unsteered.ids,
@@ -153,14 +160,13 @@ def _stop_ids(model: HookedDecoder, tokenizer: Any) -> set[int]:
     return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-def _median_norm(
-    library: Library, sae_id: int, model: HookedDecoder, tokens: Any, saved: Any
-) -> float:
-    """The layer's median activation norm: from the run's record, else measured."""
+def _median_norm(model: HookedDecoder, tokens: TokenSplit, saved: SavedSae) -> float:
+    """The median activation norm where steering acts: from the run's record, else measured."""
     from mistudio.engine.activations.source import calibrate_medians
 
-    recorded = saved.record.get("metrics", {}).get("median_norm")
-    if recorded:
+    recorded = saved.record.get("metrics", {}).get("median_norm")  # of what the SAE reads
+    if recorded and not saved.site.is_transcoder:
         return float(recorded)
     context = int(saved.metadata.get("context_size", 128))
-    return calibrate_medians(model, tokens, (saved.hook_point,), context)[saved.hook_point]
+    point = saved.site.output
+    return calibrate_medians(model, tokens, (point,), context)[point]

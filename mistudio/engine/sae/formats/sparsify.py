@@ -163,7 +163,7 @@ def write(
     `module_path` and `module_path_out` are the paths, as in `named_modules`, of the modules that
     carry the site's input and output. Raises Incompatible for what sparsify cannot hold.
     """
-    final = _representable(dictionary, site)
+    final = representable(dictionary, site)
     place = folder / hookpoint_of(site, module_path, module_path_out)
     place.mkdir(parents=True, exist_ok=True)
     assert isinstance(final.activation, TopK)
@@ -192,8 +192,9 @@ def write(
     return place
 
 
-def _representable(dictionary: Dictionary, site: Site) -> Dictionary:
-    """The same function with the centre that sparsify gives it."""
+def representable(dictionary: Dictionary, site: Site) -> Dictionary:
+    """The same function with the centre that sparsify gives it. Incompatible for what it cannot
+    hold, whatever its place."""
     final = without_centring(dictionary.folded().to("cpu"))
     if not isinstance(final.activation, TopK):
         raise Incompatible(

@@ -74,6 +74,7 @@ def _write_saelens(source: Path, saved: SavedSae, folder: Path) -> Path:
 
 
 def _write_sparsify(source: Path, saved: SavedSae, folder: Path) -> Path:
+    sparsify.representable(saved.dictionary, saved.site)  # the reason that no module would mend
     module_path = str(saved.metadata.get("hf_hook_name") or "")
     if not module_path:
         raise Incompatible(
