@@ -26,8 +26,8 @@ from mistudio.errors import Incompatible, InvalidInput
 # A batch's logits, of which two sets are held at a time, stay under this many numbers wherever
 # one window's do: 256 MB in float32. A vocabulary of 256,000 needs smaller batches of windows.
 LOGIT_CELLS = 64 * 1024**2
-# Their logarithms are taken for at most this many at a time: 16 MB in float32.
-CHUNK_CELLS = 4 * 1024**2
+# Their logarithms are taken for at most this many at a time: 4 MB in float32.
+CHUNK_CELLS = 1024**2
 
 Replacement = Callable[[Tensor], Tensor]
 
