@@ -28,6 +28,7 @@ AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 REVIVE_AT = (0.10, 0.25, 0.40, 0.55)
 # Active entries kept before their gradient is taken: 20 bytes each, 80 MB.
 ENTRY_BUDGET = 4 * 1024**2
+LEAST_ROWS = 64  # of a part; smaller ones save next to nothing
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ class SiteTrainer:
         self.tokens_since_fired = torch.zeros(plan.d_sae, dtype=torch.int64, device=sample.device)
         self.revived = 0
         self._optimizer = optimizer(plan, list(self.parameters().values()))
+        _make_moments(self._optimizer)
+
+    @classmethod
+    def resumed(
+        cls,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        world: World = ALONE,
+    ) -> SiteTrainer:
+        """The trainer of the same plan whose `state` is `tensors`."""
+        # Whatever a sample sets is in the state too; any sample will do.
+        numbers = torch.Generator().manual_seed(0)
+        sample = torch.randn(256, plan.d_in, generator=numbers).to(device)
+        transcoder = plan.config.wiring in ("transcoder", "skip_transcoder")
+        target = torch.randn(256, plan.d_out, generator=numbers).to(device) if transcoder else None
+        trainer = cls(plan, sample, plan.config.seed, target, world)
+        trainer.load_state(tensors)
+        return trainer
 
     def parameters(self) -> dict[str, Tensor]:
         named = {
@@ -118,14 +138,55 @@ class SiteTrainer:
         """Learn from raw inputs [batch, d_in] (and targets [batch, d_out] for transcoders): this
         process's rows of the batch. Metrics cost a device sync; None without.
 
-        Raises TrainingDiverged where the loss is not finite (seen when measured). Memory that
-        runs out before the weights are moved leaves the state as it was.
+        Raises TrainingDiverged where the loss is not finite (seen when measured). Where that or
+        anything else is raised, nothing was learnt from the batch, so that after memory ran out it
+        can be tried again in more parts (`split`); a re-initialisation that was done stays done.
         """
         self._maybe_revive(x, y)
+        k = self.current_k()
+        batch = self._work_through(x, y, k, measure)
+        self._update(batch.gradients)
+        # The weights have moved: from here on nothing takes memory worth mentioning.
+        self.tokens_since_fired += batch.tokens
+        self.tokens_since_fired.masked_fill_(batch.fired, 0)
+        metrics = self._metrics(batch) if measure else None
+        self.objective.follow(batch.l0, k, self.step_number)
+        self.step_number += 1
+        return metrics
+
+    def split(self) -> bool:
+        """Work through batches in twice as many parts: less memory, the same result but for
+        rounding. False, and nothing changed, where parts would become too small to matter."""
+        if self.plan.batch_size // self._world.size < 2 * self.parts * LEAST_ROWS:
+            return False
+        self.parts *= 2
+        return True
+
+    @property
+    def finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(math.isfinite(float(value.sum())) for value in self.parameters().values())
+
+    def dictionary(self) -> Dictionary:
+        """The dictionary as it stands, in training units (scale not folded)."""
+        return Dictionary(
+            self.encoder,
+            self.b_enc,
+            self.decoder,
+            self.b_dec,
+            self.objective.activation(self._weights()),
+            self.wiring.scale,
+            self.wiring.out_scale,
+            self.wiring.centre,
+            self.wiring.skip_matrix(),
+        )
+
+    # --- the parts of a step ----------------------------------------------------------------
+
+    def _work_through(self, x: Tensor, y: Tensor | None, k: float, measure: bool) -> _Batch:
         u = self._in_order(self.wiring.inputs(x))
         target = self.wiring.targets(u, None if y is None else self._in_order(y))
         centred = u - self._centre()
-        k = self.current_k()
         tokens = len(x) * self._world.size
         factor = 2.0 / (tokens * self.variance)
         gradients = Gradients({})
@@ -148,30 +209,14 @@ class SiteTrainer:
         error = torch.cat(errors)
         if self.plan.config.auxk and self.step_number % AUX_EVERY == 0:
             self._add_aux_gradients(gradients.values, error, centred)
-        self._update(gradients.values)
         counts = self._world.add(torch.cat([fired, fired.new_tensor([float(active)])]))
-        l0 = float(counts[-1]) / tokens
-        self.tokens_since_fired += tokens
-        self.tokens_since_fired[counts[:-1] > 0] = 0
-        self.objective.follow(l0, k, self.step_number)
-        self.step_number += 1
-        return self._metrics(error, penalty, l0, tokens) if measure else None
-
-    def dictionary(self) -> Dictionary:
-        """The dictionary as it stands, in training units (scale not folded)."""
-        return Dictionary(
-            self.encoder,
-            self.b_enc,
-            self.decoder,
-            self.b_dec,
-            self.objective.activation(self._weights()),
-            self.wiring.scale,
-            self.wiring.out_scale,
-            self.wiring.centre,
-            self.wiring.skip_matrix(),
-        )
-
-    # --- the parts of a step ----------------------------------------------------------------
+        batch = _Batch(gradients.values, tokens, float(counts[-1]) / tokens, counts[:-1] > 0)
+        if measure:
+            sums = torch.stack([error.square().sum(), torch.as_tensor(penalty).to(error)])
+            squares, batch.penalty = self._world.add(sums).tolist()
+            batch.fvu = squares / tokens / self.variance
+            self._check(batch.fvu + batch.penalty)
+        return batch
 
     def _weights(self) -> Weights:
         return Weights(self.encoder, self.b_enc, self.decoder, self.b_dec)
@@ -195,7 +240,8 @@ class SiteTrainer:
         Pre-activations are the one large matrix of a step, and only a part of it exists at a
         time."""
         n = len(centred)
-        size = min(math.ceil(n / self.parts), max(1, CHUNK_CELLS // self.plan.d_sae))
+        part = math.ceil(n / self.parts)
+        size = min(part, max(1, CHUNK_CELLS // self.plan.d_sae))
         stride = self._stride(n)
         seen = math.ceil(n / stride) if stride else 0
         start, pending, held = 0, [], 0
@@ -214,7 +260,7 @@ class SiteTrainer:
             pending.append(entries)
             held += len(entries.pre)
             stop = first + len(chunk)
-            if held > ENTRY_BUDGET or stop == n:
+            if held > ENTRY_BUDGET or stop - start >= part or stop == n:
                 yield slice(start, stop), Entries.joined(pending)
                 start, pending, held = stop, [], 0
 
@@ -252,7 +298,7 @@ class SiteTrainer:
         mean = self._world.add(error.sum(0)) / (len(error) * self._world.size)
         spread = self._world.add((error - mean).square().sum())
         factor = 2 * AUX_WEIGHT * AUX_EVERY / spread.clamp_min(1e-12)
-        size = max(1, CHUNK_CELLS // 4 // len(dead))
+        size = max(1, min(CHUNK_CELLS // 4 // len(dead), math.ceil(len(error) / self.parts)))
         for first in range(0, len(error), size):
             inputs, target = centred[first : first + size], -error[first : first + size]
             pre = torch.addmm(self.b_enc[dead], inputs, encoder.T)
@@ -279,9 +325,12 @@ class SiteTrainer:
             parameter.grad = gradients[name].mul_(clip)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        self._optimizer.step()
-        for parameter in self.parameters().values():
-            parameter.grad = None
+        try:
+            self._optimizer.step()
+        finally:
+            for parameter in self.parameters().values():
+                parameter.grad = None
+        gradients.clear()  # room for the norms
         self.decoder /= self.decoder.norm(dim=1, keepdim=True)
 
     def _maybe_revive(self, x: Tensor, y: Tensor | None) -> None:
@@ -297,6 +346,15 @@ class SiteTrainer:
         dead = self.dead.nonzero().squeeze(1)
         if len(dead) <= 0.01 * self.plan.d_sae:
             return
+        numbers = self._generator.get_state()
+        try:
+            self._revive(dead, x, y)
+        except BaseException:
+            self._generator.set_state(numbers)
+            raise
+
+    def _revive(self, dead: Tensor, x: Tensor, y: Tensor | None) -> None:
+        """Nothing is moved before the last allocation."""
         # All processes look at the whole batch, so that all of them draw the same tokens.
         u = self._in_order(self.wiring.inputs(self._world.gathered(x)))
         whole = None if y is None else self._in_order(self._world.gathered(y))
@@ -310,12 +368,13 @@ class SiteTrainer:
             error.square().sum(1).cpu(), len(dead), replacement=True, generator=self._generator
         ).to(x.device)
         living = self.encoder[~self.dead].norm(dim=1).mean()
-        self.decoder[dead] = _directions(error[chosen])
         reading = error if self.wiring.centre is None else centred
-        self.encoder[dead] = 0.2 * living * _directions(reading[chosen])
+        decoder, encoder = _directions(error[chosen]), _directions(reading[chosen])
+        encoder *= 0.2 * living
         # The latent must fire on its own token, or it would stay dead.
-        own = (self.encoder[dead] * centred[chosen]).sum(1)
-        self.b_enc[dead] = (1.05 * self.objective.firing_level(dead) - own).clamp(min=0.0)
+        own = (encoder * centred[chosen]).sum(1)
+        b_enc = (1.05 * self.objective.firing_level(dead) - own).clamp(min=0.0)
+        self.decoder[dead], self.encoder[dead], self.b_enc[dead] = decoder, encoder, b_enc
         self._forget(dead)
         self.tokens_since_fired[dead] = 0
         self.revived += len(dead)
@@ -329,24 +388,20 @@ class SiteTrainer:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[latents] = 0.0
 
-    def _metrics(
-        self, error: Tensor, penalty: Tensor | float, l0: float, tokens: int
-    ) -> StepMetrics:
-        sums = torch.stack([error.square().sum(), torch.as_tensor(penalty).to(error)])
-        squares, priced = self._world.add(sums).tolist()
-        fvu = squares / tokens / self.variance
-        loss = fvu + priced
+    def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 "The training diverged",
-                f"The loss became {loss} at step {self.step_number}.",
+                f"The loss became {loss} at step {self.step_number + 1}.",
                 f"Lower the learning rate (it was {self.plan.learning_rate:.2g}) and start again.",
             )
+
+    def _metrics(self, batch: _Batch) -> StepMetrics:
         coefficient = getattr(self.objective, "coefficient", None)
         return StepMetrics(
-            loss=loss,
-            fvu=fvu,
-            l0=l0,
+            loss=batch.fvu + batch.penalty,
+            fvu=batch.fvu,
+            l0=batch.l0,
             dead=int(self.dead.sum()),
             learning_rate=self.learning_rate(),
             coefficient=coefficient.value if coefficient else 0.0,
@@ -356,18 +411,22 @@ class SiteTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a later `load_state` needs to go on exactly, as plain tensors."""
-        tensors = {name: value.clone() for name, value in self.parameters().items()}
+        return {name: value.clone() for name, value in self.own_state().items()}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """`state` without a copy, to be written away at once: the next step changes it."""
+        tensors = dict(self.parameters())
         for name, parameter in self.parameters().items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).clone()
+                    tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
         for key, value in self.objective.state().items():
             tensors[f"objective.{key}"] = value
         if self.wiring.centre is not None:
-            tensors["wiring.centre"] = self.wiring.centre.clone()
-        if self.wiring.skip is not None:
-            tensors["wiring.skip"] = self.wiring.skip.clone()
-        tensors["tokens_since_fired"] = self.tokens_since_fired.clone()
+            tensors["wiring.centre"] = self.wiring.centre
+        if self.wiring.skip is not None and not self.wiring.learns_skip:
+            tensors["wiring.skip"] = self.wiring.skip
+        tensors["tokens_since_fired"] = self.tokens_since_fired
         tensors["generator"] = self._generator.get_state()
         tensors["numbers"] = torch.tensor(
             [
@@ -386,19 +445,16 @@ class SiteTrainer:
         """Take up a state of the same plan; `state` of this trainer then equals it."""
         if self.wiring.centre is not None:
             self.wiring.centre.copy_(tensors["wiring.centre"])
-        if self.wiring.skip is not None:
+        if self.wiring.skip is not None and not self.wiring.learns_skip:
             self.wiring.skip.copy_(tensors["wiring.skip"])
         for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
             prefix = f"optimizer.{name}."
             moments = {
-                key.removeprefix(prefix): value.clone()
+                key.removeprefix(prefix): value.to(parameter.device, copy=True)
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-            for key, value in moments.items():
-                if value.shape == parameter.shape:
-                    moments[key] = value.to(parameter.device)
             if moments:
                 self._optimizer.state[parameter] = moments
         self.objective.load_state(
@@ -413,6 +469,34 @@ class SiteTrainer:
         scale, out_scale, variance, step, revived, parts = tensors["numbers"].tolist()
         self.wiring.scale, self.wiring.out_scale, self.variance = scale, out_scale, variance
         self.step_number, self.revived, self.parts = int(step), int(revived), int(parts)
+
+
+@dataclass
+class _Batch:
+    """What a batch gave, over all processes but for the gradients: `fired` bool [d_sae]; `fvu`
+    and `penalty` only where they were measured."""
+
+    gradients: dict[str, Tensor]
+    tokens: int
+    l0: float
+    fired: Tensor
+    fvu: float = math.nan
+    penalty: float = math.nan
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """What the first step would make as it goes. Made before, a step moves all weights or none,
+    and a dictionary that does not fit is known at once. (8-bit moments are left to the first.)"""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.Adam):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            elif isinstance(optimizer, torch.optim.SGD):
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
 def _directions(rows: Tensor) -> Tensor:
