@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from mistudio.engine.activations.positions import countable
-from mistudio.engine.activations.source import TokenRows, calibrate_medians, capture_windows
+from mistudio.engine.activations.source import (
+    TokenRows,
+    WindowBatch,
+    calibrate_medians,
+    capture_windows,
+    kept_rows,
+)
 from mistudio.engine.activations.stream import (
     BLOCK_ORDER,
     Batch,
@@ -35,12 +41,14 @@ from mistudio.engine.activations.stream import (
 from mistudio.engine.datasets.tokens import SPLITS, TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
+from mistudio.errors import CorruptFile
 
 META = "meta.json"
 ROW = np.dtype([("window", "<u4"), ("position", "<u2")])
 # Rows are shuffled in a buffer of this many before they are written, and read back in random
 # blocks: a batch then mixes rows of hundreds of windows without random access to every row.
 WRITE_BUFFER = 32768
+WRITE_ROWS = 4096  # at a time: a shuffled copy of the whole buffer would double the memory
 READ_BLOCK = 32
 HELDOUT_TOKENS = 24_576
 
@@ -86,37 +94,66 @@ def extract(
     """Write the activations of up to `max_tokens` tokens (both splits, in their proportion)."""
     store.train.require_windows(context, 8, "Extraction")
     store.heldout.require_windows(context, 2, "Judging the result")
-    medians = calibrate_medians(model, store.train, points, context)
+    random = np.random.default_rng(seed)
+    orders = _orders(store, context, max_tokens, random)
+    return write_activations(
+        model,
+        store,
+        calibrate_medians(model, store.train, points, context),
+        folder,
+        orders,
+        random,
+        context=context,
+        batch_windows=batch_windows,
+        precision=precision,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def write_activations(
+    model: HookedDecoder,
+    store: TokenStore,
+    medians: Mapping[HookPoint, float],
+    folder: Path,
+    orders: Mapping[str, np.ndarray],
+    random: np.random.Generator,
+    *,
+    context: int,
+    batch_windows: int,
+    precision: str,
+    seed: int,
+    progress: Progress,
+) -> ActivationMeta:
+    """Write the windows in `orders` of each split, at the points of `medians`.
+
+    Memory stays flat in the number of tokens. `meta.json` is written last: a folder without it is
+    not whole.
+    """
+    points = tuple(medians)
     scales = {point: math.sqrt(model.width(point)) / medians[point] for point in points}
-    generator = np.random.default_rng(seed)
-    orders = _orders(store, context, max_tokens, generator)
     total = sum(len(order) for order in orders.values()) * context
-    writer = _Writer(folder, points, scales, generator)
-    means = {point: _Moments(model.width(point)) for point in points}
+    writer = _Writer(folder, points, random, WRITE_BUFFER + batch_windows * context)
+    moments = {point: _Moments(model.width(point)) for point in points}
     seen = 0
-    dropped = {"special": 0, "outliers": 0}
+    counts = Dropped()
     for split in SPLITS:
         tokens: TokenSplit = store.split(split)
-        writer.begin(split)
-        for batch in capture_windows(
-            model, tokens, points, medians, orders[split], context, batch_windows, progress
-        ):
-            allowed = countable(batch.ids, tokens.meta.special_ids)
-            dropped["special"] += int((~allowed).sum())
-            dropped["outliers"] += int((allowed & ~batch.mask).sum())
-            places = batch.mask.nonzero().cpu().numpy()
-            rows = np.empty(len(places), ROW)
-            rows["window"] = batch.windows[places[:, 0]]
-            rows["position"] = places[:, 1]
-            for point in points:
-                values = batch.captured[point][batch.mask].float().cpu()
-                writer.add(point, values * scales[point])
+        with writer.split(split):
+            for batch in capture_windows(
+                model, tokens, points, medians, orders[split], context, batch_windows, progress
+            ):
+                rows, here = kept_rows(batch, tokens)
+                values = {point: rows[point].float().cpu() for point in points}
+                writer.add(
+                    {point: values[point] * scales[point] for point in points}, places(batch)
+                )
                 if split == "train":
-                    means[point].add(values)
-            writer.add_rows(rows)
-            seen += batch.ids.numel()
-            progress.report(seen, total, tokens=seen)
-        writer.end()
+                    for point in points:
+                        moments[point].add(values[point])
+                counts += here
+                seen += batch.ids.numel()
+                progress.report(seen, total, tokens=seen)
     meta = ActivationMeta(
         points=[point.name for point in points],
         widths={point.name: model.width(point) for point in points},
@@ -124,15 +161,24 @@ def extract(
         scales={point.name: scales[point] for point in points},
         context=context,
         tokens=writer.tokens,
-        dropped_special=dropped["special"],
-        dropped_outliers=dropped["outliers"],
+        dropped_special=counts.special,
+        dropped_outliers=counts.outliers,
         precision=precision,
         seed=seed,
         blocks=writer.blocks,
-        statistics={point.name: means[point].summary() for point in points},
+        statistics={point.name: moments[point].summary() for point in points},
     )
     (folder / META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
     return meta
+
+
+def places(batch: WindowBatch) -> np.ndarray:
+    """Window and position of the rows that count, as `rows.npy` holds them."""
+    found = batch.mask.nonzero().cpu().numpy()
+    rows = np.empty(len(found), ROW)
+    rows["window"] = batch.windows[found[:, 0]]
+    rows["position"] = found[:, 1]
+    return rows
 
 
 def _orders(
@@ -157,7 +203,7 @@ class StoredActivations:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         """`device` is where batches go. Raises `CorruptFile` where the folder is not whole."""
-        self.meta = ActivationMeta(**json.loads((folder / META).read_text(encoding="utf-8")))
+        self.meta = _read_meta(folder)
         self.points = tuple(HookPoint.parse(name) for name in self.meta.points)
         self.medians = {point: self.meta.medians[point.name] for point in self.points}
         self._courier = Courier(torch.device(device))
@@ -165,15 +211,29 @@ class StoredActivations:
             split: {point: self._open(folder, split, point) for point in self.points}
             for split in SPLITS
         }
-        self.rows = {split: np.load(folder / split / "rows.npy", mmap_mode="r") for split in SPLITS}
+        self.rows = {split: self._open_rows(folder, split) for split in SPLITS}
 
     def _open(self, folder: Path, split: str, point: HookPoint) -> torch.Tensor:
         shape = (self.meta.tokens[split], self.width(point))
+        path = folder / split / f"{point.name}.f16"
+        expected = 2 * shape[0] * shape[1]
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise _damaged(path, f"It has {found:,} bytes; {expected:,} were written.")
         if not shape[0]:
             return torch.empty(shape, dtype=torch.float16)
         # Mode c: nothing is written to the file, and torch takes no array that cannot be written.
-        path = folder / split / f"{point.name}.f16"
         return torch.from_numpy(np.memmap(path, np.float16, "c", shape=shape))
+
+    def _open_rows(self, folder: Path, split: str) -> np.ndarray:
+        path = folder / split / "rows.npy"
+        try:
+            rows: np.ndarray = np.load(path, mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError) as exc:
+            raise _damaged(path, "It is missing or cut short.") from exc
+        if rows.dtype != ROW or rows.shape != (self.meta.tokens[split],):
+            raise _damaged(path, "It does not belong to the activations beside it.")
+        return rows
 
     @property
     def dropped(self) -> Dropped:
@@ -296,6 +356,20 @@ class _StoredStream(BatchStream):
         return order[places // READ_BLOCK].astype(np.int64) * READ_BLOCK + places % READ_BLOCK
 
 
+def _read_meta(folder: Path) -> ActivationMeta:
+    path = folder / META
+    try:
+        return ActivationMeta(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as exc:
+        raise _damaged(path, "It is not a description of activations.") from exc
+
+
+def _damaged(path: Path, what: str) -> CorruptFile:
+    return CorruptFile(
+        "These activations are damaged", f"{path}: {what}", "Delete them and extract them again."
+    )
+
+
 class _Writer:
     """Collects rows of all sites, shuffles them together, appends them to the files."""
 
@@ -303,55 +377,70 @@ class _Writer:
         self,
         folder: Path,
         points: tuple[HookPoint, ...],
-        scales: dict[HookPoint, float],
-        generator: np.random.Generator,
+        random: np.random.Generator,
+        capacity: int,
     ) -> None:
-        self._folder, self._points, self._generator = folder, points, generator
+        """`capacity`: rows that a buffer holds, `WRITE_BUFFER` and one forward pass's."""
+        self._folder, self._points, self._random = folder, points, random
+        self._capacity = capacity
+        self._values: dict[HookPoint, torch.Tensor] = {}
+        self._rows = np.empty(capacity, ROW)
+        self._filled = 0
+        self._files: dict[HookPoint, BinaryIO] = {}
         self.tokens: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
 
-    def begin(self, split: str) -> None:
-        self._split = split
-        (self._folder / split).mkdir(parents=True, exist_ok=True)
-        self._files = {
-            point: (self._folder / split / f"{point.name}.f16").open("wb") for point in self._points
-        }
-        self._pending: dict[HookPoint, list[np.ndarray]] = {point: [] for point in self._points}
-        self._pending_rows: list[np.ndarray] = []
-        self._written_rows: list[np.ndarray] = []
+    @contextmanager
+    def split(self, split: str) -> Iterator[None]:
+        """Everything added inside belongs to `split`."""
+        folder = self._folder / split
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "rows.part"
+        self._split, self.blocks[split] = split, []
+        with ExitStack() as files:
+            self._rows_file = files.enter_context(part.open("wb"))
+            for point in self._points:
+                path = folder / f"{point.name}.f16"
+                self._files[point] = files.enter_context(path.open("wb"))
+            yield
+            self._flush()
+        self.tokens[split] = sum(self.blocks[split])
+        _as_npy(part, folder / "rows.npy", self.tokens[split])
 
-    def add(self, point: HookPoint, values: torch.Tensor) -> None:
-        self._pending[point].append(values.half().numpy())
-
-    def add_rows(self, rows: np.ndarray) -> None:
-        self._pending_rows.append(rows)
-        if sum(map(len, self._pending_rows)) >= WRITE_BUFFER:
+    def add(self, values: Mapping[HookPoint, torch.Tensor], rows: np.ndarray) -> None:
+        """`values` float32 [n, d] per site in the unit of the file; `rows` [n] of `ROW`."""
+        end = self._filled + len(rows)
+        for point, found in values.items():
+            if point not in self._values:
+                shape = (self._capacity, found.shape[1])
+                self._values[point] = torch.empty(shape, dtype=torch.float16)
+            self._values[point][self._filled : end] = found
+        self._rows[self._filled : end] = rows
+        self._filled = end
+        if self._filled >= WRITE_BUFFER:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending_rows:
+        n, self._filled = self._filled, 0
+        if not n:
             return
-        rows = np.concatenate(self._pending_rows)
         # The held-out split stays in reading order, so that a share of it is whole documents.
-        order = (
-            self._generator.permutation(len(rows))
-            if self._split == "train"
-            else np.arange(len(rows))
-        )
-        for point, file in self._files.items():
-            file.write(np.concatenate(self._pending[point])[order].tobytes())
-            self._pending[point] = []
-        self._written_rows.append(rows[order])
-        self._pending_rows = []
+        order = self._random.permutation(n) if self._split == "train" else np.arange(n)
+        for start in range(0, n, WRITE_ROWS):
+            chosen = order[start : start + WRITE_ROWS]
+            for point, file in self._files.items():
+                file.write(self._values[point].numpy()[chosen].data)
+            self._rows_file.write(self._rows[chosen].tobytes())
+        self.blocks[self._split].append(n)
 
-    def end(self) -> None:
-        self._flush()
-        for file in self._files.values():
-            file.close()
-        rows = np.concatenate(self._written_rows) if self._written_rows else np.empty(0, ROW)
-        np.save(self._folder / self._split / "rows.npy", rows)
-        self.tokens[self._split] = len(rows)
-        self.blocks[self._split] = [len(block) for block in self._written_rows]
+
+def _as_npy(part: Path, target: Path, n: int) -> None:
+    """The raw rows in `part` become a .npy file, whose head must come first and say how many."""
+    header = {"descr": ROW.descr, "fortran_order": False, "shape": (n,)}
+    with part.open("rb") as rows, target.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        shutil.copyfileobj(rows, file)
+    part.unlink()
 
 
 class _Moments:
