@@ -79,6 +79,16 @@ class Busy(UserError):
     retryable = True
 
 
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether an allocation failed, on whichever device: libraries have no common error for it."""
+    if isinstance(exc, MemoryError | OutOfMemory) or type(exc).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(exc, RuntimeError) and bool(_NO_MEMORY.search(str(exc)))
+
+
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE)
+
+
 def explain(exc: BaseException) -> UserError | None:
     """The user-facing form of an exception, or None where it is a bug."""
     if isinstance(exc, UserError):
@@ -87,7 +97,7 @@ def explain(exc: BaseException) -> UserError | None:
         return _explain_os_error(exc)
     if isinstance(exc, sqlite3.DatabaseError):
         return _explain_sqlite_error(exc)
-    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(exc):
         return OutOfMemory(
             "Out of memory",
             str(exc).splitlines()[0] if str(exc) else "The device has no memory left.",

@@ -9,11 +9,16 @@ class Cancelled(Exception):
     """The user stopped the work. Never shown as an error."""
 
 
+class Interrupted(Cancelled):
+    """The work must end now and is to go on later: the application quits. What can be kept for
+    that is kept; where nothing can, it is a cancellation."""
+
+
 class Progress(Protocol):
     """What every long engine function takes.
 
     `check` is called at least every 200 ms of work: it raises `Cancelled` when the user stopped
-    the work and blocks while it is paused. `report` never blocks and may be called at any rate.
+    the work, `Interrupted` when the application quits, and blocks while it is paused. `report` never blocks and may be called at any rate.
     """
 
     def check(self) -> None: ...

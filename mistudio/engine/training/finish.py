@@ -1,0 +1,169 @@
+"""The end of a run: thresholds that keep the trained sparsity, a judgement on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mistudio.engine.activations.source import ActivationSource
+from mistudio.engine.progress import Progress
+from mistudio.engine.sae.activation import JumpReLU
+from mistudio.engine.sae.dictionary import CHUNK_CELLS, Dictionary
+from mistudio.engine.sae.metrics import (
+    ReconstructionMeter,
+    ReconstructionQuality,
+    without_latents,
+)
+from mistudio.engine.sae.site import Site
+from mistudio.engine.training.config import Plan
+from mistudio.engine.training.step import SiteTrainer
+
+# L0 differs from token to token by about its own size and neighbours are alike, so that so many
+# tell the mean to half a percent.
+CALIBRATION_TOKENS = 65_536
+ALL_TOKENS = 2**62  # the whole held-out split, however long
+ROWS = 2048  # of a batch
+
+
+@dataclass(frozen=True)
+class TrainedSite:
+    """A finished dictionary with its judgement on held-out tokens.
+
+    `frequencies` [d_sae]: share of held-out tokens each latent fired on.
+    """
+
+    plan: Plan
+    dictionary: Dictionary
+    quality: ReconstructionQuality
+    frequencies: Tensor
+    calibration_tokens: int
+    revived: int
+    train_fvu: float
+
+
+def finish(
+    source: ActivationSource,
+    trainers: dict[Site, SiteTrainer],
+    train_fvu: Mapping[Site, float],
+    heldout_tokens: int,
+    progress: Progress,
+) -> dict[Site, TrainedSite]:
+    """Calibrate and judge what was trained; `trainers` is emptied, to free the optimisers."""
+    plans = {site: trainer.plan for site, trainer in trainers.items()}
+    revived = {site: trainer.revived for site, trainer in trainers.items()}
+    steps = min(trainer.step_number for trainer in trainers.values())
+    dictionaries = {site: trainer.dictionary() for site, trainer in trainers.items()}
+    trainers.clear()
+    tokens = calibrate(source, dictionaries, plans, steps, progress)
+    for site, dictionary in dictionaries.items():
+        dictionaries[site] = dictionary.folded()
+    meters = judge(source, dictionaries, heldout_tokens, progress)
+    return {
+        site: TrainedSite(
+            plan=plans[site],
+            dictionary=dictionary,
+            quality=meters[site].result(),
+            frequencies=meters[site].fired.double() / max(meters[site].tokens, 1),
+            calibration_tokens=tokens.get(site, 0),
+            revived=revived[site],
+            train_fvu=train_fvu[site],
+        )
+        for site, dictionary in dictionaries.items()
+    }
+
+
+@torch.no_grad()
+def calibrate(
+    source: ActivationSource,
+    dictionaries: dict[Site, Dictionary],
+    plans: Mapping[Site, Plan],
+    steps: int,
+    progress: Progress,
+) -> dict[Site, int]:
+    """Set the thresholds of those that have any so that k latents are active on average, on
+    training tokens (never held-out ones); on how many, by site."""
+    margins = {
+        site: Margins(dictionary, plans[site].k)
+        for site, dictionary in dictionaries.items()
+        if isinstance(dictionary.activation, JumpReLU)
+    }
+    if not margins:
+        return {}
+    plan = next(iter(plans.values()))
+    wanted = min(CALIBRATION_TOKENS, max(8192, steps * plan.batch_size))
+    with source.batches(ROWS, plan.config.seed + 2, progress) as batches:
+        for batch in batches:
+            progress.check()
+            for site, site_margins in margins.items():
+                site_margins.add(batch[site.input])
+            seen = next(iter(margins.values())).tokens
+            progress.report(seen, wanted, phase="calibrate")
+            if seen >= wanted:
+                break
+    for site, site_margins in margins.items():
+        dictionaries[site] = site_margins.calibrated()
+    return {site: site_margins.tokens for site, site_margins in margins.items()}
+
+
+class Margins:
+    """How far the pre-activations of a dictionary lie above their thresholds: all thresholds are
+    moved by one amount so that k latents are active on average, exact on the tokens it sees.
+
+    SAELens exports a running average that starts at 0 and is wrong after short runs.
+    """
+
+    def __init__(self, dictionary: Dictionary, k: int) -> None:
+        assert isinstance(dictionary.activation, JumpReLU)
+        self._dictionary, self._k = dictionary, k
+        self._thresholds = dictionary.activation.threshold
+        self._floor = -0.5 * self._thresholds.mean()
+        self._kept: list[Tensor] = []
+        self._count = 0
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        for rows in x.split(max(1, CHUNK_CELLS // self._dictionary.d_sae)):
+            above = self._dictionary.pre_activations(rows) - self._thresholds
+            self._kept.append(above[above > self._floor].cpu())
+            self._count += len(self._kept[-1])
+        self.tokens += len(x)
+        most = 2 * self.tokens * self._k
+        if self._count > 2 * most:  # far more than can be chosen: keep the candidates few
+            self._kept = [torch.cat(self._kept).topk(most, sorted=False).values]
+            self._floor, self._count = self._kept[0].min().to(x.device), most
+
+    def calibrated(self) -> Dictionary:
+        values = torch.cat(self._kept)
+        n = min(len(values), self.tokens * self._k)
+        shift = values.topk(n, sorted=False).values.min().to(self._thresholds.device) if n else 0.0
+        # The entry that decides must itself stay active.
+        moved = self._thresholds + shift - 1e-6 * self._thresholds.abs()
+        return replace(self._dictionary, activation=JumpReLU(moved.clamp_min(0.0)))
+
+
+@torch.no_grad()
+def judge(
+    source: ActivationSource,
+    dictionaries: Mapping[Site, Dictionary],
+    tokens: int,
+    progress: Progress,
+) -> dict[Site, ReconstructionMeter]:
+    """Finished dictionaries on held-out tokens, as anyone who loads them will use them."""
+    meters = {
+        site: ReconstructionMeter(dictionary.d_out, dictionary.d_sae)
+        for site, dictionary in dictionaries.items()
+    }
+    seen = 0
+    for batch in source.heldout(ROWS, tokens, progress):
+        progress.check()
+        for site, dictionary in dictionaries.items():
+            x = batch[site.input]
+            codes = dictionary.encode(x)
+            skip_only = None if dictionary.skip is None else without_latents(dictionary, x)
+            meters[site].add(batch[site.output], dictionary.decode(codes, x), codes, skip_only)
+        seen += len(x)
+        progress.report(seen, tokens if tokens < ALL_TOKENS else None, phase="judge")
+    return meters
