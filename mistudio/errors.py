@@ -79,6 +79,12 @@ class Busy(UserError):
     retryable = True
 
 
+class ProcessLost(UserError):
+    """Another process of the same run has ended, or was never reached."""
+
+    retryable = True
+
+
 def is_out_of_memory(exc: BaseException) -> bool:
     """Whether an allocation failed, on whichever device: libraries have no common error for it."""
     if isinstance(exc, MemoryError | OutOfMemory) or type(exc).__name__ == "OutOfMemoryError":
