@@ -289,6 +289,17 @@ def test_saelens_folders_that_cannot_be_read_say_why(tmp_path, changes, reason):
         read_sae(folder)
 
 
+def test_gemma_scope_2_transcoders_saved_by_saelens_are_placed_by_their_module(tmp_path):
+    folder = edit(
+        copied("saelens-jumprelu_transcoder", tmp_path), metadata__hook_name="blocks.3.hook_mlp_in"
+    )
+    with pytest.raises(Incompatible, match="hook_mlp_in"):
+        read_sae(folder)
+    edit(folder, metadata__hf_hook_name="model.layers.3.pre_feedforward_layernorm.output")
+    site = one(folder).site
+    assert site is not None and site.input == HookPoint("mlp_in", 3)
+
+
 def test_an_old_folder_with_another_activation_function_is_refused(tmp_path):
     with pytest.raises(Incompatible, match="tanh-relu"):
         res_jb(tmp_path, activation_fn_str="tanh-relu")

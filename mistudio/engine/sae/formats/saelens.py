@@ -422,6 +422,10 @@ def _site(folder: Path, metadata: Mapping[str, Any]) -> Site | None:
     reads = metadata.get("hook_name")
     if not reads:
         return None
+    before_norm = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_in", str(reads))
+    if before_norm and str(metadata.get("hf_hook_name")).endswith("layernorm.output"):
+        # What SAELens calls the input of Gemma Scope 2's transcoders; the module says the truth.
+        reads = f"blocks.{before_norm[1]}.mlp.hook_in"
     point = point_named(reads, folder)
     writes = metadata.get("hook_name_out")
     return Site(point, point_named(writes, folder) if writes else point)
