@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from mistudio.engine.progress import Cancelled
+from mistudio.engine.progress import Cancelled, Interrupted
 from mistudio.errors import explain
 from mistudio.jobs.control import Control, Meter, Phase, Snapshot
 from mistudio.library.jobs import ACTIVE, JobRecord
@@ -41,9 +42,15 @@ class Job(Protocol):
 class MetricLog:
     """The full history of a run's metrics: every row in memory for the charts and on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self._rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
+        """`rows` are those of a run that goes on: the file then begins with them alone."""
+        self.path = path
+        self._rows: list[dict[str, Any]] = list(rows or [])
         self._lock = threading.Lock()
+        if rows is not None:
+            part = path.with_name(f"{path.name}.part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(part, path)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -57,8 +64,25 @@ class MetricLog:
         with self._lock:
             return self._rows[index:]
 
+    def flush(self) -> None:
+        """Onto the disk, so that a power cut does not take what a checkpoint builds on."""
+        with self._lock:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metric history; none where there is no file. A last line that was cut off is
+    left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class JobContext:
@@ -87,15 +111,19 @@ class JobContext:
 
     def check(self) -> None:
         if self.control.paused:
-            paused = self.library.jobs.move(self.job_id, ("running",), "paused")
-            self._meter.add_idle(self.control.check())
-            if paused:
+            first = self.library.jobs.move(self.job_id, ("running",), "paused")
+            idle = self.control.check()
+            if first:  # of the threads that wait here, one says so and counts the time
+                self._meter.add_idle(idle)
                 self.library.jobs.move(self.job_id, ("paused",), "running")
         else:
             self.control.check()
 
     def wants_finish(self) -> bool:
         return self.control.wants_finish
+
+    def wants_save(self) -> bool:
+        return self.control.wants_save()
 
     def report(
         self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
@@ -112,7 +140,8 @@ class JobContext:
             self.library.jobs.show_progress(self.job_id, snapshot.phase, snapshot.fraction)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Add a row to the run's metric history (`metrics.jsonl` in the work folder)."""
+        """Add a row to the run's metric history (`metrics.jsonl` in the work folder, where the
+        job has given it no other place)."""
         if self.metrics is None:
             self.metrics = MetricLog(self.work_folder / "metrics.jsonl")
         self.metrics.append(row)
@@ -151,6 +180,9 @@ def run_job(
         result = job.run(context)
         library.jobs.show_progress(job_id, context.snapshot().phase, 1.0)
         library.jobs.move(job_id, ACTIVE, "finished", result=result)
+    except Interrupted:
+        kept = library.has_checkpoints(job_id)
+        library.jobs.move(job_id, ACTIVE, "interrupted" if kept else "cancelled")
     except Cancelled:
         library.jobs.move(job_id, ACTIVE, "cancelled")
     except Exception as exc:
@@ -159,7 +191,15 @@ def run_job(
         if context.metrics:
             context.metrics.close()
         shutil.rmtree(context.work_folder, ignore_errors=True)
+        status = library.jobs.get(job_id).status
+        if status in ("finished", "cancelled") or not library.has_checkpoints(job_id):
+            library.drop_checkpoints(job_id)
     return library.jobs.get(job_id)
+
+
+def can_go_on(library: Library, record: JobRecord) -> bool:
+    """Whether an ended job kept what it needs to go on where it was."""
+    return record.status in ("interrupted", "failed") and library.has_checkpoints(record.id)
 
 
 def error_row(exc: BaseException) -> dict[str, Any]:

@@ -213,6 +213,37 @@ def test_a_paused_job_waits_says_so_and_goes_on(empty: Library) -> None:
     assert snapshots[0].elapsed < took - 0.29  # the pause does not count
 
 
+def test_a_pause_counts_once_for_all_threads_of_a_job(
+    empty: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, idle, waiting = Control(), [], threading.Barrier(3)
+    monkeypatch.setattr(Meter, "add_idle", lambda meter, seconds: idle.append(seconds))
+
+    def check(context: JobContext) -> None:
+        waiting.wait()
+        context.check()
+
+    def resume(job_id: int) -> None:
+        while empty.jobs.get(job_id).status != "paused":
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the others to wait too
+        control.resume()
+
+    def do(context: JobContext) -> dict[str, Any]:
+        control.pause()
+        threads = [threading.Thread(target=check, args=(context,)) for _ in range(2)]
+        threads.append(threading.Thread(target=resume, args=(context.job_id,)))
+        for thread in threads:
+            thread.start()
+        check(context)
+        for thread in threads:
+            thread.join()
+        return {}
+
+    assert run(empty, do, control=control).status == "finished"
+    assert len(idle) == 1
+
+
 def test_a_paused_job_can_be_cancelled(empty: Library) -> None:
     control = Control()
 

@@ -151,6 +151,7 @@ def test_live_batches_are_real_activations_from_many_windows(tiny, tokens):
     assert float(distance.max()) < 1e-3
     windows = nearest // CONTEXT
     assert len(torch.unique(windows)) > 40
+    assert int(windows.max()) > 0.8 * len(whole)  # not the text's beginning
     assert not bool((nearest % CONTEXT == 0).any())  # never position 0
 
 
