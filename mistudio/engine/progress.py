@@ -18,7 +18,8 @@ class Progress(Protocol):
     """What every long engine function takes.
 
     `check` is called at least every 200 ms of work: it raises `Cancelled` when the user stopped
-    the work, `Interrupted` when the application quits, and blocks while it is paused. `report` never blocks and may be called at any rate.
+    the work, `Interrupted` when the application quits, and blocks while it is paused; helper
+    threads may call it too. `report` never blocks and may be called at any rate.
     """
 
     def check(self) -> None: ...
