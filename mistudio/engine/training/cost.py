@@ -258,7 +258,7 @@ ENTRY_BUDGET = 4 * 1024**2
 DENSE_SHARE = 0.08
 AUX_EVERY = 4
 K_AUX = 256
-JUMPRELU_MARGIN = 0.5  # how far below the threshold an entry still matters
+JUMPRELU_MARGIN = 0.25  # how far below its threshold an entry still matters, as a share of it
 
 # Passes over a parameter that an optimiser makes: reads and writes of the weight, its gradient
 # and its moments, in units of 4 bytes.
@@ -313,7 +313,7 @@ def _with_margin(plan: Plan, k: float) -> float:
         return k
     share = min(max(k / plan.d_sae, 1e-9), 0.5)
     normal = NormalDist()
-    return plan.d_sae * (1 - normal.cdf(normal.inv_cdf(1 - share) - JUMPRELU_MARGIN))
+    return plan.d_sae * (1 - normal.cdf(normal.inv_cdf(1 - share) * (1 - JUMPRELU_MARGIN)))
 
 
 def step_cost(plan: Plan, dead: int = 0) -> Cost:

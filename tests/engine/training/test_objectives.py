@@ -49,7 +49,8 @@ def double_precision():
 
 class JumpReLU(torch.autograd.Function):
     """h * 1[h > theta]; beside the true derivative, that of the jump of height theta, smeared out
-    over a window of width `epsilon` (Rajamanoharan et al. 2024, eq. 11, for theta and for h)."""
+    over a window of width `epsilon * theta` (Rajamanoharan et al. 2024, eq. 11, for theta and for
+    h)."""
 
     @staticmethod
     def forward(ctx, h, theta, epsilon):
@@ -60,8 +61,9 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         h, theta = ctx.saved_tensors
-        kernel = (((h - theta) / ctx.epsilon).abs() < 0.5).to(h.dtype)
-        jump = theta / ctx.epsilon * kernel
+        width = ctx.epsilon * theta
+        kernel = (((h - theta) / width).abs() < 0.5).to(h.dtype)
+        jump = theta / width * kernel
         return upstream * ((h > theta) + jump), (-upstream * jump).sum(0), None
 
 
@@ -75,7 +77,7 @@ def reference_latents(
     if sparsity in ("batchtopk", "matryoshka"):
         return h * (h > threshold)
     if sparsity == "jumprelu":
-        return JumpReLU.apply(h, p["log_threshold"].exp(), 1.0)
+        return JumpReLU.apply(h, p["log_threshold"].exp(), 0.5)
     if sparsity == "gated":
         magnitude = inputs @ (p["encoder"] * p["r_mag"].exp()[:, None]).T + p["b_mag"]
         return (h > 0) * torch.relu(magnitude)
@@ -220,7 +222,7 @@ def test_prices_are_those_that_count_decoder_norms(sparsity):
     p = leaves({"encoder": torch.randn(64, 12) / 3, "decoder": unit(torch.randn(64, 12))})
     h = u @ p["encoder"].T - 0.3
     if sparsity == "jumprelu":
-        z = JumpReLU.apply(h, torch.full((64,), 0.4), 1.0)
+        z = JumpReLU.apply(h, torch.full((64,), 0.4), 0.5)
     else:
         z = torch.relu(h)
     norms = p["decoder"].norm(dim=1)
@@ -420,6 +422,7 @@ def test_a_step_that_failed_can_be_taken_again(sparsity):
             with pytest.raises(MemoryError):
                 bumpy.step(*batch)
             handle.remove()
+            assert all(parameter.grad is None for parameter in bumpy.parameters().values())
             for name, value in bumpy.state().items():
                 assert torch.equal(before[name], value), name
         bumpy.step(*batch)

@@ -25,7 +25,7 @@ from mistudio.engine.training.objectives.base import (
 from mistudio.engine.training.sparse import ByLatent, entry_dots
 
 SHARPNESS = 4.0  # c in tanh(c * z)
-BANDWIDTH = 1.0  # width of the window around a threshold in which it gets gradient
+BANDWIDTH = 0.5  # width of the window in which a threshold gets gradient, as a share of it
 
 
 class JumpReLUObjective(Objective):
@@ -33,6 +33,8 @@ class JumpReLUObjective(Objective):
 
     Straight-through derivatives, with K = 1 within half a bandwidth of the threshold:
     dz/dtheta = -(theta / bandwidth) K and dz/dh = 1[h > theta] + (theta / bandwidth) K.
+    The bandwidth is a share of theta, so that it means the same at every scale of activations;
+    a constant one holds half of all entries while the encoder is small.
     """
 
     def __init__(self, plan: Plan, weights: Weights, sample: Tensor) -> None:
@@ -53,11 +55,11 @@ class JumpReLUObjective(Objective):
         return self.log_threshold.exp()
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        rows, latents = (pre > self.threshold - BANDWIDTH / 2).nonzero(as_tuple=True)
+        rows, latents = (pre > self.threshold * (1 - BANDWIDTH / 2)).nonzero(as_tuple=True)
         return rows, latents
 
     def matters(self, latents: Tensor, pre: Tensor) -> Tensor:
-        return pre > self.threshold[latents] - BANDWIDTH / 2
+        return pre > self.threshold[latents] * (1 - BANDWIDTH / 2)
 
     def activate(self, latents: Tensor, pre: Tensor) -> Tensor:
         return torch.where(pre > self.threshold[latents], pre, 0.0)
@@ -73,7 +75,7 @@ class JumpReLUObjective(Objective):
         d_z = entry_dots(codes, g, weights.decoder)
         d_z += price * SHARPNESS * (1 - saturation.square())
         own = threshold[codes.latents]
-        jump = own / BANDWIDTH * ((entries.pre - own).abs() < BANDWIDTH / 2)
+        jump = ((entries.pre - own).abs() < own * (BANDWIDTH / 2)) / BANDWIDTH
         d_pre = d_z * (jump + (codes.values > 0))
         by_latent = ByLatent(codes)
         gradients = plain_gradients(by_latent, weights, codes, centred, g, d_pre)
