@@ -172,7 +172,8 @@ class TrainingConfig:
     revive: bool = _option(
         True,
         "Re-initialise dead latents",
-        "At 10, 25, 40 and 55 % of the run, dead latents restart on the worst explained tokens.",
+        "At 10, 25, 40 and 55 % of the run, dead latents restart on the worst explained tokens; "
+        "not while the learning rate decays.",
     )
     mixed_precision: bool = _option(
         False,
@@ -376,7 +377,7 @@ def derive(config: TrainingConfig, d_in: int, d_out: int | None = None) -> Plan:
         k=config.k,
         batch_size=batch_size,
         steps=steps,
-        learning_rate=config.learning_rate or default_learning_rate(steps),
+        learning_rate=config.learning_rate or default_learning_rate(steps, d_in, d_sae),
         dead_window=config.dead_window or default_dead_window(steps * batch_size),
     )
 
@@ -385,13 +386,16 @@ def _tokens(config: TrainingConfig, batch_size: int) -> int:
     return config.steps * batch_size if config.steps else config.tokens
 
 
-def default_learning_rate(steps: int) -> float:
-    """Short runs need high rates, long runs low ones: 3e-3 up to 600 steps, 4e-4 at 10,000.
+def default_learning_rate(steps: int, d_in: int, d_sae: int) -> float:
+    """3e-3 for 4,608 latents on 576 dimensions and up to 1,200 steps; measured there, at a quarter
+    and at twice the latents, and at 300 and 1,200 steps (CONTRIBUTING, "Decisions").
 
-    The first was measured; the second is what the peers use for long runs (CONTRIBUTING,
-    "Decisions").
+    An Adam step moves every coordinate by the rate, a row of d by rate * sqrt(d). Wider
+    dictionaries want lower rates (Gao et al. 2024: 1 / sqrt(d_sae)); so do much longer runs.
     """
-    return min(3e-3, max(5e-5, 4e-4 * (10_000 / steps) ** 0.72))
+    shape = math.sqrt(576 / d_in) * math.sqrt(4608 / d_sae)
+    length = min(1.0, (1200 / steps) ** 0.25)
+    return min(6e-3, max(1e-4, 3e-3 * shape * length))
 
 
 def default_dead_window(tokens: int) -> int:

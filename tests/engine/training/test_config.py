@@ -136,7 +136,7 @@ def test_steps_and_width_come_before_tokens_and_expansion():
     plan = derive(TrainingConfig(steps=50, width=100, expansion=8, tokens=10_000_000), 32, 48)
     assert (plan.steps, plan.d_sae, plan.d_in, plan.d_out) == (50, 100, 32, 48)
     assert plan.batch_size == 512  # as for the 100,000 tokens that these steps are
-    assert plan.learning_rate == default_learning_rate(50)
+    assert plan.learning_rate == default_learning_rate(50, 32, 100)
     assert plan.dead_window == default_dead_window(50 * 512)
     given = derive(TrainingConfig(batch_size=64, learning_rate=1e-4, dead_window=5000), 32)
     assert (given.batch_size, given.learning_rate, given.dead_window) == (64, 1e-4, 5000)
@@ -211,11 +211,18 @@ def test_dictionary_size_is_a_multiple_of_eight():
     assert derive(TrainingConfig(expansion=1.3), 100).d_sae == 128
 
 
-def test_learning_rate_falls_with_the_length_of_the_run():
-    rates = [default_learning_rate(steps) for steps in (100, 600, 2_000, 10_000, 100_000)]
+def test_learning_rate_falls_with_width_and_with_the_length_of_the_run():
+    def rate(steps, d_sae=4608, d_in=576):
+        return default_learning_rate(steps, d_in, d_sae)
+
+    assert rate(300) == rate(1_200) == pytest.approx(3e-3)  # as measured
+    assert rate(300, 1_152) == pytest.approx(6e-3)
+    rates = [rate(steps) for steps in (1_200, 5_000, 20_000, 100_000)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[0] == 3e-3
-    assert rates[3] == pytest.approx(4e-4)
+    assert rates[-1] > 3e-4
+    widths = [rate(300, d_sae) for d_sae in (1_152, 4_608, 24_576, 131_072)]
+    assert widths == sorted(widths, reverse=True)
+    assert rate(300, d_in=2304) == pytest.approx(1.5e-3)
 
 
 @pytest.mark.parametrize("tokens", [200_000, 2_000_000, 50_000_000])
