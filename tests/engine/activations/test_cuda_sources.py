@@ -77,8 +77,9 @@ def test_a_phase_gives_the_models_memory_back(tiny, tokens, tmp_path):
         return HookedDecoder(copy.deepcopy(tiny.model).to("cuda"))
 
     source = HybridActivations(load, tokens, (A, B), CONTEXT, tmp_path, 1024, device="cuda")
+    before = torch.cuda.memory_allocated()  # the first extraction has left its libraries' scratch
     size = sum(p.numel() * p.element_size() for p in tiny.model.parameters())
     with source.batches(300, 0) as stream:
         for batch in islice(stream, 8):
             rows = sum(values.numel() * 4 for values in batch.values())
-            assert torch.cuda.memory_allocated() < size // 2 + 4 * rows
+            assert torch.cuda.memory_allocated() < before + size // 2 + 4 * rows
