@@ -157,7 +157,7 @@ class TrainingConfig:
         maximum=1.0,
     )
     anneal_share: float = _option(
-        0.1,
+        0.05,
         "Sparsity warm-up",
         "Share of the steps over which the active latents fall from four times the target to it; "
         "it keeps latents from dying early.",
