@@ -163,18 +163,22 @@ def deepest(places: Iterable[tuple[int, str]]) -> tuple[int, str]:
 class DeviceSpeed:
     """What a device reaches in the kinds of work that training is made of; all per second.
 
-    `gemm_flops`: a matrix product in float32; `half_flops`: one in bf16 or fp16; `bandwidth`:
-    bytes read and written by element-wise work; `gather`: bytes of a table's rows summed by index
-    (`embedding_bag`); `scan`, `rank`, `top`: cells compared with a threshold and collected,
-    ranked in one flat top-k, ranked row by row; `sort`: keys. `launch` is the seconds that the
-    smallest operation takes; where `queued`, operations run behind the program's back, and only
-    the longer of the two counts.
+    `gemm_flops`: a matrix product in float32; `half_flops`: one in bf16 or fp16;
+    `attention_flops`: the two products of causal attention; `bandwidth`, `half_bandwidth`: bytes
+    read and written by element-wise work on float32 and on 16-bit numbers (which a CPU converts,
+    and gains nothing); `gather`: bytes of a table's rows summed by index (`embedding_bag`);
+    `scan`, `rank`, `top`: cells compared with a threshold and collected, ranked in one flat
+    top-k, ranked row by row; `sort`: keys. `launch` is the seconds that the smallest operation
+    takes; where `queued`, operations run behind the program's back, and only the longer of the
+    two counts.
     """
 
     name: str
     gemm_flops: float
     half_flops: float
+    attention_flops: float
     bandwidth: float
+    half_bandwidth: float
     gather: float
     scan: float
     rank: float
@@ -189,14 +193,17 @@ class Work:
     """One line of what is done, and how much of each kind of work it is.
 
     `flops` are those of dense matrix products, `sparse_flops` those of gathered rows (their time
-    is that of `gathered`); bytes and cells as in `DeviceSpeed`; `launches` is operations begun.
+    is that of `gathered`); bytes (`half_moved`: of 16-bit numbers) and cells as in `DeviceSpeed`;
+    `launches` is operations begun.
     """
 
     name: str
     flops: float = 0.0
     half_flops: float = 0.0
+    attention_flops: float = 0.0
     sparse_flops: float = 0.0
     moved: float = 0.0
+    half_moved: float = 0.0
     gathered: float = 0.0
     scanned: float = 0.0
     ranked: float = 0.0
@@ -215,7 +222,9 @@ class Work:
         return (
             self.flops / speed.gemm_flops
             + self.half_flops / speed.half_flops
+            + self.attention_flops / speed.attention_flops
             + self.moved / speed.bandwidth
+            + self.half_moved / speed.half_bandwidth
             + self.gathered / speed.gather
             + self.scanned / speed.scan
             + self.ranked / speed.rank
@@ -233,7 +242,7 @@ class Cost:
     @property
     def flops(self) -> float:
         """Of dense matrix products."""
-        return sum(line.flops + line.half_flops for line in self.lines)
+        return sum(line.flops + line.half_flops + line.attention_flops for line in self.lines)
 
     @property
     def sparse_flops(self) -> float:
@@ -242,7 +251,7 @@ class Cost:
     @property
     def bytes_moved(self) -> float:
         """Read and written, gathered rows included; matrix products' operands are not."""
-        return sum(line.moved + line.gathered for line in self.lines)
+        return sum(line.moved + line.half_moved + line.gathered for line in self.lines)
 
     def seconds(self, speed: DeviceSpeed) -> float:
         device = sum(line.seconds(speed) for line in self.lines)
@@ -284,7 +293,9 @@ def threshold_rows(plan: Plan) -> int:
     if plan.config.sparsity not in ("batchtopk", "matryoshka"):
         return 0
     n = plan.batch_size
-    stride = max(1, min(8, n // 64), math.ceil(n * plan.d_sae / CHUNK_CELLS))
+    stride = 2 ** min(3, max(1, n // 64).bit_length() - 1)
+    while n * plan.d_sae > stride * CHUNK_CELLS:
+        stride *= 2
     return math.ceil(n / stride)
 
 
@@ -504,18 +515,15 @@ def forward_cost(
     outside, inside = _GATED_PASSES if shape.gated_mlp else _PLAIN_PASSES
     channels = outside * shape.d_model + inside * shape.d_mlp
     launches = _GATED_LAUNCHES if shape.gated_mlp else _PLAIN_LAUNCHES
-    kind = "flops" if shape.weight_bytes == FLOAT else "half_flops"
-    return Cost(
-        (
-            Work("matrix products", **{kind: flops}),
-            Work("attention", **{kind: attend}),
-            Work(
-                "element by element",
-                moved=blocks * channels * tokens * shape.weight_bytes,
-                launches=_FORWARD_LAUNCHES + launches * blocks,
-            ),
-        )
-    )
+    moved = blocks * channels * tokens * shape.weight_bytes
+    begun = _FORWARD_LAUNCHES + launches * blocks
+    if shape.weight_bytes == FLOAT:
+        products = Work("matrix products", flops=flops)
+        rest = Work("element by element", moved=moved, launches=begun)
+    else:
+        products = Work("matrix products", half_flops=flops)
+        rest = Work("element by element", half_moved=moved, launches=begun)
+    return Cost((products, Work("attention", attention_flops=attend), rest))
 
 
 # -------------------------------------------------------------------- measuring a device
@@ -578,12 +586,22 @@ def probe_device(device: str = "cpu") -> DeviceSpeed:
         a, b, c = (torch.full((1 << 23,), 1.5, device=place) for _ in range(3))
         triad = seconds(lambda: torch.add(a, b, alpha=0.5, out=c))
         small = normal(8)
+        half_a, half_b, half_c = a.to(half), b.to(half), c.to(half)
+        half_triad = seconds(lambda: torch.add(half_a, half_b, alpha=0.5, out=half_c))
+        heads = normal(8, 8, 128, 64)
+        attend = seconds(
+            lambda: torch.nn.functional.scaled_dot_product_attention(
+                heads, heads, heads, is_causal=True
+            )
+        )
         launch = seconds(lambda: [small.add_(1.0) for _ in range(100)]) / 100
     return DeviceSpeed(
         name=name,
         gemm_flops=2.0 * n * d * m / gemm,
         half_flops=2.0 * n * d * m / half_gemm,
+        attention_flops=4.0 * 128 * heads.numel() / attend,
         bandwidth=3.0 * a.numel() * FLOAT / triad,
+        half_bandwidth=3.0 * a.numel() * 2 / half_triad,
         gather=len(latents) * d * FLOAT / gather,
         scan=pre.numel() / scan,
         rank=part.numel() / rank,
@@ -657,7 +675,9 @@ def published_speed(machine: PublishedMachine, utilisation: float) -> DeviceSpee
         name=machine.name,
         gemm_flops=utilisation * machine.float_flops,
         half_flops=utilisation * machine.tensor_flops,
+        attention_flops=utilisation * machine.tensor_flops,
         bandwidth=bandwidth,
+        half_bandwidth=bandwidth,
         gather=bandwidth,  # rows are whole: a kilobyte or more
         scan=bandwidth / _SCAN_BYTES,
         rank=bandwidth / _RANK_BYTES,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from mistudio.engine.training.config import Plan
@@ -175,6 +176,7 @@ class SiteMemory:
         return self.gradients + self.pre_activations + self.sparse + self.rows
 
 
+@lru_cache(maxsize=64)  # a plan asks for the same site's many times over
 def site_memory(plan: Plan) -> SiteMemory:
     """What `SiteTrainer.step` allocates, at the beginning of a run, when most entries are active.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from mistudio.engine.training.config import TrainingConfig, derive
 from mistudio.engine.training.cost import (
+    FLOAT,
     DeviceSpeed,
     Work,
     deepest,
@@ -203,8 +204,10 @@ def _judging_seconds(run: RunShape, speed: DeviceSpeed) -> float:
     whole = forward_cost(
         run.model, run.model.n_layers, "resid_pre", run.plan.config.context, LOSS_TOKENS
     )
-    logits = 2.0 * LOSS_TOKENS * run.model.d_model * run.model.vocab_size
-    loss = whole.seconds(speed) + Work("logits", flops=logits).seconds(speed)
+    products = 2.0 * LOSS_TOKENS * run.model.d_model * run.model.vocab_size
+    half = run.model.weight_bytes < FLOAT
+    logits = Work("logits", half_flops=products) if half else Work("logits", flops=products)
+    loss = whole.seconds(speed) + logits.seconds(speed)
     return seconds + LOSS_PASSES * len(run.sites) * loss
 
 

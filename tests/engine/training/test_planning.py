@@ -376,7 +376,7 @@ def test_time_of_the_cost_model_is_the_sum_of_its_costs() -> None:
 def test_probe_measures_every_kind_of_work() -> None:
     speed = probe_device("cpu")
     rates = [value for value in vars(speed).values() if isinstance(value, float)]
-    assert len(rates) == 9
+    assert len(rates) == 11
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
     assert speed.launch < 1e-3
     assert not speed.queued
