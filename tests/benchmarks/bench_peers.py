@@ -6,7 +6,7 @@ builds both environments and runs this; options after the name:
   --full             600 steps and 3 seeds instead of 300 and 1
   --steps N --seeds N --widths 2304,4608 --corpora wikipedia,shakespeare --archs batchtopk,topk
   --rates 3e-4,1e-3,3e-3,6e-3 (SAELens searches these)  --k 32  --threads 2
-  --parts speed,memory,quality                           which measures
+  --parts speed,memory,quality (which measures)  --blocks 5 --block-steps 10 (for speed)
   --fresh            repeat what build/bench/rows/ already holds
   --folder DIR       instead of build/bench
   --device cuda      speed and memory on a GPU
@@ -41,7 +41,12 @@ PARTS = ("speed", "memory", "quality")
 
 
 def parse(arguments: list[str]) -> tuple[Settings, tuple[str, ...]]:
-    parser = argparse.ArgumentParser(description=__doc__, prog="run.py bench peers")
+    parser = argparse.ArgumentParser(
+        prog="run.py bench peers",
+        usage="python3 run.py bench peers [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     words = {"type": lambda text: tuple(text.split(","))}
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--fresh", action="store_true")
@@ -152,7 +157,9 @@ def main(arguments: list[str]) -> int:
             speed += [runs.speed(arch, **LARGE_SHAPE, dead=0) for arch in settings.archs]
         gates += report.speed_gates(speed, settings.device)
         print(f"{report.speed_table(speed)}\n", flush=True)
-    if "memory" in parts:
+    if "memory" in parts and settings.device == "cpu" and sys.platform != "linux":
+        print("Peak memory is not measured: the peak of a process can be reset on Linux only.\n")
+    elif "memory" in parts:
         memory = [runs.memory(arch, **LARGE_SHAPE) for arch in settings.archs]
         gates += report.memory_gates(memory)
         print(f"{report.memory_table(memory)}\n", flush=True)

@@ -10,7 +10,13 @@ from typing import Any
 from runs import OURS, PEER, Row, fair
 
 DEFINITIONS = """\
-FVU      sum ||x - x_hat||^2 / sum ||x - mean||^2 over 50,000 held-out tokens, float64
+training step      tokens/s of whole steps, statistics and care for dead latents on, 32 active
+         latents, in alternating blocks of two live processes; ratio: median of the blocks' ratios;
+         dead: latents that are held dead, so that the care for them has work
+peak extra memory  the most that a fresh process held during three steps, less what it held before
+         it made the trainer: resident bytes on the CPU, allocated bytes on a GPU
+FVU      sum ||x - x_hat||^2 / sum ||x - mean||^2 over 50,000 held-out tokens, in float64;
+         explained variance is 1 - FVU
 L0       active latents per token, there
 silent   share of latents that fired on none of these tokens
 trained  the same weights, selecting as in training (BatchTopK exactly, over 2,048 held-out tokens)

@@ -266,7 +266,7 @@ class Runs:
     def speed(self, arch: str, d: int, width: int, batch: int, dead: int) -> Row:
         """Tokens per second of a training step on both sides, in alternating blocks."""
         job = self._step_job("speed", arch, d, width, batch, dead=dead, warmup=5)
-        key = self._step_key(job)
+        key = f"{self._step_key(job)}-{self.settings.blocks}x{self.settings.block_steps}"
         return self._rows.get(key, lambda: self._alternate(job, key))
 
     def _alternate(self, job: Row, key: str) -> Row:
