@@ -92,10 +92,6 @@ class HybridActivations:
         return self._furthest
 
     @property
-    def dropped_outliers(self) -> int:
-        return self.dropped.outliers
-
-    @property
     def single(self) -> bool:
         """Whether one phase holds the whole text, so that the model is needed no more after it."""
         return self.phase_windows == self.n_windows

@@ -240,10 +240,6 @@ class StoredActivations:
         kept = sum(self.meta.tokens.values())
         return Dropped(self.meta.dropped_special, self.meta.dropped_outliers, kept)
 
-    @property
-    def dropped_outliers(self) -> int:
-        return self.dropped.outliers
-
     def width(self, point: HookPoint) -> int:
         return self.meta.widths[point.name]
 
