@@ -36,7 +36,8 @@ from mistudio.engine.activations.stream import (
 from mistudio.engine.datasets.tokens import TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import CorruptFile
+from mistudio.engine.training.distributed import ALONE, World
+from mistudio.errors import CorruptFile, InvalidInput
 
 KEY = "key.json"
 HELDOUT = 65_536
@@ -105,7 +106,15 @@ class HybridActivations:
         seed: int,
         progress: Progress = SILENT,
         state: State | None = None,
+        world: World = ALONE,
     ) -> BatchStream:
+        """For one process only. Raises InvalidInput otherwise."""
+        if world.size > 1:
+            raise InvalidInput(
+                "Model and training cannot take turns in several processes",
+                "Where they do, one process uses the device at a time.",
+                "Store the activations first, or stream them.",
+            )
         return _HybridStream(self, batch_size, seed, progress, state)
 
     def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:

@@ -11,6 +11,10 @@ of 2,048, where the buffer has 50 MB.
 
 With overlap, a thread fills one of two buffers while the other is given away. Batches are the same
 with and without it.
+
+Several processes share the windows of a fill: each runs the model over its own and they exchange
+the rows, so that all hold the buffer that one process would fill. They do so in turn with the
+training step.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from mistudio.engine.activations.stream import (
     require,
 )
 from mistudio.engine.models.hooks import HookPoint
+from mistudio.engine.training.distributed import ALONE, World, gathered_unevenly, own_rows
 from mistudio.errors import Incompatible, InvalidInput
 
 Rows = Mapping[HookPoint, Tensor]
@@ -121,9 +126,11 @@ class Filler:
         batch_size: int,
         spare: int,
         devices: Devices,
+        world: World,
     ) -> None:
         """`spare` is how many rows may be carried in where that is more than a batch."""
         self._capture, self._check, self._devices = capture, check, devices
+        self._world = world
         self._layout, self._seed, self._batch_size = layout, seed, batch_size
         self._capacity = layout.rows + max(batch_size, spare)
         self._buffers: dict[int, dict[HookPoint, Tensor]] = {}
@@ -169,21 +176,41 @@ class Filler:
         start, stop = self._layout.bounds(begin.fill)
         windows = self._window_order(begin.epoch)[start:stop]
         step = self._layout.batch_windows
+        passes = [windows[first : first + step] for first in range(0, len(windows), step)]
         filled = 0
         counts = Dropped()
-        for offset in range(0, len(windows), step):
+        for first in range(0, len(passes), self._world.size):
             self._check()  # waits here while the job is paused
             if stopped():
                 raise Stopped
-            rows, here = self._capture(windows[offset : offset + step])
-            buffer = self._buffer(slot, rows)
-            if offset == 0:
-                filled = _append(buffer, 0, begin.carried)
-            filled = _append(buffer, filled, rows)
-            counts += here
+            for rows, here in self._captured(passes[first : first + self._world.size]):
+                buffer = self._buffer(slot, rows)
+                if not counts.seen:
+                    filled = _append(buffer, 0, begin.carried)
+                filled = _append(buffer, filled, rows)
+                counts += here
         if self._devices.model.type == "cuda":  # until the copies from the device have arrived
             torch.cuda.current_stream(self._devices.model).synchronize()
         return self._buffers[slot], filled, counts
+
+    def _captured(self, passes: list[np.ndarray]) -> list[tuple[Rows, Dropped]]:
+        """What one forward pass of each process gives; `passes` may be fewer than processes."""
+        world = self._world
+        idle = world.rank >= len(passes)
+        rows, here = self._capture(passes[0 if idle else world.rank])
+        if world.size == 1:
+            return [(rows, here)]
+        if idle:  # it knows what rows look like, and gives none
+            rows, here = {point: values[:0] for point, values in rows.items()}, Dropped()
+        device = next(iter(rows.values())).device
+        mine = torch.tensor([[here.special, here.outliers, here.kept]], device=device)
+        tallies = [Dropped(*tally) for tally in world.gathered(mine).tolist()]
+        kept = [tally.kept for tally in tallies]
+        every = {point: gathered_unevenly(world, rows[point], kept) for point in rows}
+        return [
+            ({point: parts[rank] for point, parts in every.items()}, tallies[rank])
+            for rank in range(len(passes))
+        ]
 
     def _window_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -313,8 +340,12 @@ class RingStream(BatchStream):
         devices: Devices,
         note: Callable[[Dropped], None],
         state: State | None,
+        world: World = ALONE,
     ) -> None:
         """`note` hears the counts up to the end of each fill whose rows begin to be given."""
+        if world.size > 1:  # who talks to the others does so from one thread
+            devices = replace(devices, overlap=False)
+        self._own = own_rows(world, batch_size)
         self._producer: Producer | None = None
         self._seed, self._batch_size, self._note = seed, batch_size, note
         cursor, self._given = Cursor(0, 0, {}, Dropped()), 0
@@ -323,7 +354,7 @@ class RingStream(BatchStream):
         self._layout, self._cursor, self._devices = layout, cursor, devices
         spare = max((len(rows) for rows in cursor.carried.values()), default=0)
         self._filler: Filler | None = Filler(
-            capture, check, layout, seed, batch_size, spare, devices
+            capture, check, layout, seed, batch_size, spare, devices, world
         )
         self._fill: Fill | None = None
         self._courier = Courier(devices.training)
@@ -334,7 +365,7 @@ class RingStream(BatchStream):
         while self._fill is None or self._given == self._fill.end:
             self._advance(self._filler)
         fill = self._fill
-        chosen = fill.order[self._given : self._given + self._batch_size]
+        chosen = fill.order[self._given : self._given + self._batch_size][self._own]
         batch = {
             point: self._courier.send(point, rows, chosen) for point, rows in fill.rows.items()
         }

@@ -23,6 +23,7 @@ from mistudio.engine.activations.stream import Batch, BatchStream, Dropped, Stat
 from mistudio.engine.datasets.tokens import TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
+from mistudio.engine.training.distributed import ALONE, World
 
 CALIBRATION_WINDOWS = 16
 
@@ -57,9 +58,17 @@ class ActivationSource(Protocol):
     def width(self, point: HookPoint) -> int: ...
 
     def batches(
-        self, batch_size: int, seed: int, progress: Progress, state: State | None = None
+        self,
+        batch_size: int,
+        seed: int,
+        progress: Progress,
+        state: State | None = None,
+        world: World = ALONE,
     ) -> BatchStream:
         """Endless shuffled training batches, float32 [batch_size, d] per site.
+
+        Of several processes each gets its rows of the same batches, in order of rank; all call
+        this alike, and `progress` must stop all of them at the same place.
 
         `state` is what `BatchStream.state` gave. Raises `Incompatible` where it does not belong
         to this source. Another `batch_size` than the interrupted stream's is possible: the same
@@ -275,6 +284,7 @@ class LiveActivations:
         seed: int,
         progress: Progress = SILENT,
         state: State | None = None,
+        world: World = ALONE,
     ) -> BatchStream:
         return RingStream(
             self._train_rows,
@@ -286,6 +296,7 @@ class LiveActivations:
             self._devices,
             self._note,
             state,
+            world,
         )
 
     def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:

@@ -41,6 +41,7 @@ from mistudio.engine.activations.stream import (
 from mistudio.engine.datasets.tokens import SPLITS, TokenSplit, TokenStore
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
+from mistudio.engine.training.distributed import ALONE, World, own_rows
 from mistudio.errors import CorruptFile
 
 META = "meta.json"
@@ -254,8 +255,9 @@ class StoredActivations:
         seed: int,
         progress: Progress = SILENT,
         state: State | None = None,
+        world: World = ALONE,
     ) -> BatchStream:
-        return _StoredStream(self, batch_size, seed, progress, state)
+        return _StoredStream(self, batch_size, seed, progress, state, world)
 
     def heldout(self, batch_size: int, limit: int, progress: Progress = SILENT) -> Iterator[Batch]:
         n = min(limit, self.meta.tokens["heldout"])
@@ -305,8 +307,10 @@ class _StoredStream(BatchStream):
         seed: int,
         progress: Progress,
         state: State | None,
+        world: World,
     ) -> None:
         self._store: StoredActivations | None = store
+        self._own = own_rows(world, batch_size)
         self._batch_size, self._seed, self._progress = batch_size, seed, progress
         self._total = store.meta.tokens["train"]
         self._epoch = self._place = 0
@@ -329,7 +333,7 @@ class _StoredStream(BatchStream):
             self._place += take
             if self._place == self._total:
                 self._epoch, self._place = self._epoch + 1, 0
-        return self._store.read("train", np.concatenate(parts))
+        return self._store.read("train", np.concatenate(parts)[self._own])
 
     def state(self) -> State:
         return pack(seed=self._seed, rows=self._total, epoch=self._epoch, place=self._place)

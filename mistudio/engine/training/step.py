@@ -189,16 +189,17 @@ class SiteTrainer:
     # --- the parts of a step ----------------------------------------------------------------
 
     def _work_through(self, x: Tensor, y: Tensor | None, k: float, measure: bool) -> _Batch:
-        u = self._in_order(self.wiring.inputs(x))
-        target = self.wiring.targets(u, None if y is None else self._in_order(y))
+        world = self._world
+        u = self._in_order(self.wiring.inputs(x), world)
+        target = self.wiring.targets(u, None if y is None else self._in_order(y, world))
         centred = u - self._centre()
-        tokens = len(x) * self._world.size
+        tokens = len(x) * world.size
         factor = 2.0 / (tokens * self.variance)
         gradients = Gradients({})
         fired, active = torch.zeros_like(self.b_enc), 0
         errors: list[Tensor] = []
         penalty: Tensor | float = 0.0
-        for rows, entries in self._entries(centred, k):
+        for rows, entries in self._entries(centred, k, world):
             part = self.objective.backward(
                 self._weights(), entries, centred[rows], target[rows], factor
             )
@@ -214,11 +215,11 @@ class SiteTrainer:
         error = torch.cat(errors)
         if self.plan.config.auxk and self.step_number % AUX_EVERY == 0:
             self._add_aux_gradients(gradients.values, error, centred)
-        counts = self._world.add(torch.cat([fired, fired.new_tensor([float(active)])]))
+        counts = world.add(torch.cat([fired, fired.new_tensor([float(active)])]))
         batch = _Batch(gradients.values, tokens, float(counts[-1]) / tokens, counts[:-1] > 0)
         if measure:
             sums = torch.stack([error.square().sum(), torch.as_tensor(penalty).to(error)])
-            squares, batch.penalty = self._world.add(sums).tolist()
+            squares, batch.penalty = world.add(sums).tolist()
             batch.fvu = squares / tokens / self.variance
             self._check(batch.fvu + batch.penalty)
         return batch
@@ -229,37 +230,42 @@ class SiteTrainer:
     def _centre(self) -> Tensor:
         return self.b_dec if self.wiring.centre is None else self.wiring.centre
 
-    def _stride(self, n: int) -> int:
-        """The objective looks at every how-manyth of this process's `n` rows before it selects."""
-        stride = self.objective.stride(n * self._world.size)
-        return max(stride, math.ceil(n * self.plan.d_sae / CHUNK_CELLS)) if stride else 0
+    def _stride(self, n: int, world: World) -> int:
+        """The objective looks at every how-manyth of each process's `n` rows before it selects:
+        however many processes share a batch, they are the same rows."""
+        tokens = n * world.size
+        stride = self.objective.stride(tokens)
+        while stride and tokens * self.plan.d_sae > stride * CHUNK_CELLS:
+            stride *= 2
+        return stride
 
-    def _in_order(self, rows: Tensor) -> Tensor:
+    def _in_order(self, rows: Tensor, world: World) -> Tensor:
         """The rows that the objective looks at first, then the others: what it sees is the same
         fair sample of the batch whatever parts the batch is worked through in."""
-        stride = self._stride(len(rows))
+        stride = self._stride(len(rows), world)
         return torch.cat([rows[i::stride] for i in range(stride)]) if stride > 1 else rows
 
-    def _entries(self, centred: Tensor, k: float) -> Iterator[tuple[slice, Entries]]:
-        """The entries of a batch that is `_in_order`, in parts that fit into memory.
+    def _entries(self, centred: Tensor, k: float, world: World) -> Iterator[tuple[slice, Entries]]:
+        """The entries of a batch that is `_in_order`, in parts that fit into memory; `world` are
+        those who share the batch.
         Pre-activations are the one large matrix of a step, and only a part of it exists at a
         time."""
         n = len(centred)
         part = math.ceil(n / self.parts)
         size = min(part, max(1, CHUNK_CELLS // self.plan.d_sae))
-        stride = self._stride(n)
+        stride = self._stride(n, world)
         seen = math.ceil(n / stride) if stride else 0
         start, pending, held = 0, [], 0
         encoder = self.encoder.bfloat16() if self.plan.config.mixed_precision else self.encoder
         if seen > size:
             pre = self._pre_activations(centred[:seen], encoder)
-            self.objective.begin(pre, k, self.step_number, self._world)
+            self.objective.begin(pre, k, self.step_number, world)
             del pre
         for first in range(0, n, size):
             chunk = centred[first : first + size]
             pre = self._pre_activations(chunk, encoder)
             if first == 0 and seen <= size:
-                self.objective.begin(pre[:seen], k, self.step_number, self._world)
+                self.objective.begin(pre[:seen], k, self.step_number, world)
             entries = self._selected(pre, chunk)
             del pre
             pending.append(entries)
@@ -360,13 +366,13 @@ class SiteTrainer:
 
     def _revive(self, dead: Tensor, x: Tensor, y: Tensor | None) -> None:
         """Nothing is moved before the last allocation."""
-        # All processes look at the whole batch, so that all of them draw the same tokens.
-        u = self._in_order(self.wiring.inputs(self._world.gathered(x)))
-        whole = None if y is None else self._in_order(self._world.gathered(y))
+        # Every process looks at the whole batch by itself, so that all draw the same tokens.
+        u = self._in_order(self.wiring.inputs(self._world.gathered(x)), ALONE)
+        whole = None if y is None else self._in_order(self._world.gathered(y), ALONE)
         target = self.wiring.targets(u, whole)
         centred = u - self._centre()
         error = torch.empty_like(target)
-        for rows, entries in self._entries(centred, self.current_k()):
+        for rows, entries in self._entries(centred, self.current_k(), ALONE):
             reconstruction = weighted_rows(self.decoder, entries.codes) + self.b_dec
             error[rows] = target[rows] - reconstruction
         chosen = torch.multinomial(
