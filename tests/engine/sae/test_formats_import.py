@@ -305,6 +305,12 @@ def test_an_old_folder_with_another_activation_function_is_refused(tmp_path):
         res_jb(tmp_path, activation_fn_str="tanh-relu")
 
 
+def test_an_old_folder_that_scaled_its_inputs_needs_the_factor(tmp_path):
+    with pytest.raises(Incompatible, match="nowhere in its folder"):
+        res_jb(tmp_path / "scaled", normalize_activations=True)
+    assert res_jb(tmp_path / "plain", normalize_activations=False).site is not None
+
+
 def test_an_old_jumprelu_by_its_logarithm(tmp_path):
     folder = copied("saelens-jumprelu", tmp_path)
     tensors = load_file(folder / "sae_weights.safetensors")
