@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PySide6.QtCore import Qt
-from PySide6.QtWidgets import QApplication, QWidget
+from PySide6.QtWidgets import QApplication, QLabel, QWidget
 
 from mistudio import formatting
+from mistudio.engine.models.loading import ModelSummary
 from mistudio.engine.training.config import TrainingConfig, derive, option, parse
+from mistudio.engine.training.cost import model_shape
+from mistudio.engine.training.footprint import Machine, PlannedSite, RunShape
+from mistudio.engine.training.planning import plan_run
 from mistudio.library.library import Library
 from mistudio.library.records import Dataset, Extraction, Model
 from mistudio.settings import Settings
 from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
+from mistudio.ui.features.presenter import FeaturesPresenter
 from mistudio.ui.services import Services
+from mistudio.ui.steering.presenter import sources as steering_sources
 from mistudio.ui.training import presenter as presenter_module
 from mistudio.ui.training.charts import CHARTS
+from mistudio.ui.training.configuration import ACROSS_HELP
+from mistudio.ui.training.estimate import Computer, rough
 from mistudio.ui.training.form import (
+    ACROSS_MLP,
     ADVANCED,
-    ENCODERS,
+    CHOICE_NAMES,
+    ENCODER_NAMES,
     ESSENTIAL,
-    LATER,
     NAMES,
     SITES,
+    SPARSITY_NAMES,
+    TRANSCODERS,
     Form,
+    applies,
     check,
     default_text,
-    memory,
+    encoder_title,
+    groups,
     point_name,
     point_parts,
-    rough,
-    sae_parameters,
+    point_title,
 )
 from mistudio.ui.training.page import TrainingPage
 from mistudio.ui.training.presenter import TRAINING_KINDS, engine_imported, import_engine
@@ -45,6 +61,8 @@ from .screens import shot
 from .small_jobs import Count
 
 SIZES = [(1280, 720), (1920, 1080)]
+ROOT = Path(__file__).resolve().parents[2]
+GB = 1024**3
 LONG = 120_000  # ms: this machine may be busy
 
 
@@ -107,9 +125,14 @@ def fill(page: TrainingPage, **values: str) -> None:
 
 
 def a_model(d_model: int = 64, **summary: Any) -> Model:
-    facts = {"context_length": 512, **summary}
-    return Model(1, "tiny", "local", "", "models/tiny", "fp32", 4, d_model, 10_000, 1, facts, {},
-                 "2026-01-01T00:00:00+00:00")  # fmt: skip
+    facts = {
+        "architecture": "TinyForCausalLM", "model_type": "tiny", "n_layers": 4, "d_model": d_model,
+        "n_heads": 4, "n_kv_heads": 4, "d_mlp": 4 * d_model, "vocab_size": 500,
+        "context_length": 512, "tied_embeddings": True, "parameters": 250_000,
+        "bytes_on_disk": 1, "dtypes": ["F32"], **summary,
+    }  # fmt: skip
+    return Model(1, "tiny", "local", "", "models/tiny", "fp32", 4, d_model, facts["parameters"], 1,
+                 facts, {}, "2026-01-01T00:00:00+00:00")  # fmt: skip
 
 
 def a_dataset() -> Dataset:
@@ -123,6 +146,10 @@ def a_form(**changes: Any) -> Form:
     return Form(**(values | changes))
 
 
+def a_computer(free: int = 8 * GB, disk: int = 100 * GB, no_8bit: str = "") -> Computer:
+    return Computer(Machine(16 * GB, free, disk), "fp32", no_8bit)
+
+
 def an_extraction(points: list[str], context: int = 64) -> Extraction:
     return Extraction(1, 1, 1, points, {"context": context}, "activations/x", 1000, 1000, {},
                       "2026-01-01T00:00:00+00:00")  # fmt: skip
@@ -132,10 +159,14 @@ def an_extraction(points: list[str], context: int = 64) -> Extraction:
 
 
 def test_kinds_and_names_are_those_of_the_engine() -> None:
+    from mistudio.engine.models.hooks import SITES as ENGINE_SITES
     from mistudio.engine.models.hooks import HookPoint
     from mistudio.jobs.kinds import KINDS
 
     assert set(TRAINING_KINDS) <= set(KINDS)
+    assert set(SITES) == set(ENGINE_SITES)
+    assert set(option("wiring")["choices"]) == set(ENCODER_NAMES)
+    assert set(option("sparsity")["choices"]) <= set(SPARSITY_NAMES)
     for site in SITES:
         assert point_name(site, 7) == HookPoint(site, 7).name
         assert point_parts(HookPoint(site, 7).name) == (site, 7)
@@ -155,7 +186,7 @@ def test_defaults_of_the_form_give_the_default_configuration() -> None:
         ("k", "", "Target L0 needs a value: 1 to 4,096."),
         ("learning_rate", "fast", "It takes a number."),
         ("learning_rate", "nan", "must be between"),
-        ("batch_size", "1e999", "It takes a number."),
+        ("batch_size", "1e999", "It takes a whole number."),
         ("k", "600", "600 of 512 latents would be active on every token."),
         ("context", "4,096", "tiny reads at most 512 tokens at once."),
     ],
@@ -181,7 +212,19 @@ def test_stored_activations_must_hold_the_chosen_layers() -> None:
     stored = an_extraction([point_name("resid_post", 2)])
     assert check(a_form(extraction=stored, layers=(2,))).blocker == ""
     found = check(a_form(extraction=stored, layers=(1, 2)))
-    assert "do not hold Layer 1" in found.errors["extraction"]
+    assert "lack Residual stream after block (layer 1)" in found.errors["extraction"]
+    assert found.blocker == found.errors["extraction"]
+
+
+@pytest.mark.parametrize("wiring", TRANSCODERS)
+def test_stored_activations_of_a_transcoder_hold_both_ends(wiring: str) -> None:
+    ends = [point_name("mlp_in", 1), point_name("mlp_out", 1)]
+    form = a_form(extraction=an_extraction(ends), values={"wiring": wiring})
+    assert form.points == ends[:1] and check(form).blocker == ""
+    for held, lacking in ((ends[:1], "MLP output"), (ends[1:], "MLP input")):
+        found = check(a_form(extraction=an_extraction(held), values={"wiring": wiring}))
+        assert f"lack {lacking} (layer 1)" in found.blocker
+        assert "both ends of the MLP" in found.blocker and "Stream from the model" in found.blocker
 
 
 def test_stored_activations_bring_their_context_length() -> None:
@@ -190,38 +233,159 @@ def test_stored_activations_bring_their_context_length() -> None:
     assert found.config["context"] == 64 and found.blocker == ""
 
 
-def test_estimates_are_plain_arithmetic() -> None:
-    model, plan = a_model(), derive(TrainingConfig(), 64)
-    parameters = 2 * 64 * 512 + 512 + 64
-    assert sae_parameters(64, 512) == parameters
-    batch = 4 * 2048 * (512 + 4 * 64)
-    assert memory(model, plan, 2) == 4 * 10_000 + 16 * parameters * 2 + batch
-    summary = check(a_form(), corpus_tokens=1_000_000, speed=10_000).summary
-    assert "512 latents on 64 dimensions" in summary and "976 steps" in summary
-    assert "2.0 passes over the text" in summary and "about 3 min 20 s" in summary
-    assert formatting.size(rough(4 * parameters)) + " on disk" in summary
+# --- which fields, and what is submitted ----------------------------------------------------------
+
+KINDS_OF_ENCODER = [
+    (sparsity, wiring)
+    for sparsity in option("sparsity")["choices"]
+    for wiring in option("wiring")["choices"]
+]
 
 
-def test_form_shows_every_field_of_the_table(qtbot: Any, trained: Services) -> None:
+@pytest.mark.parametrize(("sparsity", "wiring"), KINDS_OF_ENCODER)
+def test_every_sparsity_goes_with_every_wiring(sparsity: str, wiring: str) -> None:
+    """What is submitted is what was chosen, its defaults written out, and nothing that has no
+    part in it."""
+    found = check(a_form(values={"sparsity": sparsity, "wiring": wiring}))
+    assert found.blocker == "" and found.plan is not None
+    assert parse(found.config) == parse({"sparsity": sparsity, "wiring": wiring})
+    for name in NAMES:
+        used = all(
+            found.config.get(other, option(other)["default"]) in wanted
+            for other, wanted in option(name).get("only", {}).items()
+        )
+        assert (name in found.shown) == used
+        assert (name in found.config) == (used and option(name)["default"] is not None)
+
+
+def test_a_field_that_does_not_apply_is_neither_judged_nor_submitted() -> None:
+    values: dict[str, str | bool] = {"sparsity": "topk", "l1_coefficient": "many"}
+    found = check(a_form(values=values))
+    assert found.errors == {} and "l1_coefficient" not in found.config
+    found = check(a_form(values=values | {"sparsity": "jumprelu"}))
+    assert list(found.errors) == ["l1_coefficient"] and found.blocker
+
+
+def test_where_one_field_decides_the_other_has_no_say() -> None:
+    found = check(a_form(values={"width": "1,000", "expansion": "lots", "steps": "300",
+                                 "batch_size": "128"}))  # fmt: skip
+    assert found.errors == {} and found.fixed == {"expansion", "tokens"}
+    assert not {"expansion", "tokens"} & set(found.config)
+    assert found.plan == derive(parse({"width": 1000, "steps": 300, "batch_size": 128}), 64)
+    assert found.notes["expansion"] == "“Dictionary size” decides: 1,000 latents"
+    assert found.notes["tokens"] == "“Steps” decides: 38,400 tokens"
+
+
+def test_a_factor_is_read_with_or_without_its_sign() -> None:
+    for text in ("6", "6x", "6 ×", "6.0X"):
+        assert check(a_form(values={"expansion": text})).config["expansion"] == 6
+
+
+def test_an_optimiser_that_cannot_run_here_is_refused() -> None:
+    form = a_form(values={"optimizer": "adam8bit"})
+    why = "8-bit Adam needs an NVIDIA GPU, and this computer has none. Choose Adam."
+    assert why in check(form, computer=a_computer(no_8bit=why)).blocker
+    assert check(form, computer=a_computer()).blocker == ""
+    assert check(a_form(), computer=a_computer(no_8bit=why)).blocker == ""
+
+
+def test_every_advanced_field_has_its_section_and_every_choice_its_name() -> None:
+    placed = [name for _, names in groups() for name in names]
+    assert sorted(placed) == sorted(ADVANCED) and "More" not in dict(groups())
+    for name in NAMES:
+        if "choices" in option(name):
+            assert set(option(name)["choices"]) <= set(CHOICE_NAMES[name])
+
+
+def test_an_encoder_is_called_by_its_sparsity_and_wiring() -> None:
+    assert encoder_title("batchtopk") == encoder_title("batchtopk", "sae") == "BatchTopK SAE"
+    assert encoder_title("standard", "skip_sae") == "ReLU + L1 Skip SAE"
+    assert encoder_title("topk", "transcoder") == "TopK Transcoder SAE"
+    assert encoder_title("gated", "skip_transcoder") == "Gated Skip Transcoder SAE"
+    assert point_title(point_name("mlp_in", 3)) == "Layer 3 • MLP input"
+    assert point_title(point_name("mlp_in", 3), "transcoder") == f"Layer 3 • {ACROSS_MLP}"
+
+
+# --- what it would need ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wiring", ["sae", "transcoder"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_estimate_is_the_engines_plan(wiring: str, stored: bool) -> None:
+    site = "mlp_in" if wiring == "transcoder" else "resid_pre"
+    points = [point_name(place, layer) for place in (site, "mlp_out") for layer in (1, 2)]
+    form = a_form(layers=(1, 2), site="resid_pre", values={"wiring": wiring},
+                  extraction=an_extraction(points, context=128) if stored else None)  # fmt: skip
+    found = check(form, corpus_tokens=1_000_000, speed=10_000, computer=a_computer())
+    summary = ModelSummary(**a_model().summary)
+    plan = derive(parse({"wiring": wiring}), 64)
+    sites = tuple(PlannedSite(layer, site, plan) for layer in (1, 2))
+    shape = RunShape(model_shape(summary, 4), sites, source="stored" if stored else "stream")
+    run = plan_run(shape, a_computer().machine)
+    assert found.estimate.needs == (
+        f"About {formatting.size(rough(run.memory))} of memory (8 GB free) • "
+        f"{formatting.size(rough(run.disk))} of disk • about 3 min 20 s at the speed of the last "
+        "run with this model"
+    )
+    assert "512 latents on 64 dimensions at each of 2 layers" in found.estimate.work
+    assert f"{plan.steps} steps of" in found.estimate.work
+    assert "2.0 passes over the text" in found.estimate.work
+    assert found.estimate.advice == ()
+
+
+def test_what_does_not_fit_comes_with_advice() -> None:
+    form = a_form(layers=(0, 1, 2, 3), values={"expansion": "256"})
+    computer = a_computer(free=300 * 1024**2, disk=GB // 1024)
+    found = check(form, computer=computer)
+    text = " ".join(found.estimate.advice)
+    assert "Four layers need" in text and "at a time" in text and "of disk" in text
+    assert found.blocker == ""  # a figure is no refusal: the run moves or halves its batch
+
+
+def test_a_model_that_says_too_little_has_no_figures() -> None:
+    form = a_form()
+    form.model.summary.pop("d_mlp")  # as a row of an older version
+    found = check(form, computer=a_computer())
+    assert found.estimate.needs == "" and found.estimate.work and found.blocker == ""
+
+
+# --- the form on the screen -----------------------------------------------------------------------
+
+
+def test_form_has_every_field_of_the_table(qtbot: Any, trained: Services) -> None:
     page = open_page(qtbot, trained)
     fields = page.configuration.fields
-    assert list(fields) == list(NAMES) == [*ESSENTIAL, *ADVANCED]
+    assert sorted(fields) == sorted(NAMES) == sorted([*ESSENTIAL, *ADVANCED])
     for name, entry in fields.items():
         assert entry.editor.accessibleName() == option(name)["label"]
         assert option(name)["help"] in entry.editor.toolTip()
+        if "choices" in option(name):
+            texts = [entry.editor.itemText(i) for i in range(entry.editor.count())]
+            assert texts == [CHOICE_NAMES[name][value] for value in option(name)["choices"]]
+    assert "ghost_gradients" not in fields
+    for name in ("auxk", "revive"):
+        assert "ghost gradients" in fields[name].editor.toolTip()
 
 
 def test_fields_left_open_show_what_they_become(qtbot: Any, trained: Services) -> None:
     page = open_page(qtbot, trained)
-    fill(page, tokens="20,000", expansion="2")
+    fill(page, tokens="20,000", expansion="2x")
     plan = derive(parse({"tokens": 20_000, "expansion": 2.0}), 128)
     fields = page.configuration.fields
-    assert fields["learning_rate"].editor.placeholderText() == "auto: 3e-3"
-    assert plan.learning_rate == 3e-3
-    shown = fields["batch_size"].editor.placeholderText()
-    assert shown == f"auto: {formatting.count(plan.batch_size)}"
-    shown = fields["dead_window"].editor.placeholderText()
-    assert shown == f"auto: {formatting.count(plan.dead_window)}"
+    shown = {name: entry.editor.placeholderText() for name, entry in fields.items()
+             if option(name)["default"] is None}  # fmt: skip
+    count = formatting.count
+    assert float(shown["learning_rate"].removeprefix("auto: ")) == pytest.approx(
+        plan.learning_rate, rel=0.05
+    )
+    assert shown["batch_size"] == f"auto: {count(plan.batch_size)}"
+    assert shown["dead_window"] == f"auto: {count(plan.dead_window)}"
+    assert shown["steps"] == f"auto: {count(plan.steps)}"
+    assert shown["width"] == f"auto: {count(plan.d_sae)}"
+    assert shown["l1_coefficient"] == "auto: steered to target"
+    assert fields["expansion"].helper.text() == "256 latents"
+    fill(page, warmup_share="2")  # an error elsewhere takes nothing away
+    assert fields["width"].editor.placeholderText() == shown["width"]
     assert fields["expansion"].helper.text() == "256 latents"
 
 
@@ -242,10 +406,161 @@ def test_a_wrong_value_stands_beside_its_field_and_stops_start(
     assert card.start.isEnabled() and not card.fields["warmup_share"].error.isVisible()
 
 
-def test_encoders_of_a_later_version_say_so(qtbot: Any, trained: Services) -> None:
-    model = open_page(qtbot, trained).configuration.encoder.model()
-    states = [(model.item(i).isEnabled(), model.item(i).toolTip()) for i in range(len(ENCODERS))]
-    assert states[0][0] and all(state == (False, LATER) for state in states[1:])
+# Qt's offscreen platform says so for every list that opens.
+LISTS_OPEN = pytest.mark.qt_log_ignore("does not support grabbing the keyboard", extend=True)
+
+
+def pick(qtbot: Any, combo: Any, text: str) -> None:
+    """Open the list with the mouse and click on an entry, as a person does."""
+    interval = QApplication.doubleClickInterval()
+    QApplication.setDoubleClickInterval(1)  # a click within it, after the list opened, is ignored
+    qtbot.mouseClick(combo, Qt.MouseButton.LeftButton)
+    view = combo.view()
+    qtbot.waitUntil(view.isVisible)
+    index = combo.model().index(combo.findText(text), 0)
+    view.scrollTo(index)
+    place = view.visualRect(index).center()
+    qtbot.mouseMove(view.viewport(), place)
+    qtbot.wait(10)
+    qtbot.mouseClick(view.viewport(), Qt.MouseButton.LeftButton, pos=place)
+    qtbot.waitUntil(lambda: not view.isVisible())
+    QApplication.setDoubleClickInterval(interval)
+    assert combo.currentText() == text
+
+
+def visible_fields(page: TrainingPage) -> set[str]:
+    return {name for name, entry in page.configuration.fields.items() if entry.isVisible()}
+
+
+@LISTS_OPEN
+def test_only_fields_that_apply_are_shown(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained, (1280, 1600))
+    card = page.configuration
+    qtbot.mouseClick(card.advanced.button, Qt.MouseButton.LeftButton)
+    plain = {name for name in NAMES if applies(name, {})}
+    assert visible_fields(page) == plain and "l1_coefficient" not in plain
+    pick(qtbot, card.fields["sparsity"].editor, "JumpReLU")
+    assert visible_fields(page) == plain | {"l1_coefficient"}
+    pick(qtbot, card.fields["wiring"].editor, "Skip Autoencoder")
+    assert visible_fields(page) == plain | {"l1_coefficient", "skip", "skip_rank"}
+    pick(qtbot, card.fields["skip"].editor, "Fixed share")
+    assert visible_fields(page) == plain | {"l1_coefficient", "skip", "skip_share"}
+    pick(qtbot, card.fields["optimizer"].editor, "AdamW")
+    assert "weight_decay" in visible_fields(page)
+    pick(qtbot, card.fields["sparsity"].editor, "TopK")
+    pick(qtbot, card.fields["wiring"].editor, "Sparse Autoencoder")
+    assert visible_fields(page) == plain | {"weight_decay"}
+    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+
+
+def test_sparsity_and_wiring_are_independent(qtbot: Any, trained: Services) -> None:
+    """By keys alone: one combo never moves the other."""
+    page = open_page(qtbot, trained)
+    card = page.configuration
+    sparsity, wiring = card.fields["sparsity"].editor, card.fields["wiring"].editor
+    assert wiring.value == option("wiring")["default"]
+    for _ in option("wiring")["choices"]:
+        sparsity.setFocus()
+        qtbot.keyClick(sparsity, Qt.Key.Key_Home)
+        for chosen in option("sparsity")["choices"]:
+            assert sparsity.value == chosen and card.check.config["sparsity"] == chosen
+            assert card.check.config["wiring"] == wiring.value and card.check.blocker == ""
+            qtbot.keyClick(sparsity, Qt.Key.Key_Down)
+        wiring.setFocus()
+        qtbot.keyClick(wiring, Qt.Key.Key_Down)
+        assert sparsity.value == option("sparsity")["choices"][-1]
+    assert wiring.value == option("wiring")["choices"][-1]
+
+
+@LISTS_OPEN
+def test_a_transcoder_has_its_place_and_gives_the_other_back(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained)
+    card = page.configuration
+    pick(qtbot, card.site, "MLP output")
+    for name in ("Transcoder", "Skip Transcoder"):
+        pick(qtbot, card.fields["wiring"].editor, name)
+        assert card.site.currentText() == ACROSS_MLP and not card.site.isEnabled()
+        assert card.site.count() == 1 and card._site_row.helper.text() == ACROSS_HELP
+        assert card.form().points == [point_name("mlp_in", 2)] and card.check.blocker == ""
+    other = open_page(qtbot, trained)
+    other.restore_state(json.loads(json.dumps(page.save_state())))
+    assert other.configuration.form() == card.form()
+    for shown in (card, other.configuration):
+        assert shown.site.currentText() == ACROSS_MLP
+        shown.fields["wiring"].set_value("skip_sae")
+        assert shown.site.currentText() == "MLP output" and shown.site.isEnabled()
+        assert shown.site.count() == len(SITES) and not shown._site_row.helper.isVisible()
+        assert shown.form().points == [point_name("mlp_out", 2)]
+
+
+def test_a_field_that_another_decides_is_shut(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained, (1280, 1600))
+    card = page.configuration
+    card.advanced.set_expanded(True)
+    width = card.fields["width"].editor
+    qtbot.keyClicks(width, "500")
+    qtbot.waitUntil(lambda: not card.fields["expansion"].editor.isEnabled())
+    assert card.fields["expansion"].helper.text() == "“Dictionary size” decides: 500 latents"
+    assert card.check.plan.d_sae == 500
+    qtbot.mouseClick(card.reset, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(card.fields["expansion"].editor.isEnabled)
+    assert card.check.plan == derive(TrainingConfig(), 128)
+
+
+def test_tab_goes_as_the_eye_does(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained, (1280, 1700))
+    card = page.configuration
+    card.advanced.set_expanded(True)
+    card.fields["sparsity"].set_value("jumprelu")
+    page.activateWindow()
+    card.dataset.setFocus()
+    qtbot.waitUntil(card.dataset.hasFocus)
+    places, walked = [], []
+    while (widget := QApplication.focusWidget()) is not card.start:
+        assert widget is not None and widget not in walked
+        walked.append(widget)
+        row = widget.mapTo(card, widget.rect().center())
+        places.append((widget.accessibleName() or widget.text(), row.x(), row.y()))
+        qtbot.keyClick(widget, Qt.Key.Key_Tab)
+    assert {entry.editor for entry in card.fields.values() if entry.isVisible()} <= set(walked)
+    assert set(card.layers.buttons) <= set(walked)
+    for (before, x0, y0), (after, x1, y1) in pairwise(places):
+        to_the_right = x1 > x0 and abs(y1 - y0) <= 45  # a heading's buttons stand a little higher
+        assert to_the_right or y1 > y0, f"{before} -> {after}"
+
+
+def test_the_summary_is_that_of_the_computer(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained)
+    card = page.configuration
+    found = card.check.estimate
+    assert card._work.text() == found.work and "latents on 128 dimensions" in found.work
+    assert card._needs.text() == found.needs and " of memory (" in found.needs
+    assert "memory: " in card._summary.toolTip() and "disk: " in card._summary.toolTip()
+    assert not card._advice_row.isVisible()
+    wide = dataclasses.replace(page.presenter.computer(None),
+                               machine=Machine(16 * GB, 1, 100 * GB))  # fmt: skip
+    page.presenter.computer = lambda model: wide  # type: ignore[method-assign]
+    card.refresh_check()
+    assert card._advice_row.isVisible() and "are free" in card._advice.text()
+
+
+def test_the_device_is_looked_at_in_the_background(qtbot: Any, trained: Services) -> None:
+    """8-bit Adam is offered until torch has said that there is no NVIDIA GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is an NVIDIA GPU")
+    page = open_page(qtbot, trained)
+    editor = page.configuration.fields["optimizer"].editor
+    item = editor.model().item(option("optimizer")["choices"].index("adam8bit"))
+    qtbot.waitUntil(lambda: not item.isEnabled(), timeout=LONG)
+    assert "needs an NVIDIA GPU" in item.toolTip()
+
+
+def test_the_form_imports_no_torch() -> None:
+    """Its first paint would wait for seconds."""
+    code = "import sys, mistudio.ui.training.page; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_layers_are_those_of_the_model(qtbot: Any, trained: Services) -> None:
@@ -271,7 +586,8 @@ def test_an_empty_library_leads_to_the_other_tabs(qtbot: Any, empty: Services) -
 
 def test_the_form_comes_back(qtbot: Any, trained: Services) -> None:
     page = open_page(qtbot, trained)
-    fill(page, tokens="44,000", learning_rate="1e-3", expansion="6")
+    fill(page, tokens="44,000", learning_rate="1e-3", expansion="6", sparsity="gated",
+         l1_coefficient="0.5", optimizer="adamw")  # fmt: skip
     page.configuration.fields["auxk"].set_value(False)
     page.configuration.layers.set_selected([0, 3])
     page.configuration.site.set_value("mlp_out")
@@ -308,6 +624,33 @@ def small(page: TrainingPage, tokens: str, layers: tuple[int, ...] = (2,)) -> No
     fill(page, tokens=tokens, expansion="2", k="8", context="64", batch_size="128")
     page.configuration.layers.set_selected(layers)
     assert page.configuration.check.blocker == ""
+
+
+def test_what_is_started_is_what_was_chosen(
+    qtbot: Any, trained: Services, trained_library: Library
+) -> None:
+    """The job's row: where the dictionaries read, and every value that has a part in the run."""
+    import_engine()
+    trained.jobs.submit(Count(to=2000))  # keeps the lane
+    page = open_page(qtbot, trained)
+    small(page, "1,000", (1, 3))
+    fill(page, sparsity="standard", wiring="skip_transcoder", l1_coefficient="2")
+    qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
+    (card,) = page.job_cards()
+    params = trained_library.jobs.get(card.job.id).params
+    assert params["hook_points"] == [point_name("mlp_in", layer) for layer in (1, 3)]
+    wanted = {"sparsity": "standard", "wiring": "skip_transcoder", "l1_coefficient": 2.0,
+              "tokens": 1_000, "expansion": 2.0, "k": 8, "context": 64,
+              "batch_size": 128}  # fmt: skip
+    assert parse(params["config"]) == parse(wanted)
+    written_out = {name for name in NAMES
+                   if applies(name, wanted) and option(name)["default"] is not None}  # fmt: skip
+    assert set(params["config"]) == written_out | set(wanted)
+    about = card._about.text()
+    assert about.startswith(f"ReLU + L1 Skip Transcoder SAE • Layers 1, 3 • {ACROSS_MLP} • Queued")
+    for job_id in (card.job.id, *trained.jobs.running()):
+        trained.jobs.cancel(job_id)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
 
 
 @pytest.mark.slow
@@ -486,6 +829,37 @@ def test_a_run_shows_what_was_measured(
     shot(page, f"training_done-{size[0]}x{size[1]}")
     page.configuration.advanced.set_expanded(True)
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "encoder", "place"),
+    [
+        ({}, "BatchTopK SAE", "MLP input"),
+        ({"sparsity": "topk", "of_a_later_version": 1}, "TopK SAE", "MLP input"),
+        ({"sparsity": "jumprelu", "wiring": "skip_sae"}, "JumpReLU Skip SAE", "MLP input"),
+        ({"wiring": "transcoder"}, "BatchTopK Transcoder SAE", ACROSS_MLP),
+    ],
+)
+def test_runs_of_every_configuration_have_their_names(
+    qtbot: Any,
+    trained: Services,
+    trained_library: Library,
+    config: dict[str, Any],
+    encoder: str,
+    place: str,
+) -> None:
+    """Also of one that an older version wrote, in the cards and where SAEs are chosen."""
+    trained_library.trainings.update(1, config=config)
+    trained_library.saes.update(1, hook_point=point_name("mlp_in", 2))
+    card = open_page(qtbot, trained).run_cards()[0]
+    texts = [label.text() for label in card.findChildren(QLabel)]
+    assert f"Layer 2 • {place}" in texts
+    assert any(text.startswith(f"{encoder} • ") for text in texts)
+    (choice,) = FeaturesPresenter(trained).choices()
+    assert choice.title.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
+    assert choice.site == f"Layer 2 • {place}"
+    (source,) = steering_sources(trained_library)
+    assert source.title.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
 
 
 def test_discover_queues_a_pass_for_every_sae_without_features(

@@ -15,7 +15,7 @@ from mistudio.ui.features.reader import Details, FeatureReader, RowText
 from mistudio.ui.features.table import FeatureTable
 from mistudio.ui.services import Services
 from mistudio.ui.times import clock_time
-from mistudio.ui.training.form import SPARSITY_NAMES, point_title
+from mistudio.ui.training.form import encoder_of, point_title
 
 MOST_ROWS = 64  # read at a time
 
@@ -32,15 +32,14 @@ class SaeChoice:
 
     @property
     def title(self) -> str:
-        sparsity = str(self.training.config.get("sparsity", "batchtopk"))
-        parts = [f"{SPARSITY_NAMES.get(sparsity, sparsity)} SAE", self.model, self.dataset]
+        parts = [encoder_of(self.training.config), self.model, self.dataset]
         if self.several:
             parts.append(self.site)
         return " • ".join([*parts, f"Started {clock_time(self.training.created_at)}"])
 
     @property
     def site(self) -> str:
-        return point_title(self.sae.hook_point)
+        return point_title(self.sae.hook_point, str(self.training.config.get("wiring", "")))
 
 
 class FeaturesPresenter(QObject):

@@ -14,6 +14,7 @@ from mistudio.library.library import Library
 from mistudio.library.records import FeatureNote, Generation, Sae
 from mistudio.ui.services import Services
 from mistudio.ui.times import clock_time
+from mistudio.ui.training.form import encoder_of, encoder_title
 
 STRONGEST = 5.0
 NEW_STRENGTH = 2.0  # of a feature that another tab sends here
@@ -21,14 +22,6 @@ RESULTS = 8
 HISTORY = 20
 _PROMOTED_SHOWN = 3
 
-_SPARSITY_NAMES = {
-    "batchtopk": "BatchTopK",
-    "topk": "TopK",
-    "jumprelu": "JumpReLU",
-    "relu": "ReLU",
-    "gated": "Gated",
-    "matryoshka": "Matryoshka",
-}
 _SITE_MEANINGS = {
     "hook_resid_pre": "residual stream before the block",
     "hook_resid_post": "residual stream after the block",
@@ -73,19 +66,18 @@ def sources(library: Library) -> list[Source]:
 
 
 def _source(library: Library, sae: Sae, run_id: int) -> Source:
-    from mistudio.engine.training.config import TrainingConfig
-
     model = library.models.get(sae.model_id)
     training = library.trainings.find(sae.training_id) if sae.training_id else None
-    sparsity, dataset, started, siblings = sae.architecture, "", sae.created_at, 1
+    encoder = encoder_title(sae.architecture, sae.wiring)
+    dataset, started, siblings = "", sae.created_at, 1
     if training is not None:
-        sparsity = str(training.config.get("sparsity") or TrainingConfig().sparsity)
+        encoder = encoder_of(training.config)
         record = library.datasets.find(training.dataset_id)
         dataset = record.name if record else ""
         job = library.jobs.find(training.job_id) if training.job_id else None
         started = (job.started_at if job else None) or training.created_at
         siblings = len(library.saes.of_training(training.id))
-    parts = [f"{_SPARSITY_NAMES.get(sparsity, sparsity)} SAE", model.name]
+    parts = [encoder, model.name]
     parts += [dataset] if dataset else []
     parts += [f"layer {sae.layer}"] if siblings > 1 else []
     parts.append(f"Started {clock_time(started)}")

@@ -14,7 +14,7 @@ from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.times import clock_time, seconds_between
 from mistudio.ui.training.charts import TrainingCharts, averages
-from mistudio.ui.training.form import SITES, SPARSITY_NAMES, point_parts, point_title
+from mistudio.ui.training.form import encoder_of, point_parts, point_title, site_text
 from mistudio.ui.training.presenter import ENDED_BADLY, Run, TrainingPresenter
 from mistudio.ui.widgets import (
     Badge,
@@ -118,14 +118,13 @@ class JobCard(Card):
         started = job.started_at or job.created_at
         about = []
         if self._points:
-            site, _ = point_parts(self._points[0])
+            config = job.params.get("config", {})
             layers = ", ".join(str(point_parts(name)[1]) for name in self._points)
             plural = "Layers" if len(self._points) > 1 else "Layer"
-            sparsity = job.params.get("config", {}).get("sparsity", "batchtopk")
             about = [
-                SPARSITY_NAMES.get(sparsity, sparsity),
+                encoder_of(config),
                 f"{plural} {layers}",
-                SITES.get(site, ""),
+                site_text(self._points[0], str(config.get("wiring", ""))),
             ]
         word = "Started" if job.started_at else "Queued"
         self._about.setText(" • ".join([*filter(None, about), f"{word} {clock_time(started)}"]))
@@ -301,10 +300,9 @@ class RunCard(Card):
         training = run.training
         texts = column(4)
         texts.addWidget(ElidedLabel(run.title, "card"))
-        sparsity = training.config.get("sparsity", "batchtopk")
         tokens_seen = training.record.get("tokens")
         about = [
-            SPARSITY_NAMES.get(sparsity, sparsity),
+            encoder_of(training.config),
             f"{formatting.short_count(tokens_seen)} tokens" if tokens_seen else "",
             f"took {formatting.duration(training.seconds)}",
             f"Finished {clock_time(training.created_at)}",
@@ -317,8 +315,9 @@ class RunCard(Card):
         head.setStretch(1, 1)
         self.add(head)
         self.tiles: dict[int, list[StatTile]] = {}
+        wiring = str(training.config.get("wiring", ""))
         for sae in run.saes:
-            title = Text(point_title(sae.hook_point), "label")
+            title = Text(point_title(sae.hook_point, wiring), "label")
             size = Text(f"{formatting.count(sae.d_sae)} latents", "helper")
             tiles = self.tiles[sae.id] = quality_tiles(sae)
             block = column(8)

@@ -25,7 +25,8 @@ CHARTS = (
     ("l0", "L0", "Mean number of active latents per token, on the training batch. It falls from "
      "four times the target while the sparsity warms up."),
     ("dead", "Dead latents", "Latents that have not fired within the dead window."),
-    ("learning_rate", "Learning rate", "Of this step: warm-up, constant, then linear to 0."),
+    ("learning_rate", "Learning rate", "Of this step: warm-up, the chosen schedule, then linear to "
+     "0."),
 )  # fmt: skip
 
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from html import escape
+from itertools import pairwise
 from typing import Any
 
-from PySide6.QtCore import Qt, Signal
-from PySide6.QtWidgets import QGridLayout, QLineEdit, QWidget
+from PySide6.QtCore import Qt
+from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
-from mistudio.engine.training.config import option
 from mistudio.errors import UserError
 from mistudio.library.records import Extraction
 from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.times import clock_time
+from mistudio.ui.training.estimate import Estimate
+from mistudio.ui.training.fields import COLUMNS, Columns, OptionField, Section
 from mistudio.ui.training.form import (
+    ACROSS_MLP,
     ADVANCED,
-    ENCODERS,
     ESSENTIAL,
-    LATER,
     NAMES,
     SITES,
-    SPARSITY_NAMES,
+    TRANSCODERS,
     Check,
     Form,
     default_text,
-    limits_text,
+    groups,
     point_parts,
 )
 from mistudio.ui.training.presenter import TrainingPresenter
@@ -38,78 +40,20 @@ from mistudio.ui.widgets import (
     LayerGrid,
     Surface,
     Text,
-    Toggle,
+    column,
     debounced,
     picture,
     row,
 )
 
-COLUMNS = 3  # of the advanced fields
-
-
-class OptionField(FormRow):
-    """One field of the table. Its value is a text (empty: derived) or, for a switch, a bool."""
-
-    changed = Signal()
-
-    def __init__(self, name: str, parent: QWidget | None = None) -> None:
-        limits = option(name)
-        default = default_text(name)
-        editor: QWidget
-        if isinstance(default, bool):
-            editor = Toggle(limits["label"], default)
-            editor.toggled.connect(self._on_editor_changed)
-        elif "choices" in limits:
-            editor = Choice([(c, SPARSITY_NAMES.get(c, str(c))) for c in limits["choices"]])
-            editor.currentIndexChanged.connect(self._on_editor_changed)
-        elif "choices_hint" in limits:
-            editor = Choice([(f"{c:g}", f"{c:g}") for c in limits["choices_hint"]])
-            editor.setEditable(True)
-            editor.setInsertPolicy(Choice.InsertPolicy.NoInsert)
-            editor.setCurrentText(default)
-            editor.editTextChanged.connect(self._on_editor_changed)
-        else:
-            editor = QLineEdit(default)
-            editor.textChanged.connect(self._on_editor_changed)
-        super().__init__(limits["label"], editor, parent=parent)
-        self.setObjectName(f"option_{name}")
-        self.name = name
-        unit = limits.get("unit")
-        if unit:
-            self.label.setText(f"{limits['label']} ({unit})")
-        tip = limits["help"]
-        if limits_text(name):
-            tip += f"\nFrom {limits_text(name)}."
-        for widget in (self, self.label, editor):
-            widget.setToolTip(f"<qt>{tip}</qt>".replace("\n", "<br>"))
-
-    @property
-    def value(self) -> str | bool:
-        if isinstance(self.editor, Toggle):
-            return self.editor.isChecked()
-        if isinstance(self.editor, QLineEdit):
-            return self.editor.text()
-        assert isinstance(self.editor, Choice)
-        return self.editor.currentText() if self.editor.isEditable() else str(self.editor.value)
-
-    def set_value(self, value: str | bool) -> None:
-        if isinstance(self.editor, Toggle):
-            self.editor.setChecked(bool(value))
-        elif isinstance(self.editor, QLineEdit):
-            self.editor.setText(str(value))
-        elif isinstance(self.editor, Choice):
-            if self.editor.isEditable():
-                self.editor.setCurrentText(str(value))
-            else:
-                self.editor.set_value(value)
-
-    def set_automatic(self, text: str) -> None:
-        """What the field becomes where it is left empty."""
-        if isinstance(self.editor, QLineEdit):
-            self.editor.setPlaceholderText(f"auto: {text}" if text else "auto")
-
-    def _on_editor_changed(self, *_: object) -> None:
-        self.changed.emit()
+SITE_HELP = (
+    "Where in each chosen layer the activations are read. The residual stream after the block is "
+    "what most published dictionaries use."
+)
+ACROSS_HELP = (
+    "A transcoder reads what enters each layer's MLP and reconstructs what the MLP adds to the "
+    "residual stream."
+)
 
 
 class ConfigurationCard(Card):
@@ -124,7 +68,31 @@ class ConfigurationCard(Card):
         self._services, self._presenter = services, presenter
         self.check: Check | None = None
         self._restoring = False
+        self._free_site = "resid_post"  # of the autoencoders, kept while a transcoder is chosen
 
+        self.fields = {name: OptionField(name) for name in NAMES}
+        for entry in self.fields.values():
+            entry.changed.connect(self._on_fields_changed)
+            entry.chosen.connect(self._on_fields_chosen)
+        self._add_everyday_fields()
+        self._add_advanced()
+        self._add_summary()
+        self.start = Button("Start Training", "primary", "play")
+        self.start.setObjectName("start_training")
+        self.start.clicked.connect(self._on_start_clicked)
+        self.reason = Text("", "helper", wrap=True)
+        self.reason.setAlignment(Qt.AlignmentFlag.AlignCenter)
+        self.add(self.start, self.reason)
+
+        self._recheck = debounced(self, 120, self.refresh_check)
+        presenter.choices_changed.connect(self.refresh_choices)
+        presenter.computer_changed.connect(self._on_computer_changed)
+        presenter.starting_changed.connect(self._on_starting_changed)
+        self.refresh_choices()
+
+    # --- building -------------------------------------------------------------------------------
+
+    def _add_everyday_fields(self) -> None:
         self.dataset = Choice()
         self.dataset.setObjectName("dataset")
         self.dataset.currentIndexChanged.connect(self._on_inputs_changed)
@@ -135,30 +103,6 @@ class ConfigurationCard(Card):
         self.model.currentIndexChanged.connect(self._on_model_changed)
         self.add_model = Button("Add a model", "link", "plus")
         self.add_model.clicked.connect(self._on_add_model_clicked)
-        self.encoder = Choice(ENCODERS)
-        self.encoder.setObjectName("encoder")
-        for value, _ in ENCODERS[1:]:
-            self.encoder.disable(value, LATER)
-        self.encoder.setToolTip(
-            "A sparse autoencoder explains a site's activations by a few active latents. Skip "
-            "autoencoders and transcoders come with the training engine."
-        )
-        self._dataset_row = FormRow("Dataset", self.dataset, beside=self.add_dataset)
-        self._model_row = FormRow("Model", self.model, beside=self.add_model)
-        self.add(_equal(self._dataset_row, self._model_row, FormRow("Encoder Type", self.encoder)))
-
-        self.fields = {name: OptionField(name) for name in NAMES}
-        for entry in self.fields.values():
-            entry.changed.connect(self._on_fields_changed)
-        self.add(_equal(*(self.fields[name] for name in ESSENTIAL)))
-
-        self.site = Choice(list(SITES.items()))
-        self.site.setObjectName("site")
-        self.site.setToolTip(
-            "Where in each chosen layer the activations are read. The residual stream after the "
-            "block is what most published dictionaries use."
-        )
-        self.site.currentIndexChanged.connect(self._on_inputs_changed)
         self.source = Choice([(None, "Stream from the model")])
         self.source.setObjectName("source")
         self.source.setToolTip(
@@ -166,50 +110,69 @@ class ConfigurationCard(Card):
             "activations (Models tab, Extract Activations) are read instead, which is faster when "
             "you train on them more than once."
         )
+        self.source.view().setMinimumWidth(460)  # the list says more than the column has room for
         self.source.currentIndexChanged.connect(self._on_source_changed)
+        self._dataset_row = FormRow("Dataset", self.dataset, below=self.add_dataset)
+        self._model_row = FormRow("Model", self.model, below=self.add_model)
         self._source_row = FormRow("Activations", self.source)
-        self.add(_equal(FormRow("Site", self.site), self._source_row))
+        kind = [self.fields["wiring"], self.fields["sparsity"]]
+        size = [entry for name, entry in self.fields.items() if name in ESSENTIAL]
+        size = [entry for entry in size if entry not in kind]
+        rows = [self._dataset_row, self._model_row, *kind, *size, self._source_row]
+        grid = Columns()
+        grid.place(rows)
+        self._add_where(grid, -(-len(rows) // COLUMNS))
+        self.add(grid)
+
+    def _add_where(self, grid: Columns, line: int) -> None:
+        self.site = Choice(list(SITES.items()))
+        self.site.setObjectName("site")
+        self.site.setToolTip(SITE_HELP)
+        self.site.currentIndexChanged.connect(self._on_inputs_changed)
+        self._site_row = FormRow("Site", self.site)
         self.layers = LayerGrid(8, 0, "Training Layers", "Select a model to see available layers")
         self.layers.changed.connect(self._on_inputs_changed)
-        self.add(self.layers)
+        # Both headings on one line, as high as the buttons beside the second.
+        self.layers.select_all.ensurePolished()
+        self._site_row.label.setMinimumHeight(self.layers.select_all.sizeHint().height())
+        grid.addWidget(self._site_row, line, 0, Qt.AlignmentFlag.AlignTop)
+        grid.addWidget(self.layers, line, 1, 1, COLUMNS - 1, Qt.AlignmentFlag.AlignTop)
 
+    def _add_advanced(self) -> None:
         self.advanced = Collapsible("Advanced Hyperparameters")
         self.advanced.setObjectName("advanced")
-        grid = QGridLayout()
-        grid.setHorizontalSpacing(tokens.GAP)
-        grid.setVerticalSpacing(tokens.GAP)
-        for place, name in enumerate(ADVANCED):
-            grid.addWidget(self.fields[name], place // COLUMNS, place % COLUMNS)
-        for place in range(COLUMNS):
-            grid.setColumnStretch(place, 1)
-        self.advanced.add(grid)
+        self._sections = [
+            Section(title, {name: self.fields[name] for name in names}) for title, names in groups()
+        ]
         self.reset = Button("Reset to defaults", "link", "rotate-ccw")
         self.reset.clicked.connect(self._on_reset_clicked)
-        self.advanced.add(row(self.reset, None))
+        self.advanced.add(*self._sections, row(self.reset, None))
         self.add(self.advanced)
 
-        self._summary_text = Text("", "small", wrap=True)
+    def _add_summary(self) -> None:
+        """What the training would do and need; below it, in yellow, where something is short."""
+        self._work = Text("", "small", wrap=True)
+        self._needs = Text("", "small", wrap=True)
+        self._advice = Text("", "small", "yellow", wrap=True)
         self._summary = Surface("row", None, 14)
-        line = row(picture("gauge", tokens.HELPER, 18), self._summary_text)
-        line.setStretch(1, 1)
-        line.setAlignment(line.itemAt(0).widget(), Qt.AlignmentFlag.AlignTop)
-        self._summary.add(line)
-        self._summary.setToolTip(
-            "Disk: four bytes for every parameter. Memory: the model in 32 bit, 16 bytes for every "
-            "parameter that learns (weight, gradient, two moments of Adam) and one batch."
-        )
+        self._advice_row = QWidget()
+        for texts, icon, colour in (
+            ((self._work, self._needs), "gauge", tokens.HELPER),
+            ((self._advice,), "triangle-alert", tokens.YELLOW),
+        ):
+            lines = column(6)
+            for text in texts:
+                lines.addWidget(text)
+            mark = picture(icon, colour, 18)
+            line = row(mark, lines)
+            line.setStretch(1, 1)
+            line.setAlignment(mark, Qt.AlignmentFlag.AlignTop)
+            if self._advice in texts:
+                self._advice_row.setLayout(line)
+                self._summary.add(self._advice_row)
+            else:
+                self._summary.add(line)
         self.add(self._summary)
-        self.start = Button("Start Training", "primary", "play")
-        self.start.setObjectName("start_training")
-        self.start.clicked.connect(self._on_start_clicked)
-        self.reason = Text("", "helper", wrap=True)
-        self.reason.setAlignment(Qt.AlignmentFlag.AlignCenter)
-        self.add(self.start, self.reason)
-
-        self._recheck = debounced(self, 120, self.refresh_check)
-        presenter.choices_changed.connect(self.refresh_choices)
-        presenter.starting_changed.connect(self._on_starting_changed)
-        self.refresh_choices()
 
     # --- what stands in the form ----------------------------------------------------------------
 
@@ -218,10 +181,14 @@ class ConfigurationCard(Card):
             dataset=self.dataset.value,
             model=self.model.value,
             layers=tuple(self.layers.selected()),
-            site=self.site.value,
+            site=self._free_site if self._is_transcoder else self.site.value,
             extraction=self.source.value,
             values={name: entry.value for name, entry in self.fields.items()},
         )
+
+    @property
+    def _is_transcoder(self) -> bool:
+        return self.fields["wiring"].value in TRANSCODERS
 
     def save_state(self) -> dict[str, Any]:
         form = self.form()
@@ -239,14 +206,14 @@ class ConfigurationCard(Card):
         """Take back a form; what no longer exists is left at its default."""
         self._restoring = True
         self.choose(state.get("dataset"), state.get("model"))
-        self.site.set_value(state.get("site", "resid_post"))
-        layers = state.get("layers")
-        if isinstance(layers, list) and self.model.value is not None:
-            self.layers.set_selected(layer for layer in layers if isinstance(layer, int))
         values = state.get("values")
         for name, value in (values if isinstance(values, dict) else {}).items():
             if name in self.fields and type(value) is type(self.fields[name].value):
                 self.fields[name].set_value(value)
+        self._set_site(state.get("site", "resid_post"))
+        layers = state.get("layers")
+        if isinstance(layers, list) and self.model.value is not None:
+            self.layers.set_selected(layer for layer in layers if isinstance(layer, int))
         self.advanced.set_expanded(bool(state.get("advanced")))
         self.choose_extraction(state.get("extraction"))
         self._restoring = False
@@ -296,8 +263,48 @@ class ConfigurationCard(Card):
         n_layers = model.n_layers if model else 0
         if n_layers != self.layers.n_layers:
             self.layers.set_n_layers(n_layers)
+            self._order_tabs()
             if n_layers and not self.layers.selected() and not self._restoring:
                 self.layers.set_selected([n_layers // 2])
+
+    def _order_tabs(self) -> None:
+        """Tab goes as the eye does: by rows, then through the sections."""
+        everyday = [self.fields[name].editor for name in ESSENTIAL if name != "sparsity"]
+        stops = [
+            self.dataset, self.add_dataset, self.model, self.add_model,
+            everyday[0], self.fields["sparsity"].editor, *everyday[1:], self.source,
+            self.site, self.layers.select_all, self.layers.clear_all, *self.layers.buttons,
+            self.advanced.button,
+            *(self.fields[name].editor for _, names in groups() for name in names),
+            self.reset, self.start,
+        ]  # fmt: skip
+        for before, after in pairwise(stops):
+            QWidget.setTabOrder(before, after)
+
+    def _set_site(self, site: Any) -> None:
+        """Choose where autoencoders read; a transcoder keeps its own place meanwhile."""
+        self._free_site = site if site in SITES else "resid_post"
+        if not self._is_transcoder:
+            blocked = self.site.blockSignals(True)
+            self.site.set_value(self._free_site)
+            self.site.blockSignals(blocked)
+
+    def _show_site(self) -> None:
+        """A transcoder has one place; the autoencoders' comes back after it."""
+        fixed = not self.site.isEnabled()
+        if fixed == self._is_transcoder:
+            return
+        blocked = self.site.blockSignals(True)
+        if self._is_transcoder:
+            self._free_site = self.site.value
+            self.site.set_options([("mlp_in", ACROSS_MLP)])
+        else:
+            self.site.set_options(list(SITES.items()))
+            self.site.set_value(self._free_site)
+        self.site.blockSignals(blocked)
+        self.site.setEnabled(not self._is_transcoder)
+        self.site.setToolTip(ACROSS_HELP if self._is_transcoder else SITE_HELP)
+        self._site_row.set_helper(ACROSS_HELP if self._is_transcoder else "")
 
     def _refresh_sources(self) -> None:
         chosen = self.source.value
@@ -311,27 +318,34 @@ class ConfigurationCard(Card):
         self.source.blockSignals(blocked)
 
     def refresh_check(self) -> None:
-        """Show what is wrong, what is derived and what it would cost."""
-        form = self.form()
-        found = self.check = self._presenter.check(form)
+        """Show what is wrong, what applies, what is derived and what it would cost."""
+        found = self.check = self._presenter.check(self.form())
         for name, entry in self.fields.items():
             entry.set_error(found.errors.get(name, ""))
             entry.set_automatic(found.automatic.get(name, ""))
+            entry.set_helper(found.notes.get(name, ""))
+            entry.editor.setEnabled(name not in found.fixed)
+        for section in self._sections:
+            section.show_only(found.shown)
         self._source_row.set_error(found.errors.get("extraction", ""))
-        plan = found.plan
-        self.fields["expansion"].set_helper(
-            f"{formatting.count(plan.d_sae)} latents" if plan else ""
-        )
-        stored = form.extraction.settings.get("context") if form.extraction else None
-        context = self.fields["context"]
-        context.editor.setEnabled(stored is None)
-        context.set_helper(f"The stored activations have {stored}." if stored else "")
-        self._summary_text.setText(found.summary)
-        self._summary.setVisible(bool(found.summary))
+        self._show_estimate(found.estimate)
         hidden = [name for name in found.errors if name in ADVANCED]
         if hidden and not self.advanced.expanded and not self._restoring:
             self.advanced.set_expanded(True)
         self._show_start()
+
+    def _show_estimate(self, found: Estimate) -> None:
+        for text, content in (
+            (self._work, found.work),
+            (self._needs, found.needs),
+            (self._advice, "\n".join(found.advice)),
+        ):
+            text.setText(content)
+            text.setVisible(bool(content))
+        self._advice_row.setVisible(bool(found.advice))
+        self._summary.setVisible(bool(found.work))
+        lines = "".join(f"<p>{escape(line)}</p>" for line in found.details)
+        self._summary.setToolTip(f"<qt>{lines}</qt>" if lines else "")
 
     def _show_start(self) -> None:
         blocker = self.check.blocker if self.check else ""
@@ -348,6 +362,19 @@ class ConfigurationCard(Card):
     def _on_fields_changed(self) -> None:
         self._recheck()
 
+    def _on_fields_chosen(self) -> None:
+        self._show_site()
+        if not self._restoring:
+            self.refresh_check()
+
+    def _on_computer_changed(self) -> None:
+        reason = self._presenter.no_8bit
+        if reason:
+            editor = self.fields["optimizer"].editor
+            assert isinstance(editor, Choice)
+            editor.disable("adam8bit", reason)
+        self.refresh_check()
+
     def _on_inputs_changed(self, *_: object) -> None:
         self._refresh_sources()
         if not self._restoring:
@@ -362,16 +389,22 @@ class ConfigurationCard(Card):
         extraction = self.source.value
         if extraction is not None and not self._restoring:
             form = self.form()
-            held = [point_parts(name) for name in extraction.hook_points]
-            if any(point not in extraction.hook_points for point in form.points) or not form.layers:
-                site = held[0][0]
-                if site:
-                    self.site.blockSignals(True)
-                    self.site.set_value(site)
-                    self.site.blockSignals(False)
-                    self.layers.set_selected(layer for name, layer in held if name == site)
+            held = extraction.hook_points
+            if any(name not in held for name in form.needed) or not form.layers:
+                self._go_to(held)
         if not self._restoring:
             self.refresh_check()
+
+    def _go_to(self, held: list[str]) -> None:
+        places = [point_parts(name) for name in held]
+        if self._is_transcoder:
+            both = [layer for site, layer in places if site == "mlp_in"]
+            both = [layer for layer in both if ("mlp_out", layer) in places]
+            if both:
+                self.layers.set_selected(both)
+        elif places[0][0]:
+            self._set_site(places[0][0])
+            self.layers.set_selected(layer for site, layer in places if site == places[0][0])
 
     def _on_starting_changed(self, starting: bool) -> None:
         self._show_start()
@@ -392,17 +425,6 @@ class ConfigurationCard(Card):
             self._presenter.start(self.form())
         except UserError as exc:
             self._services.toasts.error(exc)
-
-
-def _equal(*widgets: QWidget) -> Any:
-    """Side by side, all of the same width."""
-    grid = QGridLayout()
-    grid.setHorizontalSpacing(tokens.GAP)
-    for place, widget in enumerate(widgets):
-        grid.addWidget(widget, 0, place, Qt.AlignmentFlag.AlignTop)
-        grid.setColumnStretch(place, 1)
-        grid.setColumnMinimumWidth(place, 1)
-    return grid
 
 
 def _stored(extraction: Extraction) -> str:

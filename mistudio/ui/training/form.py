@@ -1,11 +1,13 @@
-"""What the training form holds, what is wrong with it, and what it would cost; no widgets.
+"""What the training form holds, what is wrong with it, and what to submit; no widgets.
 
-The fields, their limits, help and derived values come from `engine.training.config`; this module
-adds what only the library knows (models, datasets, stored activations) and plain arithmetic.
+The fields, their limits, help, and which of them apply come from `engine.training.config`; this
+module adds what only the library knows (models, datasets, stored activations) and the words that
+people read. What a training would need is in `estimate.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,38 +15,87 @@ from mistudio import formatting
 from mistudio.engine.training.config import Plan, TrainingConfig, derive, option, parse
 from mistudio.errors import InvalidInput
 from mistudio.library.records import Dataset, Extraction, Model
+from mistudio.ui.training.estimate import NOTHING, Computer, Estimate, estimate, rate
 
 SITES = {
-    "resid_post": "Residual stream after the block",
-    "resid_pre": "Residual stream before the block",
+    "resid_post": "Residual stream after block",
+    "resid_pre": "Residual stream before block",
+    "mlp_in": "MLP input",
     "mlp_out": "MLP output",
     "attn_out": "Attention output",
 }
+ACROSS_MLP = "MLP input to MLP output"
 
 # The names of engine.models.hooks.HookPoint, written out: that module imports torch.
 _SUFFIXES = {
     "resid_post": "hook_resid_post",
     "resid_pre": "hook_resid_pre",
+    "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
 }
 _SITES_BY_SUFFIX = {suffix: site for site, suffix in _SUFFIXES.items()}
 
-SPARSITY_NAMES = {"batchtopk": "BatchTopK", "topk": "TopK"}
-
-ENCODERS = (
-    ("sparse", "Sparse Autoencoder"),
-    ("skip", "Skip Autoencoder"),
-    ("transcoder", "Transcoder"),
-    ("skip_transcoder", "Skip Transcoder"),
-)
-LATER = "Comes with the training engine; not in this version"
+# What people call the values that the table and the records hold.
+SPARSITY_NAMES = {
+    "batchtopk": "BatchTopK",
+    "topk": "TopK",
+    "matryoshka": "Matryoshka",
+    "jumprelu": "JumpReLU",
+    "standard": "ReLU + L1",
+    "relu": "ReLU",  # of imported dictionaries
+    "gated": "Gated",
+}
+ENCODER_NAMES = {
+    "sae": "Sparse Autoencoder",
+    "skip_sae": "Skip Autoencoder",
+    "transcoder": "Transcoder",
+    "skip_transcoder": "Skip Transcoder",
+}
+CHOICE_NAMES = {
+    "sparsity": SPARSITY_NAMES,
+    "wiring": ENCODER_NAMES,
+    "skip": {"principal": "Principal directions", "fixed": "Fixed share"},
+    "optimizer": {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "adam8bit": "8-bit Adam"},
+    "schedule": {
+        "constant": "Constant",
+        "linear": "Linear",
+        "cosine": "Cosine",
+        "exponential": "Exponential",
+    },
+}
+TRANSCODERS = ("transcoder", "skip_transcoder")
 
 NAMES = tuple(entry.name for entry in fields(TrainingConfig))
-ESSENTIAL = tuple(name for name in NAMES if option(name).get("essential"))
+ESSENTIAL = ("wiring", *(name for name in NAMES if option(name).get("essential")))
 ADVANCED = tuple(name for name in NAMES if name not in ESSENTIAL)
+_CHOSEN = (
+    ("Dictionary and text", ("width", "skip", "skip_rank", "skip_share", "context", "seed")),
+    ("Sparsity and dead latents", ("l1_coefficient", "auxk", "revive", "dead_window")),
+    ("Learning", ("learning_rate", "batch_size", "steps", "optimizer", "weight_decay", "schedule",
+                  "warmup_share", "decay_share", "anneal_share")),
+    ("Computing and saving", ("gradient_accumulation", "mixed_precision", "autosave_minutes",
+                              "autosave_steps")),
+)  # fmt: skip
 
-BYTES_PER_PARAMETER = 16  # training in float32: the weight, its gradient, Adam's two moments
+# Where one field is given, another has no say: field -> the field that decides.
+DECIDED_BY = {"expansion": "width", "tokens": "steps"}
+
+# What fields left open become where no number can be told.
+OPEN = {"l1_coefficient": "auto: steered to target", "autosave_steps": "never"}
+
+
+def groups() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The sections of Advanced Hyperparameters; a field that nobody has sorted comes last."""
+    sorted_in = {name for _, names in _CHOSEN for name in names}
+    rest = tuple(name for name in ADVANCED if name not in sorted_in)
+    known = tuple(
+        (title, tuple(name for name in names if name in ADVANCED)) for title, names in _CHOSEN
+    )
+    return (*known, ("More", rest)) if rest else known
+
+
+# -------------------------------------------------------------------- names
 
 
 def point_name(site: str, layer: int) -> str:
@@ -57,20 +108,65 @@ def point_parts(name: str) -> tuple[str, int]:
     return _SITES_BY_SUFFIX.get(suffix, ""), int(layer)
 
 
-def point_title(name: str) -> str:
+def site_text(name: str, wiring: str = "sae") -> str:
+    """`Residual stream after the block`; of a transcoder that reads there, both its ends."""
+    site, _ = point_parts(name)
+    if wiring in TRANSCODERS and site == "mlp_in":
+        return ACROSS_MLP
+    return SITES.get(site, name.split(".", 2)[2])
+
+
+def point_title(name: str, wiring: str = "sae") -> str:
     """`Layer 10 • Residual stream after the block`."""
-    site, layer = point_parts(name)
-    return f"Layer {layer} • {SITES.get(site, name.split('.', 2)[2])}"
+    return f"Layer {point_parts(name)[1]} • {site_text(name, wiring)}"
+
+
+def points_text(names: Iterable[str]) -> str:
+    """`MLP input (layers 1, 2), MLP output (layer 1)`."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        layers.setdefault(site_text(name), []).append(point_parts(name)[1])
+    return ", ".join(
+        f"{site} (layer{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)))})"
+        for site, found in layers.items()
+    )
+
+
+def encoder_title(sparsity: str, wiring: str = "sae") -> str:
+    """What kind of dictionary: `BatchTopK SAE`, `TopK Skip SAE`, `JumpReLU Transcoder SAE`."""
+    name = SPARSITY_NAMES.get(sparsity, sparsity)
+    kind = {"skip_sae": "Skip", "transcoder": "Transcoder", "skip_transcoder": "Skip Transcoder"}
+    return " ".join(filter(None, (name, kind.get(wiring, ""), "SAE")))
+
+
+def encoder_of(config: Mapping[str, Any]) -> str:
+    """The same of a training's configuration, also of one that was written before there was a
+    choice."""
+    return encoder_title(*(str(config.get(name) or default_value(name)) for name in _KIND))
+
+
+_KIND = ("sparsity", "wiring")
+
+
+def choice_text(name: str, value: Any) -> str:
+    return CHOICE_NAMES.get(name, {}).get(value, str(value))
+
+
+# -------------------------------------------------------------------- fields as text
+
+
+def default_value(name: str) -> Any:
+    return option(name)["default"]
 
 
 def default_text(name: str) -> str | bool:
     """A field's default as the form shows it; "" where it is derived."""
-    value = option(name)["default"]
+    value = default_value(name)
     if value is None:
         return ""
     if isinstance(value, bool):
         return value
-    return written(value)
+    return times(value) if "choices_hint" in option(name) else written(value)
 
 
 def written(value: Any) -> str:
@@ -80,6 +176,11 @@ def written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+def times(factor: float) -> str:
+    """A factor: `8x`."""
+    return f"{factor:g}x"
 
 
 def limits_text(name: str) -> str:
@@ -95,10 +196,14 @@ def limits_text(name: str) -> str:
     return f"{low} to {high}{unit}"
 
 
+# -------------------------------------------------------------------- the form
+
+
 @dataclass(frozen=True)
 class Form:
     """The form as it stands. `values` holds a text (or a bool) for every field of the table; an
-    empty text leaves the value to `derive`."""
+    empty text leaves the value to `derive`. `site` is where an autoencoder reads; a transcoder
+    has no choice."""
 
     dataset: Dataset | None = None
     model: Model | None = None
@@ -108,61 +213,92 @@ class Form:
     values: dict[str, str | bool] = field(default_factory=dict)
 
     @property
+    def is_transcoder(self) -> bool:
+        return self.values.get("wiring", default_text("wiring")) in TRANSCODERS
+
+    @property
+    def stored_context(self) -> int | None:
+        """The length of the stored activations' windows."""
+        return self.extraction.settings.get("context") if self.extraction else None
+
+    @property
     def points(self) -> list[str]:
-        return [point_name(self.site, layer) for layer in self.layers]
+        """Where the dictionaries read: these name the sites of the job."""
+        site = "mlp_in" if self.is_transcoder else self.site
+        return [point_name(site, layer) for layer in self.layers]
+
+    @property
+    def needed(self) -> list[str]:
+        """What stored activations must hold: for transcoders also what they reconstruct."""
+        outputs = self.layers if self.is_transcoder else ()
+        return [*self.points, *(point_name("mlp_out", layer) for layer in outputs)]
 
 
 @dataclass(frozen=True)
 class Check:
     """`errors`: field -> sentence. `blocker`: why the training cannot start, "" where it can.
-    `automatic`: what the fields left open become. `config`: what to submit, defaults written out,
-    so that a row says what was trained even where a later version has other defaults."""
+    `shown`: the fields that these choices use; `fixed`: those of them that something else decides.
+    `notes`: what to say under a field; `automatic`: what the fields left open become. `config`:
+    what to submit, defaults written out, so that a row says what was trained even where a later
+    version has other defaults."""
 
     errors: dict[str, str]
     blocker: str
+    shown: frozenset[str]
+    fixed: frozenset[str]
+    notes: dict[str, str]
     automatic: dict[str, str]
     config: dict[str, Any]
     plan: Plan | None
-    summary: str
+    estimate: Estimate
 
 
-def check(form: Form, corpus_tokens: int | None = None, speed: float | None = None) -> Check:
+def applies(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether the other choices use a field; a missing value counts as its default."""
+    conditions = option(name).get("only", {})
+    return all(
+        values.get(other, default_value(other)) in wanted for other, wanted in conditions.items()
+    )
+
+
+def check(
+    form: Form,
+    corpus_tokens: int | None = None,
+    speed: float | None = None,
+    computer: Computer | None = None,
+) -> Check:
     """Look at the whole form. `corpus_tokens`: length of the dataset in this model's tokens;
-    `speed`: tokens per second of an earlier run with this model; both where known."""
-    errors: dict[str, str] = {}
-    given: dict[str, Any] = {}
-    for name in NAMES:
-        value = _read(name, form.values.get(name, default_text(name)), errors)
-        if value is not None:
-            given[name] = value
+    `speed`: tokens per second of an earlier run with this model; `computer`: what it trains on;
+    all where known."""
+    wrong: dict[str, str] = {}
+    read = {name: _read(name, form.values.get(name, default_text(name)), wrong) for name in NAMES}
+    chosen = {name: value for name, value in read.items() if value is not None}
+    shown = frozenset(name for name in NAMES if applies(name, chosen))
+    decided = {
+        name: by for name, by in DECIDED_BY.items() if by in shown and chosen.get(by) is not None
+    }
+    used = [name for name in NAMES if name in shown and name not in decided]
+    errors = {name: wrong[name] for name in used if name in wrong}
+    given = {name: chosen[name] for name in used if name in chosen}
+    _take_stored_context(form, given, errors)
     config = parse(given)  # each was checked alone, and no limit depends on another field
-    plan = None
-    if form.extraction is not None:
-        stored = form.extraction.settings.get("context")
-        if stored:
-            given["context"] = stored
-            errors.pop("context", None)
-            config = parse(given)
-    if form.model is not None:
-        longest = form.model.summary.get("context_length")
-        if longest and config.context > longest and "context" not in errors:
-            errors["context"] = (
-                f"{form.model.name} reads at most {formatting.count(longest)} tokens at once."
-            )
-        try:
-            plan = derive(config, form.model.d_model)
-        except InvalidInput as exc:
-            errors.setdefault(exc.field or "k", f"{exc.what} {exc.next_step}".strip())
+    derived = _plan(form, config, errors)
     _check_extraction(form, errors)
-    if errors:
-        plan = None
+    _check_optimizer(config, computer, errors)
+    plan = None if errors else derived
+    needs = NOTHING
+    if plan and form.model and form.layers:
+        needs = estimate(form, plan, corpus_tokens, speed, computer)
     return Check(
         errors=errors,
         blocker=_blocker(form, errors),
-        automatic=_automatic(config, form.model),
+        shown=shown,
+        fixed=frozenset({*decided, *(["context"] if form.stored_context else [])}),
+        notes=_notes(form, decided, derived),
+        automatic=_automatic(config, derived),
         config=given,
         plan=plan,
-        summary=_summary(form, plan, corpus_tokens, speed) if plan and form.model else "",
+        estimate=needs,
     )
 
 
@@ -170,29 +306,57 @@ def _read(name: str, text: str | bool, errors: dict[str, str]) -> Any:
     """The value of one field, None where it is left open or wrong (then with an error)."""
     value = text if isinstance(text, bool) else text.strip().replace(",", "")
     if value == "":
-        if option(name)["default"] is not None:
+        if default_value(name) is not None:
             errors[name] = f"{option(name)['label']} needs a value: {limits_text(name)}."
         return None
+    if isinstance(value, str) and "choices_hint" in option(name):
+        value = value.rstrip("x×X ")
     try:
         return getattr(parse({name: value}), name)
     except InvalidInput as exc:
         unreadable = "cannot be read" in exc.title
         errors[name] = exc.next_step if unreadable else exc.what
-    except OverflowError:
-        errors[name] = "It takes a number."
     return None
+
+
+def _take_stored_context(form: Form, given: dict[str, Any], errors: dict[str, str]) -> None:
+    """Stored activations bring the length of their windows."""
+    if form.stored_context:
+        given["context"] = form.stored_context
+        errors.pop("context", None)
+
+
+def _plan(form: Form, config: TrainingConfig, errors: dict[str, str]) -> Plan | None:
+    if form.model is None:
+        return None
+    longest = form.model.summary.get("context_length")
+    if longest and config.context > longest:
+        sentence = f"{form.model.name} reads at most {formatting.count(longest)} tokens at once."
+        errors.setdefault("context", sentence)
+    try:
+        return derive(config, form.model.d_model)
+    except InvalidInput as exc:
+        errors.setdefault(exc.field or "k", f"{exc.what} {exc.next_step}".strip())
+        return None
 
 
 def _check_extraction(form: Form, errors: dict[str, str]) -> None:
     if form.extraction is None:
         return
-    missing = [name for name in form.points if name not in form.extraction.hook_points]
+    missing = [name for name in form.needed if name not in form.extraction.hook_points]
     if missing:
-        held = ", ".join(point_title(name) for name in form.extraction.hook_points)
+        why = "A transcoder learns from both ends of the MLP. " if form.is_transcoder else ""
         errors["extraction"] = (
-            f"These activations do not hold {', '.join(point_title(name) for name in missing)}. "
-            f"They hold {held}."
+            f"{why}These activations lack {points_text(missing)}. They hold "
+            f"{points_text(form.extraction.hook_points)}. Stream from the model instead."
         )
+
+
+def _check_optimizer(
+    config: TrainingConfig, computer: Computer | None, errors: dict[str, str]
+) -> None:
+    if config.optimizer == "adam8bit" and computer and computer.no_8bit:
+        errors["optimizer"] = computer.no_8bit
 
 
 def _blocker(form: Form, errors: dict[str, str]) -> str:
@@ -209,72 +373,27 @@ def _blocker(form: Form, errors: dict[str, str]) -> str:
     return ""
 
 
-def _automatic(config: TrainingConfig, model: Model | None) -> dict[str, str]:
-    """What `derive` makes of the fields that are open; of width 1 for all that do not need one."""
-    try:
-        plan = derive(config, model.d_model if model else 1 << 20)
-    except InvalidInput:
-        return {}
-    return {
-        name: rate(value) if name == "learning_rate" else written(value)
-        for name in NAMES
-        if getattr(config, name) is None and (value := getattr(plan, name, None)) is not None
-    }
+def _notes(form: Form, decided: Mapping[str, str], plan: Plan | None) -> dict[str, str]:
+    found = {name: f"“{option(by)['label']}” decides" for name, by in decided.items()}
+    if plan is not None:
+        becomes = {
+            "expansion": f"{formatting.count(plan.d_sae)} latents",
+            "tokens": f"{formatting.count(plan.steps * plan.batch_size)} tokens",
+        }
+        found = {name: f"{text}: {becomes[name]}" for name, text in found.items()}
+        found.setdefault("expansion", becomes["expansion"])
+    if form.stored_context:
+        found["context"] = f"The stored activations have {form.stored_context}."
+    return found
 
 
-def rate(value: float) -> str:
-    """A learning rate: `3e-4`, `3.3e-4`."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def sae_parameters(d_in: int, d_sae: int) -> int:
-    """Encoder, decoder and their biases."""
-    return 2 * d_in * d_sae + d_sae + d_in
-
-
-def _summary(form: Form, plan: Plan, corpus_tokens: int | None, speed: float | None) -> str:
-    assert form.model is not None
-    sites = max(len(form.layers), 1)
-    parameters = sae_parameters(plan.d_in, plan.d_sae)
-    parts = [
-        f"{formatting.count(plan.d_sae)} latents on {formatting.count(plan.d_in)} dimensions"
-        + (f" at each of {sites} sites" if sites > 1 else ""),
-        f"{formatting.count(plan.steps)} steps of {formatting.count(plan.batch_size)} tokens",
-        f"learning rate {rate(plan.learning_rate)}",
-        f"{formatting.size(rough(4 * parameters * sites))} on disk",
-        f"about {formatting.size(rough(memory(form.model, plan, sites)))} of memory",
-    ]
-    if corpus_tokens:
-        passes = plan.config.tokens / corpus_tokens
-        parts.append(f"{passes:.1f} passes over the text" if passes > 1 else "less than one pass")
-    if speed:
-        parts.append(
-            f"about {rough_duration(plan.config.tokens / speed)} of training at the speed of "
-            "the last run with this model"
-        )
-    return " • ".join(parts)
-
-
-def rough(n_bytes: float) -> float:
-    """An estimate to two digits: more would claim to know."""
-    unit = 1.0
-    while n_bytes / unit >= 1024:
-        unit *= 1024
-    value = n_bytes / unit
-    return unit * (round(value) if value >= 10 else round(value, 1))
-
-
-def rough_duration(seconds: float) -> str:
-    """An estimate: whole minutes from ten minutes on."""
-    if seconds < 600:
-        return formatting.duration(seconds)
-    return formatting.duration(60 * round(seconds / 60)).removesuffix(" 00 s")
-
-
-def memory(model: Model, plan: Plan, sites: int) -> int:
-    """Bytes in use while training: the model in float32, what Adam keeps, and one batch of
-    pre-activations with the copies that a step makes of it."""
-    learning = BYTES_PER_PARAMETER * sae_parameters(plan.d_in, plan.d_sae) * sites
-    batch = 4 * plan.batch_size * (plan.d_sae + 4 * plan.d_in)
-    return 4 * model.parameters + learning + batch
+def _automatic(config: TrainingConfig, plan: Plan | None) -> dict[str, str]:
+    """What `derive` made of the fields that are open, as the fields' placeholders."""
+    found = dict.fromkeys((name for name in NAMES if getattr(config, name) is None), "auto")
+    if plan is not None:
+        for name in found:
+            value = plan.d_sae if name == "width" else getattr(plan, name, None)
+            if value is not None:
+                text = rate(value) if name == "learning_rate" else written(value)
+                found[name] = f"auto: {text}"
+    return {name: OPEN.get(name, text) for name, text in found.items()}

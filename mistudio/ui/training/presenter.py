@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PySide6.QtCore import QObject, Signal
 
+from mistudio.device import Device
+from mistudio.engine.training.footprint import Machine
 from mistudio.errors import InvalidInput, UserError
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Dataset, Extraction, Model, Sae, Training
 from mistudio.ui.services import Services
+from mistudio.ui.training.estimate import Computer
 from mistudio.ui.training.form import Check, Form, check
+
+log = logging.getLogger(__name__)
 
 # Kinds of jobs that train. Written out, since mistudio.jobs.kinds is slow to import.
 TRAINING_KINDS = ("train", "demo")
 ENDED_BADLY = ("failed", "interrupted", "cancelled")
+GPU_SECONDS = 15.0  # between two looks at a GPU's free memory
+
+
+@dataclass(frozen=True)
+class Found:
+    """What torch knows of this computer: its device, and why 8-bit optimisers cannot run on it
+    ("" where they can)."""
+
+    device: Device
+    no_8bit: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,8 @@ class TrainingPresenter(QObject):
 
     choices_changed = Signal()
     """Datasets, models or stored activations changed."""
+    computer_changed = Signal()
+    """What trainings run on is known now, or its free memory changed."""
     list_changed = Signal()
     """Jobs, runs or discoveries changed."""
     starting_changed = Signal(bool)
@@ -54,7 +76,8 @@ class TrainingPresenter(QObject):
         super().__init__(parent)
         self._services = services
         self._waiting: deque[Callable[[], int]] = deque()
-        self._corpus: dict[tuple[int, int], int] = {}
+        self._found: Found | None = None
+        self._asking, self._asked = False, 0.0
         services.changes.changed.connect(self._on_changes_changed)
 
     # --- the form -------------------------------------------------------------------------------
@@ -78,12 +101,13 @@ class TrainingPresenter(QObject):
         ]
 
     def check(self, form: Form) -> Check:
+        self._look_at_computer()
         corpus, speed = None, None
         if form.model and form.dataset:
             corpus = self._corpus_tokens(form.model, form.dataset)
         if form.model:
-            speed = self._speed(form.model)
-        return check(form, corpus, speed)
+            speed = self._speed(form.model, len(form.layers))
+        return check(form, corpus, speed, self.computer(form.model))
 
     def _corpus_tokens(self, model: Model, dataset: Dataset) -> int | None:
         for record in self._services.library.tokenizations.of_dataset(dataset.id):
@@ -91,10 +115,63 @@ class TrainingPresenter(QObject):
                 return record.statistics.get("split_tokens", {}).get("train", record.tokens)
         return None
 
-    def _speed(self, model: Model) -> float | None:
+    def _speed(self, model: Model, layers: int) -> float | None:
+        """Tokens/s of the last run with this model and as many layers."""
         for training in self._services.library.trainings.all("model_id = ?", (model.id,)):
-            return training.record.get("tokens_per_second") or None
+            if len(training.record.get("sites", ())) == layers:
+                return training.record.get("tokens_per_second") or None
         return None
+
+    # --- the computer ---------------------------------------------------------------------------
+
+    @property
+    def no_8bit(self) -> str:
+        """Why 8-bit optimisers cannot run here, as far as is known."""
+        return self._found.no_8bit if self._found else ""
+
+    def computer(self, model: Model | None) -> Computer:
+        """What is free now, and in what precision the model is loaded. Until torch is there the
+        computer counts as a CPU: what a GPU has only torch can tell, and the window does not wait
+        for it."""
+        memory = psutil.virtual_memory()
+        found, host = self._found, None
+        total, free = memory.total, memory.available
+        if found and found.device.kind == "cuda":
+            total, free, host = found.device.memory, found.device.free, memory.available
+        disk = shutil.disk_usage(self._services.library.root).free
+        machine = Machine(total, free, disk, host, ready=engine_imported())
+        return Computer(machine, self._precision(model), self.no_8bit)
+
+    def _precision(self, model: Model | None) -> str:
+        """Of the weights. What "auto" becomes on a CPU is measured when a model is loaded: until
+        a run has recorded it, the larger one counts. On a GPU it is a half precision."""
+        if model is None or model.precision != "auto":
+            return model.precision if model else "fp32"
+        if self._found and self._found.device.kind != "cpu":
+            return "fp16"
+        for training in self._services.library.trainings.all("model_id = ?", (model.id,)):
+            return str(training.record.get("model", {}).get("precision") or "fp32")
+        return "fp32"
+
+    def _look_at_computer(self) -> None:
+        """Ask torch in the background, once it is imported; a GPU's free memory now and then."""
+        now = time.monotonic()
+        if self._found and (self._found.device.kind != "cuda" or now - self._asked < GPU_SECONDS):
+            return
+        if self._asking or "torch" not in sys.modules:
+            return
+        self._asking, self._asked = True, now
+        self._services.background.run(find_computer, self._on_computer_found, self._on_not_found)
+
+    def _on_computer_found(self, found: Found) -> None:
+        self._asking = False
+        changed, self._found = found != self._found, found
+        if changed:
+            self.computer_changed.emit()
+
+    def _on_not_found(self, error: Exception) -> None:
+        """The form goes on without; whatever is wrong with torch is told where it is needed."""
+        log.warning("The device could not be looked at", exc_info=error)
 
     # --- the list -------------------------------------------------------------------------------
 
@@ -262,6 +339,19 @@ class TrainingPresenter(QObject):
             self.choices_changed.emit()
         if table in ("jobs", "trainings", "saes", "feature_runs", "models", "datasets"):
             self.list_changed.emit()
+
+
+def find_computer() -> Found:
+    """Imports torch: for the background."""
+    from mistudio import device
+
+    found = device.current()
+    no_8bit = ""
+    if found.kind != "cuda":
+        no_8bit = "8-bit Adam needs an NVIDIA GPU, and this computer has none. Choose Adam."
+    elif find_spec("bitsandbytes") is None:
+        no_8bit = "8-bit Adam needs the package bitsandbytes (pip install bitsandbytes)."
+    return Found(found, no_8bit)
 
 
 def engine_imported() -> bool:

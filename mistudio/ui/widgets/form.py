@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QWidget
 
 from mistudio.ui.theme import set_look
@@ -11,7 +12,7 @@ from mistudio.ui.widgets.text import Text
 
 class FormRow(QWidget):
     """A label above its editor (its buddy, which also names it), helper text and error
-    below; `beside` is a button at its right."""
+    below; `beside` is a button at its right, `below` one under it where the row is narrow."""
 
     def __init__(
         self,
@@ -19,6 +20,7 @@ class FormRow(QWidget):
         editor: QWidget,
         helper: str = "",
         beside: QWidget | None = None,
+        below: QWidget | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -39,6 +41,8 @@ class FormRow(QWidget):
             line = row(editor, beside, spacing=8)
             line.setStretch(0, 1)
             layout.addLayout(line)
+        if below is not None:
+            layout.addWidget(below, 0, Qt.AlignmentFlag.AlignLeft)
         layout.addWidget(self.helper)
         layout.addWidget(self.error)
         layout.addStretch(1)

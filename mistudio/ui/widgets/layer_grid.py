@@ -59,6 +59,10 @@ class LayerGrid(QWidget):
         self.set_n_layers(n_layers)
 
     @property
+    def buttons(self) -> list[QPushButton]:
+        return list(self._buttons)
+
+    @property
     def n_layers(self) -> int:
         return len(self._buttons)
 
