@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -89,7 +90,8 @@ class Processes:
     def __init__(self, rank: int, size: int, store: Store, waiting: ProcessGroup) -> None:
         """`waiting` is the group in which the first process is waited for."""
         self.rank, self.size = rank, size
-        self._store, self._waiting = store, waiting
+        self._store = store
+        self._waiting: ProcessGroup | None = waiting
 
     def add(self, tensor: Tensor) -> Tensor:
         import torch.distributed as dist
@@ -171,20 +173,30 @@ class Processes:
         give it time to say so, and to save. Whether it heard."""
         try:
             self._store.set("failure", f"Process {self.rank}: {reason}")
-            self._close()  # whoever waits for this process learns of it
-            self._store.wait(["heard"], timedelta(seconds=NOTICE_SECONDS))
         except RuntimeError:
             return False
-        self.linger()
-        return True
+        self._close()  # whoever waits for this process learns of it
+        heard = self._comes("heard", NOTICE_SECONDS)
+        if heard:
+            self.linger()
+        return heard
 
     def linger(self) -> None:
         """Wait for the launcher to end this process: it does when the first one has ended."""
+        self._close()
+        self._comes("never", LAST_SECONDS)
+
+    def _comes(self, key: str, seconds: float) -> bool:
+        """Whether the store gets to hold `key`; False at once where its owner has ended."""
+        end = time.monotonic() + seconds
         try:
-            self._close()
-            self._store.wait(["never"], timedelta(seconds=LAST_SECONDS))
+            while time.monotonic() < end:
+                if self._store.check([key]):
+                    return True
+                time.sleep(0.1)
         except RuntimeError:
             pass
+        return False
 
     def orders(self) -> Iterator[Any]:
         """What the first process tells the others to do (`told`), until it leaves."""
@@ -200,6 +212,7 @@ class Processes:
     def _close(self) -> None:
         import torch.distributed as dist
 
+        self._waiting = None  # or its connections would stay open
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -241,6 +254,8 @@ def from_environment() -> World:
     """
     global _current
     if _current is ALONE and launched():
+        # It writes stack traces where a process ends; what matters is said in our own words.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         _current = _meet()
     return _current
 
