@@ -68,8 +68,11 @@ class Watched(Silent):
             raise Cancelled
 
 
-def settled(progress):
-    """The number of a producer's checks once it does no more of them."""
+def settled(progress, least):
+    """The number of a producer's checks, at least `least`, once it does no more of them."""
+    deadline = time.monotonic() + WAIT
+    while progress.checks < least and time.monotonic() < deadline:
+        time.sleep(0.01)
     before, since = progress.checks, time.monotonic()
     while time.monotonic() - since < 0.3:
         time.sleep(0.02)
@@ -105,8 +108,7 @@ def test_what_is_made_ahead_is_not_counted(make):
     source, progress = make(True), Watched()
     with source.batches(384, 3, progress) as stream:
         next(stream)
-        made = settled(progress)
-        assert made == 8  # two fills of four forward passes each, and no third
+        assert settled(progress, 8) == 8  # two fills of four forward passes each, and no third
         assert source.dropped.seen in (15 * CONTEXT, 16 * CONTEXT)  # one fill's windows
 
 
@@ -191,13 +193,13 @@ def test_pausing_the_job_pauses_the_thread(make):
     progress = Watched()
     with make().batches(384, 3, progress) as stream:
         next(stream)
-        made = settled(progress)
+        made = settled(progress, 8)
         progress.go.clear()
         next(stream)
         next(stream)  # the second fill's first: the first one's memory is free again
-        assert settled(progress) == made + 1  # it woke, and waits in its check
+        assert settled(progress, made + 1) == made + 1  # it woke, and waits in its check
         progress.go.set()
-        assert settled(progress) >= made + 4
+        assert settled(progress, made + 4) == made + 4
 
 
 def test_a_cancel_during_a_pause_ends_the_thread(make):
@@ -244,16 +246,16 @@ def test_who_has_the_model_to_himself_really_has(make, tiny, monkeypatch):
     monkeypatch.setattr(tiny, "capture", counting)
     with source.batches(384, 3, progress) as stream:
         next(stream)
-        settled(progress)
+        settled(progress, 8)
         made = len(passes)
         with source.exclusive():
             next(stream)
             next(stream)  # made before; now there is room for another fill
-            settled(progress)
+            settled(progress, 9)
             assert len(passes) == made
             list(source.heldout(512, 512))  # one may use it oneself
             assert "activations" not in passes[made:]
-        settled(progress)
+        settled(progress, 12)
         assert passes[-1] == "activations"
 
 
