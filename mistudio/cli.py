@@ -17,6 +17,7 @@ from mistudio import __version__, paths
 from mistudio.errors import InvalidInput, NotFound, UserError, explain
 from mistudio.formatting import count, duration, number, percent, short_count, size
 from mistudio.jobs.control import Control
+from mistudio.jobs.job import can_go_on
 from mistudio.library.library import Library
 
 DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 130
@@ -137,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--layers", required=True, metavar="L,L", help="such as 10 or 10,20")
     train.add_argument(
         "--site",
-        default="resid_post",
         choices=SITES,
+        help="where to read (default: resid_post; mlp_in for transcoders)",
     )
     train.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
     train.add_argument(
@@ -148,9 +149,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--source",
         default="auto",
-        choices=("auto", "stream", "store"),
-        help="stream activations, or store them first (auto: store where the text is repeated)",
+        choices=("auto", "stream", "store", "extract", "hybrid"),
+        help="stream activations; store them first, for later runs too; extract them for this run "
+        "alone, so that the model is not in memory beside the training; hybrid: that in portions. "
+        "auto: store where the text is repeated",
     )
+
+    resume = add("resume", _resume, "go on with a training that was interrupted")
+    resume.add_argument("job", type=int, nargs="?", help="default: the last one")
+    resume.add_argument(
+        "--step", type=int, metavar="N", help="from this checkpoint; later ones are deleted"
+    )
+    saved = add("checkpoints", _checkpoints, "what interrupted trainings can go on from")
+    saved.add_argument("job", type=int, nargs="?", help="default: all")
 
     discover = add("discover", _discover, "find what every latent fires on")
     discover.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -208,7 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     job = commands.add_parser("job", help="jobs that were interrupted").add_subparsers(
         required=True
     )
-    sub = add("retry", _job_retry, "run an interrupted, failed or stopped job again", job)
+    sub = add(
+        "retry",
+        _job_retry,
+        "run an interrupted, failed or stopped job again (a training goes on from its checkpoint)",
+        job,
+    )
     sub.add_argument("job", type=int)
     sub = add("dismiss", _job_dismiss, "put an ended job away", job)
     sub.add_argument("job", type=int)
@@ -405,25 +421,34 @@ def _model_remove(options: argparse.Namespace, library: Library) -> dict[str, An
 def _train(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     from mistudio.engine.models.hooks import HookPoint
     from mistudio.engine.training.config import parse
+    from mistudio.engine.training.run import sites_of
     from mistudio.jobs.kinds import Train
     from mistudio.jobs.models import check_layers
 
     model, dataset = _find(library.models, options.model), _find(library.datasets, options.dataset)
     config = _training_options(options)
-    parse(config)
-    points = [HookPoint(options.site, layer).name for layer in _layers(options.layers)]
-    check_layers(library, model.id, points)
-    extraction_id = _stored_activations(options, library, model.id, dataset.id, points, config)
-    result = _run(
-        library,
-        Train(model.id, dataset.id, points, config, extraction_id, options.name),
-        keep_on_stop=True,
-    )
+    parsed = parse(config)
+    transcoder = parsed.wiring in ("transcoder", "skip_transcoder")
+    site = options.site or ("mlp_in" if transcoder else "resid_post")
+    points = tuple(HookPoint(site, layer) for layer in _layers(options.layers))
+    names = [point.name for point in points]
+    check_layers(library, model.id, names)
+    read = sorted({point.name for at in sites_of(points, parsed) for point in at.points})
+    extraction_id = _stored_activations(options, library, model.id, dataset.id, read, config)
+    source = options.source if options.source in ("extract", "hybrid") else "auto"
+    job = Train(model.id, dataset.id, names, config, extraction_id, options.name, source=source)
+    return _trained(library, _run(library, job, keep_on_stop=True))
+
+
+def _trained(library: Library, result: dict[str, Any]) -> dict[str, Any]:
+    """Print what a training gave."""
     training = library.trainings.get(result["training_id"])
     print(
         f"Run {training.id}: {training.name} ({training.status}), "
         f"{duration(training.seconds)}, {count(training.record['tokens_per_second'])} tokens/s"
     )
+    for note in training.record.get("notes", ()):
+        print(f"  {note}")
     summary: dict[str, Any] = {**result, "run": training.name, "saes": []}
     for sae in library.saes.of_training(training.id):
         m = sae.metrics
@@ -451,7 +476,7 @@ def _stored_activations(
     from mistudio.jobs.kinds import Extract, Tokenize
 
     parsed = parse(config)
-    if options.source == "stream":
+    if options.source not in ("auto", "store"):
         return None
     tokenization_id = _run(library, Tokenize(dataset_id, model_id), quiet=True)["tokenization_id"]
     tokens = library.tokenizations.get(tokenization_id).tokens
@@ -705,12 +730,80 @@ def _sae_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]
     return {"sae_id": sae.id}
 
 
+def _resume(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.engine.training import checkpoints
+
+    found = [record for record in library.jobs.resumable() if can_go_on(library, record)]
+    if options.job is not None:
+        library.jobs.get(options.job)
+        found = [record for record in found if record.id == options.job]
+    if not found:
+        what = "No training with a checkpoint was interrupted."
+        if options.job is not None:
+            status = library.jobs.get(options.job).status
+            what = f"Job {options.job} ({status}) has no checkpoint to go on from."
+        raise NotFound(
+            "There is nothing to go on with", what, "`mistudio checkpoints` lists what there is."
+        )
+    record = found[0]
+    if options.step is not None:
+        folder = library.checkpoint_folder(record.id)
+        steps = [checkpoint.step for checkpoint in checkpoints.listing(folder)]
+        if options.step not in steps:
+            raise NotFound(
+                "There is no such checkpoint",
+                f"Job {record.id} has those of the steps {', '.join(map(str, steps))}.",
+            )
+        checkpoints.rewind(folder, options.step)
+    return _go_on(library, record)
+
+
+def _go_on(library: Library, record: Any) -> dict[str, Any]:
+    """Run a training's own job again: it goes on from its newest checkpoint."""
+    from mistudio.jobs.kinds import job_from_row
+
+    job = job_from_row(record.kind, record.params)
+    if not library.jobs.requeue(record.id):
+        raise InvalidInput("This job has not ended", "It was taken up elsewhere meanwhile.")
+    return _trained(library, _run(library, job, keep_on_stop=True, job_id=record.id))
+
+
+def _checkpoints(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.engine.training import checkpoints
+    from mistudio.terminal import table
+
+    jobs = library.jobs.all() if options.job is None else [library.jobs.get(options.job)]
+    rows = []
+    for record in jobs:
+        folder = library.checkpoint_folder(record.id)
+        best = checkpoints.best(folder)
+        for checkpoint in checkpoints.listing(folder):
+            judged = checkpoint.run["heldout"].values()
+            fvu = sum(values["fvu"] for values in judged) / len(judged) if judged else None
+            rows.append(
+                {
+                    "job": record.id,
+                    "title": record.title,
+                    "status": record.status,
+                    "step": checkpoint.step,
+                    "of": next(iter(checkpoint.run["plans"].values()))["steps"],
+                    "fvu": number(fvu, 3),
+                    "best": "best" if best and best.step == checkpoint.step else "",
+                    "size": size(checkpoint.bytes),
+                }
+            )
+    print(table(rows, {key: key for key in rows[0]}) if rows else "No checkpoints.")
+    return {"checkpoints": rows}
+
+
 def _job_retry(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     from mistudio.jobs.kinds import job_from_row
 
     record = library.jobs.get(options.job)
     if record.active:
         raise InvalidInput("This job has not ended", f"Job {record.id} is {record.status}.")
+    if can_go_on(library, record):
+        return _go_on(library, record)
     job = job_from_row(record.kind, record.params)
     result = _run(library, job, keep_on_stop=record.kind == "train")
     if record.status == "interrupted":
@@ -731,9 +824,15 @@ def _job_dismiss(options: argparse.Namespace, library: Library) -> dict[str, Any
 
 
 def _run(
-    library: Library, job: Any, *, keep_on_stop: bool = False, quiet: bool = False
+    library: Library,
+    job: Any,
+    *,
+    keep_on_stop: bool = False,
+    quiet: bool = False,
+    job_id: int | None = None,
 ) -> dict[str, Any]:
-    """Submit and run one job here, with progress and Ctrl-C; its result.
+    """Submit (where it is not queued already) and run one job here, with progress and Ctrl-C; its
+    result.
 
     Where `keep_on_stop` is set, the first Ctrl-C ends the work early and keeps it; the second
     throws it away.
@@ -743,13 +842,15 @@ def _run(
 
     control = Control()
     lines = ProgressLines()
-    job_id = submit(library, job)
+    job_id = submit(library, job) if job_id is None else job_id
     with _interrupts(control, keep_on_stop):
         record = run_job(library, job, job_id, control, None if quiet else lines.show)
     if record.status == "finished":
         lines.finish_phase()
         return record.result
     lines.break_off()
+    if can_go_on(library, record):
+        print(f"`mistudio resume {record.id}` goes on from the last checkpoint.", file=sys.stderr)
     if record.status == "failed":
         raise _JobFailed(record.error)
     raise _Stopped
@@ -764,15 +865,20 @@ def _interrupts(control: Control, keep: bool) -> Iterator[None]:
         else:
             control.cancel()
 
+    def on_terminate(signum: int, frame: object) -> None:
+        control.interrupt()  # the system shuts down: what can go on later is kept for that
+
     try:
         before = signal.signal(signal.SIGINT, on_interrupt)
     except ValueError:  # not the main thread: nobody can press Ctrl-C here
         yield
         return
+    before_terminate = signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, before_terminate)
 
 
 def _find(table: Any, wanted: str) -> Any:

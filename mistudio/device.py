@@ -54,6 +54,14 @@ def current(preferred: str = "auto") -> Device:
     return Device("cpu", processor_name(), memory.total, memory.available)
 
 
+def give_back() -> None:
+    """Hand memory that torch keeps for later allocations back to the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def versions() -> dict[str, str]:
     """Versions that a run record and a bug report need; packages that are absent are left out."""
     from importlib.metadata import PackageNotFoundError, version

@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mistudio.engine.progress import Cancelled
+from mistudio.engine.progress import Cancelled, Interrupted
 
 
 class Control:
-    """Three wishes of the user, readable from the job's thread and settable from any other."""
+    """The user's wishes, readable from the job's thread and settable from any other."""
 
     def __init__(self) -> None:
         self._cancel = threading.Event()
+        self._interrupt = threading.Event()
         self._finish = threading.Event()
+        self._save = threading.Event()
         self._go = threading.Event()
         self._go.set()
 
@@ -25,13 +27,22 @@ class Control:
         self._cancel.set()
         self._go.set()
 
+    def interrupt(self) -> None:
+        """Stop, but keep what is needed to go on later: the application quits."""
+        self._interrupt.set()
+        self._go.set()
+
     def finish_early(self) -> None:
         """Stop soon and keep what there is (training, generation)."""
         self._finish.set()
         self._go.set()
 
+    def save_now(self) -> None:
+        """Write a checkpoint soon (training)."""
+        self._save.set()
+
     def pause(self) -> None:
-        if not (self._cancel.is_set() or self._finish.is_set()):
+        if not (self._cancel.is_set() or self._interrupt.is_set() or self._finish.is_set()):
             self._go.clear()
 
     def resume(self) -> None:
@@ -49,17 +60,28 @@ class Control:
     def cancelled(self) -> bool:
         return self._cancel.is_set()
 
+    def wants_save(self) -> bool:
+        """Whether `save_now` was asked for since this was last asked."""
+        wanted = self._save.is_set()
+        self._save.clear()
+        return wanted
+
     def check(self) -> float:
-        """Raise Cancelled if stopped, wait while paused. Returns the seconds spent waiting."""
-        if self._cancel.is_set():
-            raise Cancelled
+        """Raise Cancelled if stopped, Interrupted if that is only for now, wait while paused.
+        Returns the seconds spent waiting."""
+        self._raise_if_over()
         if self._go.is_set():
             return 0.0
         began = time.monotonic()
         self._go.wait()
+        self._raise_if_over()
+        return time.monotonic() - began
+
+    def _raise_if_over(self) -> None:
         if self._cancel.is_set():
             raise Cancelled
-        return time.monotonic() - began
+        if self._interrupt.is_set():
+            raise Interrupted
 
 
 @dataclass(frozen=True)

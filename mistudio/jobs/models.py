@@ -279,22 +279,27 @@ def loaded_model(library: Library, model_id: int, progress: Progress = SILENT) -
     """The model, kept in memory until another one is asked for. One at a time, as the compute
     lane runs one job at a time."""
     global _loaded
-    from mistudio.engine.models import loading
-
     record: Model = library.models.get(model_id)
     key = (str(library.path(record.folder)), record.precision)
     with _lock:
         if _loaded is None or _loaded[0] != key:
             _loaded = None
             gc.collect()
-            decoder = loading.load_model(
-                library.path(record.folder),
-                record.precision,  # type: ignore[arg-type]
-                device.current().kind,
-                progress,
-            )
-            _loaded = (key, decoder)
+            _loaded = (key, own_model(library, model_id, progress))
         return _loaded[1]
+
+
+def own_model(library: Library, model_id: int, progress: Progress = SILENT) -> HookedDecoder:
+    """The model, freshly loaded for a caller who frees it by dropping it."""
+    from mistudio.engine.models import loading
+
+    record: Model = library.models.get(model_id)
+    return loading.load_model(
+        library.path(record.folder),
+        record.precision,  # type: ignore[arg-type]
+        device.current().kind,
+        progress,
+    )
 
 
 def unload_model() -> None:
@@ -303,6 +308,7 @@ def unload_model() -> None:
     with _lock:
         _loaded = None
     gc.collect()
+    device.give_back()
 
 
 def precision_of(model: HookedDecoder) -> str:

@@ -13,21 +13,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import mistudio
 from mistudio import device
 from mistudio.engine.progress import Progress
-from mistudio.errors import InvalidInput
+from mistudio.errors import is_out_of_memory
 from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
-from mistudio.jobs.job import JobContext
-from mistudio.jobs.models import check_layers, loaded_model, parse_points, precision_of
+from mistudio.jobs.job import JobContext, MetricLog, read_metrics
+from mistudio.jobs.models import (
+    check_layers,
+    loaded_model,
+    parse_points,
+    precision_of,
+    unload_model,
+)
+from mistudio.jobs.sources import Origin, Text, choose, in_turns, open_source
 from mistudio.jobs.stages import Stage, Within
 from mistudio.library.library import Library
-from mistudio.library.records import Extraction, Model, Tokenization, Training
+from mistudio.library.records import Model, Tokenization, Training
 
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
-    from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+    from mistudio.engine.models.hooks import HookedDecoder
     from mistudio.engine.sae.loss import LossRecovered
     from mistudio.engine.sae.site import Site
-    from mistudio.engine.training.run import TrainedRun, TrainedSite
+    from mistudio.engine.training.checkpoints import Checkpoint
+    from mistudio.engine.training.run import Saving, TrainedRun, TrainedSite
 
 TRAIN_PARTS = {
     "prepare": (0.0, 0.05),
@@ -37,12 +45,22 @@ TRAIN_PARTS = {
 }
 
 
+# How a run's record names where its activations came from.
+ORIGINS = {
+    "stored": "stored activations",
+    "stream": "streamed",
+    "extract": "stored for this run",
+    "hybrid": "stored for this run, in portions",
+}
+
+
 @dataclass(frozen=True)
 class Train:
     """One dictionary per hook point learns from a dataset through a model.
 
-    `extraction_id` names stored activations to learn from; without it they are streamed from the
-    model. `config` holds fields of `TrainingConfig`; what is missing has its default.
+    `hook_points` are what is read; a transcoder's output follows from its input. `extraction_id`
+    names stored activations to learn from; without it `source` says how they come from the model
+    (`jobs/sources.py`). `config` holds fields of `TrainingConfig`; what is missing has its default.
     """
 
     model_id: int
@@ -52,6 +70,7 @@ class Train:
     extraction_id: int | None = None
     name: str = ""
     loss_tokens: int = 8192
+    source: str = "auto"
 
     kind: ClassVar[str] = "train"
     lane: ClassVar[str] = "compute"
@@ -72,7 +91,8 @@ class Train:
         library, work = context.library, context.work_folder
         check_layers(library, self.model_id, self.hook_points)
         tokens = tokenize(library, work, self.dataset_id, self.model_id, Stage(context, "tokenize"))
-        record = train(library, work, self, tokens, context, {})
+        keep = library.checkpoint_folder(context.job_id)
+        record = train(library, work, self, tokens, context, {}, keep)
         return {"training_id": record.id, "status": record.status}
 
 
@@ -83,38 +103,30 @@ def train(
     tokenization: Tokenization,
     context: JobContext,
     stages: Mapping[str, Progress],
+    keep: Path | None = None,
 ) -> Training:
     """Train, judge, save, commit. `stages` may bring the caller's own progress for `train` and
-    `evaluate`."""
-    from mistudio.engine.training import run as engine
-    from mistudio.engine.training.config import parse
-
+    `evaluate`. In `keep` lies what the training needs to go on where it was interrupted; what is
+    there already it goes on from."""
     began = time.monotonic()
-    config = parse(job.config)
-    points = parse_points(job.hook_points)
-    model = loaded_model(library, job.model_id, stages.get("load") or Stage(context, "load model"))
-    for point in points:
-        model.check_point(point)
-    source = _source(library, job, model, tokenization, points, config.context)
-    stage = stages.get("train") or Stage(context, "train", TRAIN_PARTS)
-    trained = engine.train(
-        source,
-        config,
-        progress=stage,
-        record=context.record,
-        wants_finish=context.wants_finish,
-    )
+    learning = _Learning(library, job, tokenization, context, stages, keep)
+    trained = learning.run()
+    source = learning.source
     stage = stages.get("evaluate") or Stage(context, "evaluate")
-    losses = _losses(library, model, tokenization, source, trained, job, config.context, stage)
+    model = loaded_model(library, job.model_id)
+    losses = _losses(library, model, tokenization, source, trained, job, stage)
     folder = work / "training"
+    shutil.rmtree(folder, ignore_errors=True)
     metrics = {
         site: _save_site(library, folder, model, job, result, site, losses[site], source)
         for site, result in trained.sites.items()
     }
-    history = work / "metrics.jsonl"
-    if history.exists():
-        shutil.copy(history, folder / "metrics.jsonl")
-    record = _run_record(library, job, model, tokenization, trained, metrics, source)
+    if context.metrics:
+        shutil.copy(context.metrics.path, folder / "metrics.jsonl")
+    notes = [*learning.notes, *trained.notes]
+    record = _run_record(
+        library, job, model, tokenization, trained, metrics, source, learning.origin, notes
+    )
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return _commit(
         library,
@@ -125,42 +137,136 @@ def train(
         record,
         metrics,
         context.job_id,
-        time.monotonic() - began,
+        learning.seconds_before + time.monotonic() - began,
     )
 
 
-def _source(
-    library: Library,
-    job: Train,
-    model: HookedDecoder,
-    tokenization: Tokenization,
-    points: tuple[HookPoint, ...],
-    context: int,
-) -> ActivationSource:
-    from mistudio.engine.activations.source import LiveActivations
-    from mistudio.engine.activations.store import StoredActivations
-    from mistudio.engine.datasets.tokens import TokenStore
+class _Learning:
+    """The training itself: it goes on where it was, and takes another road where memory is short.
 
-    if job.extraction_id is None:
-        store = TokenStore(library.path(tokenization.folder))
-        return LiveActivations(model, store, points, context)
-    extraction: Extraction = library.extractions.get(job.extraction_id)
-    if extraction.model_id != job.model_id or extraction.tokenization_id != tokenization.id:
-        raise InvalidInput(
-            "These activations belong to another model or dataset",
-            f"Extraction {extraction.id} was made from other inputs.",
-            "Choose activations of this model and dataset, or stream them.",
-            field="extraction_id",
+    After `run`, `source` is where the activations came from last, `notes` what the engine does
+    not know.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        job: Train,
+        tokenization: Tokenization,
+        context: JobContext,
+        stages: Mapping[str, Progress],
+        keep: Path | None,
+    ) -> None:
+        from mistudio.engine.training.config import derive, parse
+        from mistudio.engine.training.run import sites_of
+
+        self._library, self._job, self._context, self._keep = library, job, context, keep
+        self._stages = stages
+        self._config = parse(job.config)
+        sites = sites_of(parse_points(job.hook_points), self._config)
+        plan = derive(self._config, library.models.get(job.model_id).d_model)
+        self._text = Text(
+            library,
+            job.model_id,
+            tokenization,
+            tuple(sorted({point for site in sites for point in site.points})),
+            self._config.context,
+            plan.steps * plan.batch_size,
         )
-    missing = [point.name for point in points if point.name not in extraction.hook_points]
-    if missing:
-        raise InvalidInput(
-            "These activations lack a layer",
-            f"{', '.join(missing)} is not among {', '.join(extraction.hook_points)}.",
-            "Extract that layer too, or stream from the model.",
-            field="layers",
+        self.source: ActivationSource
+        self.origin = choose(self._text, job.source, job.extraction_id)
+        self.notes: list[str] = []
+        self.seconds_before = 0.0
+
+    def run(self) -> TrainedRun:
+        found = self._found()
+        if found:
+            self.origin = Origin(**found.run["about"]["origin"])
+            self.seconds_before = found.run["seconds"]
+        try:
+            return self._train(found)
+        except Exception as exc:
+            # Only beside a model is there anything to be won.
+            if self.origin.kind != "stream" or self._keep is None or not is_out_of_memory(exc):
+                raise
+        # Outside of the handler: the error holds what the training held.
+        unload_model()
+        self.origin = in_turns(self._text, "extract", or_less=True)
+        self._tell(
+            "Out of memory with the model beside the training: activations are now stored first, "
+            "then trained on."
         )
-    return StoredActivations(library.path(extraction.folder)).select(points)
+        found = self._found()
+        return self._train(found, new_stream=found is not None)
+
+    def _found(self) -> Checkpoint | None:
+        """The newest whole checkpoint; the metrics of what was learnt after it are dropped."""
+        from mistudio.engine.training import checkpoints
+
+        if self._keep is None:
+            return None
+        found, notes = checkpoints.newest(self._keep)
+        for note in notes:
+            self._tell(note)
+        if found:
+            self._tell(f"Going on from step {found.step:,}.", keep=False)
+        self._keep.mkdir(parents=True, exist_ok=True)
+        before = found.step if found else 0
+        history = self._keep / "metrics.jsonl"
+        if self._context.metrics:
+            self._context.metrics.close()
+        rows = [row for row in read_metrics(history) if row["step"] < before]
+        self._context.metrics = MetricLog(history, rows)
+        return found
+
+    def _saving(self) -> Saving | None:
+        from mistudio.engine.training.run import Saving
+
+        if self._keep is None:
+            return None
+        about = {
+            "origin": self.origin.as_dict(),
+            "job": asdict(self._job),
+            "tokenizer_hash": self._text.tokenization.tokenizer_hash,
+            "versions": device.versions(),
+        }
+        return Saving(self._keep, self._context.wants_save, self._on_saved, about)
+
+    def _on_saved(self, checkpoint: Checkpoint) -> None:
+        if self._context.metrics:
+            self._context.metrics.flush()
+        self._library.note_change("jobs", self._context.job_id)
+
+    def _tell(self, text: str, keep: bool = True) -> None:
+        if keep:
+            self.notes.append(text)
+        self._context.report(0, note=text)
+
+    def _train(self, found: Checkpoint | None, new_stream: bool = False) -> TrainedRun:
+        from mistudio.engine.training import run as engine
+
+        context, loading = self._context, self._stages.get("load")
+        if not self.origin.takes_turns:
+            loading = loading or Stage(context, "load model")
+        stage = self._stages.get("train") or Stage(context, "train", TRAIN_PARTS)
+        self.source = open_source(
+            self._text,
+            self.origin,
+            self._job.extraction_id,
+            self._keep or context.work_folder,
+            stage if self.origin.takes_turns or loading is None else loading,
+        )
+        return engine.train(
+            self.source,
+            self._config,
+            heldout_tokens=len(self._text.store.heldout),
+            progress=stage,
+            record=context.record,
+            wants_finish=context.wants_finish,
+            saving=self._saving(),
+            resume=found,
+            new_stream=new_stream,
+        )
 
 
 def _losses(
@@ -170,7 +276,6 @@ def _losses(
     source: ActivationSource,
     trained: TrainedRun,
     job: Train,
-    context: int,
     progress: Progress,
 ) -> dict[Site, LossRecovered]:
     """Cross-entropy with each dictionary spliced into the model, on held-out text."""
@@ -187,7 +292,7 @@ def _losses(
             site,
             result.dictionary.to(model.device),
             source.medians,
-            context=context,
+            context=result.plan.config.context,
             max_tokens=job.loss_tokens,
             progress=share,
         )
@@ -259,6 +364,8 @@ def _run_record(
     trained: TrainedRun,
     metrics: dict[Site, dict[str, Any]],
     source: ActivationSource,
+    origin: Origin,
+    notes: list[str],
 ) -> dict[str, Any]:
     """Everything that says how the run came about, kept beside the SAEs."""
     dataset = library.datasets.get(job.dataset_id)
@@ -273,12 +380,13 @@ def _run_record(
         },
         "dataset": {"name": dataset.name, "provenance": dataset.provenance},
         "tokenizer_hash": tokenization.tokenizer_hash,
-        "source": "stored activations" if job.extraction_id is not None else "streamed",
+        "source": ORIGINS[origin.kind],
         "dropped": asdict(source.dropped),
         "tokens": trained.tokens,
         "tokens_per_second": trained.tokens_per_second,
         "training_seconds": trained.seconds,
         "stopped": trained.stopped,
+        "notes": notes,
         "sites": {site.name: row for site, row in metrics.items()},
         "versions": device.versions(),
         "device": device.current().name,
@@ -296,6 +404,8 @@ def _commit(
     job_id: int,
     seconds: float,
 ) -> Training:
+    from mistudio.engine.training.config import parse
+
     name = job.name or _default_name(library, job)
     target = library.new_folder("trainings", name)
     with library.commit(folder, target):
@@ -316,7 +426,9 @@ def _commit(
             library.saes.add(
                 training_id=training_id,
                 model_id=job.model_id,
-                hook_point=site.name,
+                hook_point=site.input.name,
+                hook_point_out=site.output.name,
+                wiring=parse(job.config).wiring,
                 layer=site.layer,
                 folder=f"{target}/{site.name}",
                 architecture=row["architecture"],

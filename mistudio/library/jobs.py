@@ -87,15 +87,33 @@ class Jobs(Table[JobRecord]):
         )
 
     def remove(self, record_id: int) -> None:
-        """Delete an ended job's row; a run that it made stays and forgets which job it was."""
+        """Delete an ended job's row and what it kept to go on from; a run that it made stays and
+        forgets which job it was."""
         with self._library.transaction():
             self._library.execute(
                 "UPDATE trainings SET job_id = NULL WHERE job_id = ?", (record_id,)
             )
             super().remove(record_id)
+        self._library.drop_checkpoints(record_id)
 
     def active(self) -> list[JobRecord]:
         return self.all("status IN ('queued', 'running', 'paused')")
+
+    def resumable(self) -> list[JobRecord]:
+        """Ended jobs that may go on where they were, newest first, if they kept anything."""
+        return self.all("status IN ('interrupted', 'failed')")
+
+    def requeue(self, job_id: int) -> bool:
+        """Queue such a job again under its own number, owned by this process; False where
+        somebody was quicker."""
+        return self.move(
+            job_id,
+            ("interrupted", "failed"),
+            "queued",
+            owner=this_process(),
+            ended_at=None,
+            error={},
+        )
 
     def mark_orphans_interrupted(self) -> list[int]:
         """Jobs whose process is gone: nobody will finish them, so they say so."""

@@ -41,6 +41,7 @@ FOLDERS = (
     "features",
     "exports",
     "trash",
+    "checkpoints",
     "work",
 )
 # Lies in a folder that no row names yet (or no longer). Only such folders are ever swept up: a lost
@@ -176,6 +177,22 @@ class Library:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def checkpoint_folder(self, job_id: int) -> Path:
+        """Where a training keeps what it needs to go on: unlike a work folder it outlives the
+        process, until the job is finished, cancelled or put away. It need not exist."""
+        return self.root / "checkpoints" / f"job-{job_id}"
+
+    def has_checkpoints(self, job_id: int) -> bool:
+        return any(self.checkpoint_folder(job_id).glob("step-*"))
+
+    def drop_checkpoints(self, job_id: int) -> None:
+        """Renamed first, so that nothing half-deleted is gone on from."""
+        folder = self.checkpoint_folder(job_id)
+        if folder.exists():
+            gone = self.root / "work" / f"gone-{uuid.uuid4().hex}"
+            os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
     @contextmanager
     def commit(self, source: Path, folder: str) -> Iterator[None]:
         """Flush `source` to disk, rename it to `folder`, then commit the rows added inside.
@@ -287,6 +304,11 @@ class Library:
                     os.replace(folder, gone[-1])
             if not active:
                 self._sweep_unnamed_folders()
+            kept = {f"job-{job.id}" for job in self.jobs.resumable()}
+            for folder in list((self.root / "checkpoints").iterdir()):
+                if folder.name not in active | kept:
+                    gone.append(self.root / "work" / f"gone-{uuid.uuid4().hex}")
+                    os.replace(folder, gone[-1])
         for folder in gone:
             shutil.rmtree(folder, ignore_errors=True)
         self._empty_old_trash()

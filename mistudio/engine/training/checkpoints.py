@@ -60,6 +60,10 @@ class Checkpoint:
         value = self.run.get("score")
         return None if value is None else float(value)
 
+    @property
+    def bytes(self) -> int:
+        return sum(int(size) for size, _ in self.run["files"].values())
+
     def source(self) -> dict[str, Tensor]:
         return load_file(self.folder / SOURCE)
 
@@ -144,6 +148,13 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def best(folder: Path) -> Checkpoint | None:
     """The one with the lowest score; None where none has one."""
     return _best(listing(folder))
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Remove those of more than `step` steps, so that the run goes on from there."""
+    for checkpoint in listing(folder):
+        if checkpoint.step > step:
+            _drop(checkpoint.folder)
 
 
 def clean(folder: Path) -> None:

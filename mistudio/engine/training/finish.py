@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mistudio.engine.activations.source import ActivationSource
+from mistudio.engine.activations.stream import Batch
 from mistudio.engine.progress import Progress
 from mistudio.engine.sae.activation import JumpReLU
 from mistudio.engine.sae.dictionary import CHUNK_CELLS, Dictionary
@@ -19,6 +20,7 @@ from mistudio.engine.sae.metrics import (
 )
 from mistudio.engine.sae.site import Site
 from mistudio.engine.training.config import Plan
+from mistudio.engine.training.distributed import ALONE, World, together
 from mistudio.engine.training.step import SiteTrainer
 
 # L0 differs from token to token by about its own size and neighbours are alike, so that so many
@@ -46,18 +48,23 @@ class TrainedSite:
 
 def finish(
     source: ActivationSource,
+    batches: Iterator[Batch],
     trainers: dict[Site, SiteTrainer],
     train_fvu: Mapping[Site, float],
     heldout_tokens: int,
     progress: Progress,
+    world: World = ALONE,
 ) -> dict[Site, TrainedSite]:
-    """Calibrate and judge what was trained; `trainers` is emptied, to free the optimisers."""
+    """Calibrate on `batches` and judge what was trained; `trainers` is emptied, to free the
+    optimisers. Processes calibrate side by side; the first one alone judges."""
     plans = {site: trainer.plan for site, trainer in trainers.items()}
     revived = {site: trainer.revived for site, trainer in trainers.items()}
     steps = min(trainer.step_number for trainer in trainers.values())
     dictionaries = {site: trainer.dictionary() for site, trainer in trainers.items()}
     trainers.clear()
-    tokens = calibrate(source, dictionaries, plans, steps, progress)
+    tokens = calibrate(batches, dictionaries, plans, steps, together(progress, world))
+    if world.rank:
+        return {}
     for site, dictionary in dictionaries.items():
         dictionaries[site] = dictionary.folded()
     meters = judge(source, dictionaries, heldout_tokens, progress)
@@ -77,7 +84,7 @@ def finish(
 
 @torch.no_grad()
 def calibrate(
-    source: ActivationSource,
+    batches: Iterator[Batch],
     dictionaries: dict[Site, Dictionary],
     plans: Mapping[Site, Plan],
     steps: int,
@@ -94,15 +101,14 @@ def calibrate(
         return {}
     plan = next(iter(plans.values()))
     wanted = min(CALIBRATION_TOKENS, max(8192, steps * plan.batch_size))
-    with source.batches(ROWS, plan.config.seed + 2, progress) as batches:
-        for batch in batches:
-            progress.check()
-            for site, site_margins in margins.items():
-                site_margins.add(batch[site.input])
-            seen = next(iter(margins.values())).tokens
-            progress.report(seen, wanted, phase="calibrate")
-            if seen >= wanted:
-                break
+    for batch in batches:
+        progress.check()
+        for site, site_margins in margins.items():
+            site_margins.add(batch[site.input])
+        seen = next(iter(margins.values())).tokens
+        progress.report(seen, wanted, phase="calibrate")
+        if seen >= wanted:
+            break
     for site, site_margins in margins.items():
         dictionaries[site] = site_margins.calibrated()
     return {site: site_margins.tokens for site, site_margins in margins.items()}

@@ -10,7 +10,8 @@ import gc
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ from mistudio.engine.sae.site import Site
 from mistudio.engine.training import checkpoints
 from mistudio.engine.training.checkpoints import Checkpoint
 from mistudio.engine.training.config import Plan, TrainingConfig, derive
-from mistudio.engine.training.distributed import ALONE, World
+from mistudio.engine.training.distributed import ALONE, World, check_batch, together
 from mistudio.engine.training.finish import ALL_TOKENS, ROWS, TrainedSite, finish
 from mistudio.engine.training.step import SiteTrainer, StepMetrics
-from mistudio.errors import Incompatible, TrainingDiverged, explain, is_out_of_memory
+from mistudio.errors import (
+    Incompatible,
+    ProcessLost,
+    TrainingDiverged,
+    explain,
+    is_out_of_memory,
+)
 
 SAMPLE_TOKENS = 32768  # set scale, bias and variance; trained on too
 LOG_ROWS = 2000  # of metrics per site, at even steps, so that a resumed run writes the same ones
@@ -58,7 +65,8 @@ class Saving:
 @dataclass(frozen=True)
 class TrainedRun:
     """What a run gives. `stopped` says that the user ended it early; `seconds` leave out pauses;
-    `notes` say in sentences what went otherwise than planned."""
+    `notes` say in sentences what went otherwise than planned. Of several processes only the first
+    has `sites`."""
 
     sites: dict[Site, TrainedSite]
     tokens: int
@@ -90,16 +98,29 @@ def train(
     With `resume` it goes on from a checkpoint. `new_stream` then begins the stream of activations
     anew, for a source of another kind than the checkpoint's.
 
+    In a `world` of several processes all call this alike; only the first one's `progress`,
+    `record`, `wants_finish` and `saving` count. A checkpoint does not depend on their number.
+
     Raises Incompatible where the checkpoint belongs to other settings, and whatever the step
     raised where memory runs out even with the smallest parts (saved first, where that can be).
+    So for ProcessLost, where another process has ended.
     """
+    if world.rank:
+        progress, record, saving = SILENT, None, None
     run = _Run(source, config, progress, record or (lambda row: None), saving, world)
-    run.begin(resume, new_stream)
-    run.learn(wants_finish)
-    train_fvu = {site: metrics.fvu for site, metrics in run.last.items()}
-    sites = finish(source, run.trainers, train_fvu, heldout_tokens, progress)
-    speed = run.tokens / max(run.seconds, 1e-9)
-    return TrainedRun(sites, run.tokens, run.seconds, speed, run.stopped, tuple(run.notes))
+    try:
+        run.begin(resume, new_stream)
+        run.learn(wants_finish)
+        seconds = run.seconds
+        train_fvu = {site: metrics.fvu for site, metrics in run.last.items()}
+        # The stream goes on: nothing that it holds is captured again.
+        sites = finish(
+            source, run.batches.whole(), run.trainers, train_fvu, heldout_tokens, progress, world
+        )
+    finally:
+        run.open.close()
+    speed = run.tokens / max(seconds, 1e-9)
+    return TrainedRun(sites, run.tokens, seconds, speed, run.stopped, tuple(run.notes))
 
 
 def sites_of(points: tuple[HookPoint, ...], config: TrainingConfig) -> tuple[Site, ...]:
@@ -116,6 +137,8 @@ def sites_of(points: tuple[HookPoint, ...], config: TrainingConfig) -> tuple[Sit
 class _Run:
     """A run between two steps: everything that a checkpoint holds, and what it is told."""
 
+    batches: _Batches
+
     def __init__(
         self,
         source: ActivationSource,
@@ -127,12 +150,14 @@ class _Run:
     ) -> None:
         self._source, self._config, self._world = source, config, world
         self._progress, self._record, self._saving = progress, record, saving
+        self._together = together(progress, world)  # for what all processes do in step
         self._sites = sites_of(source.points, config)
         self.trainers: dict[Site, SiteTrainer] = {}
         self.step = self.tokens = 0
         self.stopped = False
         self.last: dict[Site, StepMetrics] = {}
         self.notes: list[str] = []
+        self.open = ExitStack()
         self._clock = _Clock()
         self._heldout: list[Batch] = []
         self._judged: dict[Site, dict[str, Any]] = {}  # at step `_judged_at`
@@ -164,21 +189,22 @@ class _Run:
     def _start(self) -> None:
         plans = self._plans()
         plan = next(iter(plans.values()))
-        self._batches = _Batches(self._stream(plan, None))
+        self._read_from(plan, None)
         wanted = min(SAMPLE_TOKENS, max(2048, plan.steps * plan.batch_size // 4))
-        sample = self._batches.sample(wanted, self._progress)
+        sample = self.batches.sample(wanted, self._together)
         for site in self._sites:
             x, y = _pair(sample, site)
-            self.trainers[site] = SiteTrainer(plans[site], x, self._config.seed, y, self._world)
+            trainer = SiteTrainer(plans[site], x, self._config.seed, y, self._world)
+            for value in trainer.parameters().values():
+                self._world.copied(value)  # another device may have rounded otherwise
+            self.trainers[site] = trainer
         del sample, x, y
         self._read_heldout(plan)
 
     def _go_on(self, checkpoint: Checkpoint, new_stream: bool) -> None:
         run = checkpoint.run
         plans, self.last = _read_run(run, self._config, self._sites)
-        self._batches = _Batches(
-            self._stream(plans[self._sites[0]], None if new_stream else checkpoint.source())
-        )
+        self._read_from(plans[self._sites[0]], None if new_stream else checkpoint.source())
         self.step, self.tokens, self.stopped = run["step"], run["tokens"], run["stopped"]
         self.notes = list(run["notes"])
         self._clock = _Clock(run["seconds"])
@@ -197,10 +223,13 @@ class _Run:
             for site in self._sites
         }
 
-    def _stream(self, plan: Plan, state: State | None) -> BatchStream:
-        return self._source.batches(
-            plan.batch_size, self._config.seed + 1, self._progress, state=state
+    def _read_from(self, plan: Plan, state: State | None) -> None:
+        seed = self._config.seed + 1
+        check_batch(self._world, plan.batch_size)
+        stream = self._source.batches(
+            plan.batch_size, seed, self._together, state=state, world=self._world
         )
+        self.batches = _Batches(self.open.enter_context(stream), self._world)
 
     def _read_heldout(self, plan: Plan) -> torch.device:
         """Keep the tokens that the run is judged by on its way; the device that it learns on."""
@@ -208,40 +237,42 @@ class _Run:
         # Of a short run no more than a share: each of 20 evaluations reads all of them.
         fitting = max(512, plan.steps * plan.batch_size // 64)
         wanted = min(EVALUATION_TOKENS, fitting, EVALUATION_BYTES // row)
+        first = self._world.rank == 0
         device = torch.device("cpu")
         with self._source.exclusive():
-            for batch in self._source.heldout(ROWS, wanted, self._progress):
+            for batch in self._source.heldout(ROWS, wanted if first else 1, self._progress):
                 device = batch[self._source.points[0]].device
-                self._heldout.append({point: rows.cpu() for point, rows in batch.items()})
+                if first:
+                    self._heldout.append({point: rows.cpu() for point, rows in batch.items()})
         return device
 
     # --- learning ---------------------------------------------------------------------------
 
     def learn(self, wants_finish: Callable[[], bool]) -> None:
         """Step until the end or the user's wish, then save."""
-        with self._batches.stream:
-            try:
-                while self.step < self._plan.steps and not self.stopped:
-                    self._step(wants_finish)
-                    self._save_if_due()
-            except Interrupted:
-                self._save()
-                raise
-            except Exception as exc:
-                if is_out_of_memory(exc):
-                    self._save(judge=False)
-                raise
+        try:
+            while self.step < self._plan.steps and not self.stopped:
+                self._step(wants_finish)
+                self._save_if_due()
+        except Interrupted:
             self._save()
+            raise
+        except Exception as exc:
+            if is_out_of_memory(exc) or isinstance(exc, ProcessLost):
+                self._save(judge=False)
+            raise
+        self._save()
 
     def _step(self, wants_finish: Callable[[], bool]) -> None:
-        self._clock.wait(self._progress)
-        batch = next(self._batches)
+        self._clock.wait(self._together)
+        batch = next(self.batches)
         steps = self._plan.steps
-        stopping = wants_finish()
+        due = self._clock.seconds - self._shown > SHOW_SECONDS
+        stopping, due = self._world.told([wants_finish(), due])
         last = stopping or self.step + 1 == steps
         judge = last or self.step + 1 in _evaluations(steps)
         log = judge or self.step % -(-steps // LOG_ROWS) == 0
-        show = log or self._clock.seconds - self._shown > SHOW_SECONDS
+        show = log or due
         for site in self._sites:
             metrics = self._learn_from(batch, site, show)
             if metrics is not None:
@@ -358,7 +389,7 @@ class _Run:
         sites = ((site.name, trainer.own_state()) for site, trainer in self.trainers.items())
         try:
             checkpoint = checkpoints.save(
-                self._saving.folder, self.step, sites, self._batches.state(), self._as_dict()
+                self._saving.folder, self.step, sites, self.batches.state(), self._as_dict()
             )
         except OSError as exc:
             known = explain(exc)
@@ -412,39 +443,44 @@ class _Run:
         return sum(found) / len(found)
 
 
-class _Batches:
+class _Batches(Iterator[Batch]):
     """A stream's batches. The first ones serve as a sample before they are learnt from: what they
     were captured for is not captured twice."""
 
-    def __init__(self, stream: BatchStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: BatchStream, world: World) -> None:
+        self._stream, self._world = stream, world
         self._first: deque[tuple[Batch, State]] = deque()
         self._place: State | None = None  # after the batch last given, if it was one of the first
 
     def sample(self, tokens: int, progress: Progress) -> dict[HookPoint, Tensor]:
         """The rows of the batches to come, at least `tokens`."""
-        self._place = self.stream.state()
+        self._place = self._stream.state()
         have = 0
         while have < tokens:
             progress.check()
-            batch = next(self.stream)
-            self._first.append((batch, self.stream.state()))
-            have += len(next(iter(batch.values())))
+            batch = next(self._stream)
+            self._first.append((batch, self._stream.state()))
+            have += len(next(iter(batch.values()))) * self._world.size
             progress.report(have, tokens, phase="prepare")
         return {
-            point: torch.cat([batch[point] for batch, _ in self._first])
+            point: torch.cat([self._world.gathered(batch[point]) for batch, _ in self._first])
             for point in self._first[0][0]
         }
+
+    def whole(self) -> Iterator[Batch]:
+        """The batches to come, with the rows of all processes."""
+        for batch in self:
+            yield {point: self._world.gathered(rows) for point, rows in batch.items()}
 
     def __next__(self) -> Batch:
         if self._first:
             batch, self._place = self._first.popleft()
             return batch
         self._place = None
-        return next(self.stream)
+        return next(self._stream)
 
     def state(self) -> State:
-        return self.stream.state() if self._place is None else self._place
+        return self._stream.state() if self._place is None else self._place
 
 
 class _Clock:
