@@ -16,6 +16,7 @@ from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QApplication, QLabel, QWidget
 
 from mistudio import formatting
+from mistudio.device import Device
 from mistudio.engine.models.loading import ModelSummary
 from mistudio.engine.training.config import TrainingConfig, derive, option, parse
 from mistudio.engine.training.cost import model_shape
@@ -31,7 +32,7 @@ from mistudio.ui.steering.presenter import sources as steering_sources
 from mistudio.ui.training import presenter as presenter_module
 from mistudio.ui.training.charts import CHARTS
 from mistudio.ui.training.configuration import ACROSS_HELP
-from mistudio.ui.training.estimate import Computer, rough
+from mistudio.ui.training.estimate import PORTION, Computer, rough
 from mistudio.ui.training.form import (
     ACROSS_MLP,
     ADVANCED,
@@ -52,8 +53,14 @@ from mistudio.ui.training.form import (
     point_parts,
     point_title,
 )
+from mistudio.ui.training.form import SOURCES as TRAINING_SOURCES
 from mistudio.ui.training.page import TrainingPage
-from mistudio.ui.training.presenter import TRAINING_KINDS, engine_imported, import_engine
+from mistudio.ui.training.presenter import (
+    TRAINING_KINDS,
+    Found,
+    engine_imported,
+    import_engine,
+)
 from mistudio.ui.widgets import ToastArea
 
 from .checks import cut_off, nameless, too_small
@@ -161,9 +168,12 @@ def an_extraction(points: list[str], context: int = 64) -> Extraction:
 def test_kinds_and_names_are_those_of_the_engine() -> None:
     from mistudio.engine.models.hooks import SITES as ENGINE_SITES
     from mistudio.engine.models.hooks import HookPoint
+    from mistudio.jobs import sources
     from mistudio.jobs.kinds import KINDS
 
     assert set(TRAINING_KINDS) <= set(KINDS)
+    assert {"stream", *TRAINING_SOURCES} == set(sources.SOURCES)
+    assert sources.PHASE_TOKENS == PORTION
     assert set(SITES) == set(ENGINE_SITES)
     assert set(option("wiring")["choices"]) == set(ENCODER_NAMES)
     assert set(option("sparsity")["choices"]) <= set(SPARSITY_NAMES)
@@ -310,17 +320,22 @@ def test_an_encoder_is_called_by_its_sparsity_and_wiring() -> None:
 
 
 @pytest.mark.parametrize("wiring", ["sae", "transcoder"])
-@pytest.mark.parametrize("stored", [False, True])
-def test_the_estimate_is_the_engines_plan(wiring: str, stored: bool) -> None:
+@pytest.mark.parametrize("source", ["stream", "extract", "hybrid", "stored"])
+def test_the_estimate_is_the_engines_plan(wiring: str, source: str) -> None:
     site = "mlp_in" if wiring == "transcoder" else "resid_pre"
     points = [point_name(place, layer) for place in (site, "mlp_out") for layer in (1, 2)]
+    corpus = 1_500_000  # less than the run reads, more than a portion
     form = a_form(layers=(1, 2), site="resid_pre", values={"wiring": wiring},
-                  extraction=an_extraction(points, context=128) if stored else None)  # fmt: skip
-    found = check(form, corpus_tokens=1_000_000, speed=10_000, computer=a_computer())
+                  source="auto" if source in ("stream", "stored") else source,
+                  extraction=an_extraction(points, context=128) if source == "stored" else None,
+                  )  # fmt: skip
+    found = check(form, corpus_tokens=corpus, speed=10_000, computer=a_computer())
     summary = ModelSummary(**a_model().summary)
     plan = derive(parse({"wiring": wiring}), 64)
     sites = tuple(PlannedSite(layer, site, plan) for layer in (1, 2))
-    shape = RunShape(model_shape(summary, 4), sites, source="stored" if stored else "stream")
+    kept = {"extract": corpus, "hybrid": PORTION}
+    shape = RunShape(model_shape(summary, 4), sites, stored_tokens=kept.get(source),
+                     source="extract" if source in kept else source)  # fmt: skip
     run = plan_run(shape, a_computer().machine)
     assert found.estimate.needs == (
         f"About {formatting.size(rough(run.memory))} of memory (8 GB free) • "
@@ -329,7 +344,7 @@ def test_the_estimate_is_the_engines_plan(wiring: str, stored: bool) -> None:
     )
     assert "512 latents on 64 dimensions at each of 2 layers" in found.estimate.work
     assert f"{plan.steps} steps of" in found.estimate.work
-    assert "2.0 passes over the text" in found.estimate.work
+    assert "1.3 passes over the text" in found.estimate.work
     assert found.estimate.advice == ()
 
 
@@ -493,6 +508,24 @@ def test_a_transcoder_has_its_place_and_gives_the_other_back(qtbot: Any, trained
         assert shown.form().points == [point_name("mlp_out", 2)]
 
 
+def test_stored_activations_take_a_transcoder_to_the_layers_whose_both_ends_they_hold(
+    qtbot: Any, trained: Services, trained_library: Library
+) -> None:
+    held = [point_name("mlp_in", 0), point_name("mlp_in", 3), point_name("mlp_out", 3)]
+    trained_library.extractions.add(
+        model_id=1, tokenization_id=trained_library.tokenizations.all()[0].id, hook_points=held,
+        settings={"context": 32}, folder="activations/none", tokens=4000, bytes=1024,
+        statistics={},
+    )  # fmt: skip
+    card = open_page(qtbot, trained).configuration
+    card.fields["wiring"].set_value("transcoder")
+    card.source.setCurrentIndex(len(TRAINING_SOURCES))
+    assert card.form().layers == (3,) and card.check.blocker == ""
+    card.layers.set_selected([0, 3])
+    assert "lack MLP output (layer 0)" in card._source_row.error.text()
+    assert not card.start.isEnabled() and card.start.toolTip() == card.check.blocker
+
+
 def test_a_field_that_another_decides_is_shut(qtbot: Any, trained: Services) -> None:
     page = open_page(qtbot, trained, (1280, 1600))
     card = page.configuration
@@ -557,6 +590,16 @@ def test_the_device_is_looked_at_in_the_background(qtbot: Any, trained: Services
     assert "needs an NVIDIA GPU" in item.toolTip()
 
 
+def test_a_gpu_has_memory_of_its_own(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained)
+    page.presenter._on_computer_found(Found(Device("cuda", "A card", 12 * GB, 10 * GB), ""))
+    machine = page.presenter.computer(a_model()).machine
+    assert (machine.memory_total, machine.memory_free) == (12 * GB, 10 * GB)
+    assert machine.host_free and machine.disk_free
+    needs = page.configuration.check.estimate.needs
+    assert "of GPU memory (10 GB free) • " in needs and "of main memory (" in needs
+
+
 def test_the_form_imports_no_torch() -> None:
     """Its first paint would wait for seconds."""
     code = "import sys, mistudio.ui.training.page; sys.exit('torch' in sys.modules)"
@@ -591,10 +634,12 @@ def test_the_form_comes_back(qtbot: Any, trained: Services) -> None:
     page.configuration.fields["auxk"].set_value(False)
     page.configuration.layers.set_selected([0, 3])
     page.configuration.site.set_value("mlp_out")
+    page.configuration.source.set_value("hybrid")
     state = json.loads(json.dumps(page.save_state()))
     other = open_page(qtbot, trained)
     other.restore_state(state)
     assert other.configuration.form() == page.configuration.form()
+    assert other.configuration.form().source == "hybrid"
     other.restore_state({})
     other.restore_state({"layers": "x", "values": {"tokens": 3, "nonsense": "1"}, "model": 99})
 
@@ -610,8 +655,8 @@ def test_a_stored_extraction_takes_the_form_to_its_layers(
     )  # fmt: skip
     page = open_page(qtbot, trained)
     card = page.configuration
-    assert card.source.count() == 2
-    card.source.setCurrentIndex(1)
+    assert card.source.count() == len(TRAINING_SOURCES) + 1
+    card.source.setCurrentIndex(len(TRAINING_SOURCES))
     assert card.form().points == [point_name("mlp_out", 1)]
     assert card.check.config["context"] == 32 and card.check.blocker == ""
     assert not card.fields["context"].editor.isEnabled()
@@ -635,10 +680,12 @@ def test_what_is_started_is_what_was_chosen(
     page = open_page(qtbot, trained)
     small(page, "1,000", (1, 3))
     fill(page, sparsity="standard", wiring="skip_transcoder", l1_coefficient="2")
+    page.configuration.source.set_value("extract")
     qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
     (card,) = page.job_cards()
     params = trained_library.jobs.get(card.job.id).params
     assert params["hook_points"] == [point_name("mlp_in", layer) for layer in (1, 3)]
+    assert params["source"] == "extract" and params["extraction_id"] is None
     wanted = {"sparsity": "standard", "wiring": "skip_transcoder", "l1_coefficient": 2.0,
               "tokens": 1_000, "expansion": 2.0, "k": 8, "context": 64,
               "batch_size": 128}  # fmt: skip
@@ -732,6 +779,28 @@ def test_a_training_from_start_to_its_card(
     file = trained_library.path(run.folder) / "metrics.jsonl"
     rows_on_disk = [json.loads(line) for line in file.read_text().splitlines()]
     assert done.charts.n_rows == len(rows_on_disk) == len(trained.jobs.metrics(job_id))
+
+
+@pytest.mark.slow
+def test_a_transcoder_is_trained_from_the_form(
+    qtbot: Any, trained: Services, trained_library: Library
+) -> None:
+    import_engine()
+    page = open_page(qtbot, trained)
+    small(page, "6,000")
+    fill(page, sparsity="jumprelu", wiring="skip_transcoder")
+    qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
+    job_id = page.job_cards()[0].job.id
+    active = ("queued", "running")
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status not in active, timeout=LONG)
+    record = trained_library.jobs.get(job_id)
+    assert record.status == "finished", record.error
+    (sae,) = trained_library.saes.of_training(record.result["training_id"])
+    assert sae.hook_point == point_name("mlp_in", 2)
+    assert (sae.hook_point_out, sae.wiring) == (point_name("mlp_out", 2), "skip_transcoder")
+    qtbot.waitUntil(lambda: sae.training_id in page._runs, timeout=5000)
+    card = page._runs[sae.training_id]
+    assert f"Layer 2 • {ACROSS_MLP}" in [label.text() for label in card.findChildren(QLabel)]
 
 
 def test_a_cold_engine_is_imported_in_the_background(

@@ -23,6 +23,7 @@ from mistudio.ui.training.form import (
     ESSENTIAL,
     NAMES,
     SITES,
+    SOURCES,
     TRANSCODERS,
     Check,
     Form,
@@ -103,12 +104,13 @@ class ConfigurationCard(Card):
         self.model.currentIndexChanged.connect(self._on_model_changed)
         self.add_model = Button("Add a model", "link", "plus")
         self.add_model.clicked.connect(self._on_add_model_clicked)
-        self.source = Choice([(None, "Stream from the model")])
+        self.source = Choice(list(SOURCES.items()))
         self.source.setObjectName("source")
         self.source.setToolTip(
-            "Streaming runs the model while the dictionary learns and needs no disk space. Stored "
-            "activations (Models tab, Extract Activations) are read instead, which is faster when "
-            "you train on them more than once."
+            "<qt>Streaming runs the model while the dictionary learns and needs no disk space.<br>"
+            "Storing first, at once or in portions, keeps the model and the dictionary from being "
+            "in memory together.<br>Stored activations (Models tab, Extract Activations) are "
+            "faster when you train on them more than once.</qt>"
         )
         self.source.view().setMinimumWidth(460)  # the list says more than the column has room for
         self.source.currentIndexChanged.connect(self._on_source_changed)
@@ -177,12 +179,14 @@ class ConfigurationCard(Card):
     # --- what stands in the form ----------------------------------------------------------------
 
     def form(self) -> Form:
+        chosen = self.source.value
         return Form(
             dataset=self.dataset.value,
             model=self.model.value,
             layers=tuple(self.layers.selected()),
             site=self._free_site if self._is_transcoder else self.site.value,
-            extraction=self.source.value,
+            extraction=chosen if isinstance(chosen, Extraction) else None,
+            source=chosen if isinstance(chosen, str) else "auto",
             values={name: entry.value for name, entry in self.fields.items()},
         )
 
@@ -196,6 +200,7 @@ class ConfigurationCard(Card):
             "dataset": form.dataset.id if form.dataset else None,
             "model": form.model.id if form.model else None,
             "extraction": form.extraction.id if form.extraction else None,
+            "source": form.source,
             "site": form.site,
             "layers": list(form.layers),
             "values": form.values,
@@ -215,6 +220,7 @@ class ConfigurationCard(Card):
         if isinstance(layers, list) and self.model.value is not None:
             self.layers.set_selected(layer for layer in layers if isinstance(layer, int))
         self.advanced.set_expanded(bool(state.get("advanced")))
+        self.source.set_value(state.get("source", "auto"))
         self.choose_extraction(state.get("extraction"))
         self._restoring = False
         self.refresh_check()
@@ -311,9 +317,11 @@ class ConfigurationCard(Card):
         found = self._presenter.extractions(self.model.value, self.dataset.value)
         blocked = self.source.blockSignals(True)
         self.source.set_options(
-            [(None, "Stream from the model"), *((record, _stored(record)) for record in found)]
+            [*SOURCES.items(), *((record, _stored(record)) for record in found)]
         )
-        kept = next((r for r in found if chosen is not None and r.id == chosen.id), None)
+        kept = chosen
+        if isinstance(chosen, Extraction):
+            kept = next((record for record in found if record.id == chosen.id), "auto")
         self.source.set_value(kept)
         self.source.blockSignals(blocked)
 
@@ -386,10 +394,9 @@ class ConfigurationCard(Card):
 
     def _on_source_changed(self, *_: object) -> None:
         """Stored activations hold some sites only: the form goes to those."""
-        extraction = self.source.value
-        if extraction is not None and not self._restoring:
-            form = self.form()
-            held = extraction.hook_points
+        form = self.form()
+        if form.extraction is not None and not self._restoring:
+            held = form.extraction.hook_points
             if any(name not in held for name in form.needed) or not form.layers:
                 self._go_to(held)
         if not self._restoring:

@@ -19,6 +19,9 @@ from mistudio.engine.training.planning import Measured, RunPlan, describe, plan_
 if TYPE_CHECKING:
     from mistudio.ui.training.form import Form
 
+# `mistudio.jobs.sources.PHASE_TOKENS`, written out: that module is slow to import.
+PORTION = 1_000_000
+
 
 @dataclass(frozen=True)
 class Computer:
@@ -52,7 +55,7 @@ def estimate(
     computer: Computer | None,
 ) -> Estimate:
     """Of a form without errors, whose every site has `plan`."""
-    run = planned_run(form, plan, speed, computer) if computer else None
+    run = planned_run(form, plan, corpus_tokens, speed, computer) if computer else None
     return Estimate(
         work=_work(form, plan, corpus_tokens),
         needs=_needs(plan, speed, run),
@@ -61,20 +64,31 @@ def estimate(
     )
 
 
-def planned_run(form: Form, plan: Plan, speed: float | None, computer: Computer) -> RunPlan | None:
+def planned_run(
+    form: Form, plan: Plan, corpus_tokens: int | None, speed: float | None, computer: Computer
+) -> RunPlan | None:
     """None where the model's row does not say enough about it (one of an older version)."""
     assert form.model is not None
     try:
         summary = ModelSummary(**form.model.summary)
     except TypeError:
         return None
+    source = "stored" if form.extraction else "stream" if form.source == "auto" else "extract"
     site = "mlp_in" if form.is_transcoder else form.site
     run = RunShape(
         model_shape(summary, WEIGHT_BYTES[computer.precision]),
         tuple(PlannedSite(layer, site, plan) for layer in form.layers),
-        source="stored" if form.extraction else "stream",
+        source=source,
+        stored_tokens=_stored_tokens(form, plan, corpus_tokens) if source == "extract" else None,
     )
     return plan_run(run, computer.machine, measured=Measured(overall=speed))
+
+
+def _stored_tokens(form: Form, plan: Plan, corpus_tokens: int | None) -> int:
+    """At a time; a text that is read more than once is stored once."""
+    wanted = plan.steps * plan.batch_size
+    whole = min(wanted, corpus_tokens or wanted)
+    return min(whole, PORTION) if form.source == "hybrid" else whole
 
 
 def _work(form: Form, plan: Plan, corpus_tokens: int | None) -> str:

@@ -64,6 +64,12 @@ CHOICE_NAMES = {
         "exponential": "Exponential",
     },
 }
+# Where activations come from, as `mistudio.jobs.sources` knows it, written out for the same reason.
+SOURCES = {
+    "auto": "Stream from the model",
+    "extract": "Store first, then train",
+    "hybrid": "Store in portions",
+}
 TRANSCODERS = ("transcoder", "skip_transcoder")
 
 NAMES = tuple(entry.name for entry in fields(TrainingConfig))
@@ -203,13 +209,14 @@ def limits_text(name: str) -> str:
 class Form:
     """The form as it stands. `values` holds a text (or a bool) for every field of the table; an
     empty text leaves the value to `derive`. `site` is where an autoencoder reads; a transcoder
-    has no choice."""
+    has no choice. `source` counts where no stored activations are chosen."""
 
     dataset: Dataset | None = None
     model: Model | None = None
     layers: tuple[int, ...] = ()
     site: str = "resid_post"
     extraction: Extraction | None = None
+    source: str = "auto"
     values: dict[str, str | bool] = field(default_factory=dict)
 
     @property

@@ -247,12 +247,13 @@ class TrainingPresenter(QObject):
         model_id, dataset_id = form.model.id, form.dataset.id
         points, config = form.points, found.config
         extraction_id = form.extraction.id if form.extraction else None
+        source = form.source
 
         def submit() -> int:
             from mistudio.jobs.kinds import Train
 
             return self._services.jobs.submit(
-                Train(model_id, dataset_id, points, config, extraction_id)
+                Train(model_id, dataset_id, points, config, extraction_id, source=source)
             )
 
         self._submit(submit)
