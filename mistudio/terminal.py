@@ -33,7 +33,7 @@ class ProgressLines:
         self._phase_began = 0.0
         self._printed_at = 0.0
         self._last: Snapshot | None = None
-        self._notes: set[str] = set()  # those that were shown
+        self._told = 0  # notes that were shown
 
     def show(self, snapshot: Snapshot) -> None:
         now = time.monotonic()
@@ -42,10 +42,9 @@ class ProgressLines:
             self._phase, self._phase_began = snapshot.phase, now
             self._printed_at = now if not self._live else 0.0
         self._last = snapshot
-        note = str(snapshot.metrics.get("note") or "")
-        if note and note not in self._notes:
-            self._notes.add(note)
+        for note in snapshot.notes[self._told :]:
             self._write(("\r" + note.ljust(self._width()) if self._live else note) + "\n")
+        self._told = len(snapshot.notes)
         if self._live:
             self._write("\r" + self._line(snapshot).ljust(self._width())[: self._width()])
         elif now - self._printed_at >= PLAIN_LINE_SECONDS:

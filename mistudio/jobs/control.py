@@ -94,7 +94,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a job stands. `remaining` is in seconds, None until it can be estimated."""
+    """Where a job stands. `remaining` is in seconds, None until it can be estimated; `notes` are
+    all sentences the job has told so far, with the metric `note`."""
 
     job_id: int
     phase: str
@@ -104,6 +105,7 @@ class Snapshot:
     elapsed: float
     remaining: float | None
     metrics: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Meter:
@@ -122,6 +124,7 @@ class Meter:
         self._done = 0.0
         self._total: float | None = None
         self._metrics: dict[str, Any] = {}
+        self._notes: tuple[str, ...] = ()
 
     def add_idle(self, seconds: float) -> None:
         """Time spent paused does not count towards speed."""
@@ -143,6 +146,8 @@ class Meter:
             if total is not None:
                 self._total = total
             self._metrics.update(metrics)
+            if note := self._metrics.pop("note", ""):
+                self._notes = (*self._notes, str(note))
 
     def snapshot(self) -> Snapshot:
         with self._lock:
@@ -163,6 +168,7 @@ class Meter:
                 elapsed=now - self._began - self._idle,
                 remaining=self._remaining(now, share, weights, index),
                 metrics=dict(self._metrics),
+                notes=self._notes,
             )
 
     def _remaining(

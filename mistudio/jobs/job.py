@@ -131,13 +131,19 @@ class JobContext:
         new_phase = phase is not None and phase != self._meter.snapshot().phase
         self._meter.report(done, total, phase, metrics)
         now = time.monotonic()
-        if self._listener and (new_phase or now - self._last_listener_call > 0.1):
+        due = new_phase or "note" in metrics or now - self._last_listener_call > 0.1
+        if self._listener and due:
             self._last_listener_call = now
             self._listener(self._meter.snapshot())
         if new_phase or now - self._last_row_write > 1.0:
             self._last_row_write = now
             snapshot = self._meter.snapshot()
             self.library.jobs.show_progress(self.job_id, snapshot.phase, snapshot.fraction)
+
+    def tell(self, note: str) -> None:
+        """A sentence for the user, where something goes otherwise than planned."""
+        snapshot = self.snapshot()
+        self.report(snapshot.done, snapshot.total, note=note)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row to the run's metric history (`metrics.jsonl` in the work folder, where the

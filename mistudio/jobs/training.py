@@ -240,7 +240,7 @@ class _Learning:
     def _tell(self, text: str, keep: bool = True) -> None:
         if keep:
             self.notes.append(text)
-        self._context.report(0, note=text)
+        self._context.tell(text)
 
     def _train(self, found: Checkpoint | None, new_stream: bool = False) -> TrainedRun:
         from mistudio.engine.training import run as engine

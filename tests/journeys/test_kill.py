@@ -4,8 +4,10 @@ leaves no trace but its job, which can be run again."""
 from __future__ import annotations
 
 import json
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +112,7 @@ MOMENTS = (
     Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes.txt"),
     Moment("tokenize", "tokenize", _tokenize, half=f"{WORK}/tokens/train.ids"),
     Moment("extract", "extract", _extract, half=f"{WORK}/activations/train/*.f16"),
-    Moment("train", "train", _train, progress=0.1, half=f"{WORK}/metrics.jsonl"),
+    Moment("train", "train", _train, progress=0.1, half="copied/checkpoints/job-*/metrics.jsonl"),
     Moment("train", "evaluate", _evaluate),
     Moment("discover", "discover", _discover),
     Moment("steer", "generate", _steer),
@@ -149,7 +151,9 @@ def test_a_kill_costs_only_the_unfinished_work_which_can_be_run_again(
     assert [(row["id"], row["status"]) for row in shown] == [(job["id"], "interrupted")]
     again = mistudio.run("--library", root, "job", "retry", job["id"])
     assert again.wait() == 0, again.err
-    (new,) = road.rows(root, "SELECT * FROM jobs WHERE id > ?", job["id"])
+    # What had been learnt already is gone on with, in the same job.
+    learnt = (moment.kind, moment.phase) == ("train", "evaluate")
+    (new,) = road.rows(root, "SELECT * FROM jobs WHERE id > ? - ?", job["id"], int(learnt))
     assert (new["kind"], new["params"]) == (moment.kind, job["params"])
     assert new["status"] == "finished"
     road.check_whole(root)
@@ -162,6 +166,84 @@ def test_a_kill_costs_only_the_unfinished_work_which_can_be_run_again(
 
 def _visible(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+
+
+# --- going on with a training ---------------------------------------------------------------------
+
+
+def _long_train(name: str) -> tuple[object, ...]:
+    """Some seconds, saved every few steps."""
+    options = {"steps": 150, "batch_size": 64, "autosave_steps": 7, "expansion": 2, "k": 8}
+    return (
+        *("train", "--model", road.MODEL.name, "--dataset", "small", "--layers", "1"),
+        *("--source", "stream", "--name", name, "--set", "context=64"),
+        *(part for pair in options.items() for part in ("--set", "=".join(map(str, pair)))),
+    )
+
+
+def _tensors(root: Path, name: str) -> dict[str, bytes]:
+    (run,) = road.rows(root, "SELECT folder FROM trainings WHERE name = ?", name)
+    folder = root / run["folder"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+def _history(root: Path, name: str) -> list[dict[str, object]]:
+    (run,) = road.rows(root, "SELECT folder FROM trainings WHERE name = ?", name)
+    lines = (root / run["folder"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def test_a_training_killed_at_any_moments_ends_as_if_it_had_never_been(
+    root: Path, mistudio: road.Children
+) -> None:
+    whole = mistudio.run("--library", root, *_long_train("whole"))
+    assert whole.wait() == 0, whole.err
+    moments = random.Random()  # another place every time: a wrong one will be hit some day
+    arguments, kills = _long_train("killed"), 0
+    for _ in range(2):
+        child = mistudio.start("--library", root, *arguments)
+        road.wait_until(lambda: any((root / "checkpoints").glob("*/step-*")))
+        road.wait_until(road.in_phase(root, "train", "train"))
+        time.sleep(moments.uniform(0.0, 0.4))
+        child.signal(signal.SIGKILL)
+        if child.wait() == 0:
+            break  # it was quicker
+        kills += 1
+        arguments = ("resume",)
+    else:
+        last = mistudio.run("--library", root, "resume")
+        assert last.wait() == 0, last.err
+    assert kills > 0
+    assert _tensors(root, "killed") == _tensors(root, "whole")
+    assert _history(root, "killed") == _history(root, "whole")
+    jobs = road.rows(root, "SELECT status FROM jobs WHERE kind = 'train'")
+    assert {job["status"] for job in jobs} == {"finished"}
+    assert list((root / "checkpoints").iterdir()) == []
+    road.check_whole(root)
+
+
+def test_a_training_that_is_told_to_end_says_how_to_go_on(
+    root: Path, mistudio: road.Children, tmp_path: Path
+) -> None:
+    """As the system does when it shuts down."""
+    child = mistudio.start("--library", root, *_long_train("ended"))
+    road.wait_until(lambda: any((root / "checkpoints").glob("*/step-*")))
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 130
+    (job,) = road.rows(root, "SELECT * FROM jobs WHERE status = 'interrupted'")
+    assert f"`mistudio resume {job['id']}` goes on" in child.err
+    listed = tmp_path / "listed.json"
+    assert mistudio.run("--library", root, "checkpoints", "--json", listed).wait() == 0
+    found = json.loads(listed.read_text(encoding="utf-8"))["checkpoints"]
+    assert {row["job"] for row in found} == {job["id"]}
+    first = min(row["step"] for row in found)
+    again = mistudio.run("--library", root, "resume", job["id"], "--step", first)
+    assert again.wait() == 0, again.err
+    assert f"Going on from step {first}." in again.err
+    nothing = mistudio.run("--library", root, "resume")
+    assert nothing.wait() == 1
+    assert "There is nothing to go on with" in nothing.err
 
 
 def test_ctrl_c_during_training_keeps_the_sae(
