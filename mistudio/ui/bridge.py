@@ -15,9 +15,9 @@ from typing import Any
 
 from PySide6.QtCore import QEventLoop, QObject, Qt, QThread, QTimer, Signal
 
-from mistudio.errors import Busy
+from mistudio.errors import Busy, InvalidInput
 from mistudio.jobs.control import Control, Snapshot
-from mistudio.jobs.job import Job, JobContext, MetricLog, run_job, submit
+from mistudio.jobs.job import Job, JobContext, MetricLog, can_go_on, run_job, submit
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Change, Library
 from mistudio.ui.background import Background
@@ -166,6 +166,28 @@ class JobManager(QObject):
         if thread := self._thread(job_id):
             thread.control.finish_early()
 
+    def save_now(self, job_id: int) -> None:
+        """Write a checkpoint soon (training)."""
+        if thread := self._thread(job_id):
+            thread.control.save_now()
+
+    def go_on(self, record: JobRecord) -> int:
+        """Queue an interrupted training under its own number: it goes on from its newest
+        checkpoint. InvalidInput where it kept none or was taken up elsewhere meanwhile."""
+        from mistudio.jobs.kinds import job_from_row
+
+        job = job_from_row(record.kind, record.params)
+        kept = can_go_on(self._library, self._library.jobs.get(record.id))
+        if not kept or self._refusing or not self._library.jobs.requeue(record.id):
+            raise InvalidInput(
+                "This job cannot go on",
+                "It kept no checkpoint, or it was taken up elsewhere meanwhile.",
+                "Start it again from its beginning.",
+            )
+        self._queues[job.lane].append((record.id, job))
+        self._start_next(job.lane)
+        return record.id
+
     def retry(self, record: JobRecord) -> int:
         """Queue the same work again as a new job; returns its id."""
         from mistudio.jobs.kinds import job_from_row
@@ -203,8 +225,9 @@ class JobManager(QObject):
     def shutdown(self, keep_running: bool = False, seconds: float = 10.0) -> bool:
         """Take no new jobs and end those that run; True where nothing runs any more.
 
-        `keep_running` lets them finish: `idle` tells when. Otherwise all are cancelled and waited
-        for, while events are still handled. After `seconds` what still runs is marked interrupted
+        `keep_running` lets them finish: `idle` tells when. Otherwise all are stopped and waited
+        for, while events are still handled: a training keeps a checkpoint and is interrupted,
+        other work is cancelled. After `seconds` what still runs is marked interrupted
         and False tells the caller to leave by os._exit: a thread is never terminated.
         """
         self._refusing = True
@@ -214,7 +237,7 @@ class JobManager(QObject):
             while queue:
                 self._library.jobs.move(queue.popleft()[0], ("queued",), "cancelled")
         for thread in self._threads.values():
-            thread.control.cancel()
+            thread.control.interrupt()
         if self._threads:
             loop = QEventLoop()
             self.idle.connect(loop.quit)

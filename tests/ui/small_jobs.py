@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mistudio.engine.progress import Interrupted
 from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
@@ -51,6 +52,28 @@ class Count:
 class CountOnDisk(Count):
     kind: ClassVar[str] = "count_on_disk"
     lane: ClassVar[str] = "disk"
+
+
+@dataclass(frozen=True)
+class CountOn(Count):
+    """Keeps how far it was, and counts on from there."""
+
+    kind: ClassVar[str] = "count_on"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        kept = context.library.checkpoint_folder(context.job_id)
+        begun = max((int(f.name.split("-")[1]) for f in kept.glob("step-*")), default=0)
+        done = begun
+        while done < self.to:
+            context.report(done, self.to, "Counting")
+            time.sleep(self.pause)
+            try:
+                context.check()
+            except Interrupted:
+                (kept / f"step-{done}").mkdir(parents=True)
+                raise
+            done += 1
+        return {"counted": done, "begun": begun}
 
 
 @dataclass(frozen=True)

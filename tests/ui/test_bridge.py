@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from PySide6.QtCore import QObject, QThread
 
-from mistudio.errors import Busy
+from mistudio.errors import Busy, InvalidInput
+from mistudio.jobs.kinds import KINDS
 from mistudio.library.library import Library
 from mistudio.ui.bridge import ChangeNotifier, JobManager
 
-from .small_jobs import Count, CountOnDisk, Stubborn
+from .small_jobs import Count, CountOn, CountOnDisk, Stubborn
 
 Wait = Callable[[int, str], None]
 
@@ -197,6 +198,30 @@ def test_closing_cancels_running_and_queued_jobs_and_takes_no_more(
     assert {library.jobs.get(job_id).status for job_id in ids} == {"cancelled"}
     with pytest.raises(Busy):
         manager.submit(Count(1))
+
+
+def test_closing_keeps_what_a_job_needs_to_go_on(
+    qtbot: Any, library: Library, changes: ChangeNotifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, CountOn.kind, CountOn)
+    manager = JobManager(library, changes)
+    job_id = manager.submit(CountOn(100))
+    qtbot.waitUntil(lambda: bool(manager.snapshot(job_id) and manager.snapshot(job_id).done >= 3))
+    assert manager.shutdown()
+    record = library.jobs.get(job_id)
+    assert record.status == "interrupted"
+    with pytest.raises(InvalidInput):
+        manager.go_on(record)  # it is closing
+
+    manager = JobManager(library, changes)
+    with qtbot.waitSignal(manager.job_finished, timeout=10_000) as ended:
+        assert manager.go_on(record) == job_id
+    assert ended.args == [job_id, "finished"]
+    result = library.jobs.get(job_id).result
+    assert (result["counted"], result["begun"] >= 3) == (100, True)
+    with pytest.raises(InvalidInput, match="kept no checkpoint"):
+        manager.go_on(library.jobs.get(job_id))
+    assert manager.shutdown()
 
 
 def test_closing_waits_for_running_jobs_where_the_user_wants_that(
