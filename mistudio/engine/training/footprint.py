@@ -33,6 +33,7 @@ EVALUATION_BYTES = 512 * 1024**2
 CALIBRATION_TOKENS = 65_536
 RING = 2
 LOGIT_CELLS = 64 * 1024**2
+PORTION_TOKENS = 1_000_000  # stored at a time where model and training take turns
 KEPT_CHECKPOINTS = 3  # the best and the last two
 DEAD_SHARE = 0.1  # of the latents, for which AuxK needs copies
 # Resident once torch and transformers are imported (measured on Linux, torch 2.13, CPU build).
@@ -75,9 +76,10 @@ class PlannedSite:
 class RunShape:
     """Everything about a run that its plan depends on.
 
-    `source`: "stream" runs the model beside the training, "extract" first stores activations and
-    frees the model before the training, "stored" finds them on disk. `stored_tokens` is how many
-    are stored (with the held-out ones); by default as many as are trained on.
+    `source`: "stream" runs the model beside the training; "extract" first stores all activations
+    and frees the model before the training; "hybrid" does so in portions, in turn with the
+    training; "stored" finds them on disk. `stored_tokens` is how many are on disk at a time, with
+    the held-out ones; by default all, or a portion of a million.
     """
 
     model: ModelShape
@@ -345,9 +347,11 @@ def memory_phases(run: RunShape, machine: Machine) -> tuple[Phase, ...]:
         Phase("finish", (*source, parameters, *_finishing_parts(run, sites, host))),
         Phase("evaluate", (*base, weights, parameters, *_loss_parts(run))),
     ]
-    if run.source == "extract":
+    if run.source in ("extract", "hybrid"):
         writing = Part("rows to be written", _row_bytes(run, run.buffer_tokens, 4), place=host)
-        phases.insert(0, Phase("extract", (*base, weights, forward, writing)))
+        # In portions, the dictionaries wait in memory while the model runs again.
+        beside = lasting if run.source == "hybrid" else []
+        phases.insert(0, Phase("extract", (*base, weights, forward, writing, *beside)))
     return tuple(phases)
 
 
@@ -463,7 +467,7 @@ def disk_parts(run: RunShape) -> tuple[Part, ...]:
     checkpoints = [checkpoint_bytes(site.plan) for site in run.sites]
     exports = [export_bytes(site.plan) for site in run.sites]
     parts = []
-    if run.source == "extract":
+    if run.source in ("extract", "hybrid"):
         stored = stored_tokens(run)
         whole = extraction_bytes(stored, sum(site.channels for site in run.sites))
         shares = tuple(2.0 * stored * site.channels for site in run.sites)
@@ -479,4 +483,7 @@ def disk_parts(run: RunShape) -> tuple[Part, ...]:
 
 
 def stored_tokens(run: RunShape) -> int:
-    return run.tokens if run.stored_tokens is None else run.stored_tokens
+    """Tokens whose activations are on disk at a time."""
+    if run.stored_tokens is not None:
+        return run.stored_tokens
+    return min(run.tokens, PORTION_TOKENS) if run.source == "hybrid" else run.tokens

@@ -23,6 +23,7 @@ from mistudio.engine.training.cost import (
 )
 from mistudio.engine.training.footprint import (
     CALIBRATION_TOKENS,
+    PORTION_TOKENS,
     Machine,
     Part,
     Phase,
@@ -43,7 +44,7 @@ EVALUATIONS = 20  # of a run, on its way
 # Forward passes of the whole model for one dictionary's loss: a survey, the clean one, with the
 # dictionary, with zeros, with the mean; on so many tokens.
 LOSS_PASSES, LOSS_TOKENS = 5, 8192
-LEAST_STORED = 10_000  # tokens; fewer are not worth storing
+LEAST_STORED = 20_000  # tokens; in smaller portions a model is loaded more than it is used
 RESERVE = 0.1  # of what is needed must stay free on top: the figures may be that far off
 
 
@@ -155,7 +156,8 @@ def _time(
 ) -> tuple[tuple[Part, ...], str]:
     if measured.overall:
         return (Part("training", run.tokens / measured.overall, "seconds", ""),), "measured"
-    passes = {"stream": run.tokens, "extract": stored_tokens(run), "stored": 0}[run.source]
+    # How often a model is loaded again for its next portion is not counted.
+    passes = {"extract": stored_tokens(run), "stored": 0}.get(run.source, run.tokens)
     forward = _forward_seconds(run, speed, measured, passes)
     steps = _step_seconds(run, speed, measured)
     if forward is None or steps is None:
@@ -287,16 +289,18 @@ def _or_extract(run: RunShape, machine: Machine, allowed: int) -> list[str]:
         return []
     return [
         f"Or extract first, then train: all {_count(run.layers)} layers then need "
-        f"{_size(memory)}, and {_size(disk)} of disk{_repeatedly(other)}."
+        f"{_size(memory)}, and {_size(disk)} of disk{_in_portions(other)}."
     ]
 
 
 def _extracted(run: RunShape, machine: Machine) -> RunShape:
-    """The run with its activations stored first: as many as it learns from, or as fit."""
-    other = replace(run, source="extract")
-    if _disk(other) <= machine.disk_free:
-        return other
-    return replace(other, stored_tokens=max(LEAST_STORED, _storable(other, machine)))
+    """The run with its activations stored first: all of them or, in turn with the training, as
+    many as there is room for."""
+    whole = replace(run, source="extract")
+    if _disk(whole) <= machine.disk_free:
+        return whole
+    room = max(LEAST_STORED, _storable(whole, machine))
+    return replace(run, source="hybrid", stored_tokens=min(PORTION_TOKENS, room))
 
 
 def _storable(run: RunShape, machine: Machine) -> int:
@@ -306,9 +310,10 @@ def _storable(run: RunShape, machine: Machine) -> int:
     return int((machine.disk_free - rest) / per_token / (1 + RESERVE)) // 1000 * 1000
 
 
-def _repeatedly(run: RunShape) -> str:
-    stored = stored_tokens(run)
-    return f" for {stored:,} tokens, learnt from repeatedly" if stored < run.tokens else ""
+def _in_portions(run: RunShape) -> str:
+    if run.source != "hybrid":
+        return ""
+    return f", in portions of {stored_tokens(run):,} tokens"
 
 
 def _disk(run: RunShape) -> float:
@@ -331,7 +336,7 @@ def _where_not_one_fits(run: RunShape, machine: Machine, allowed: int) -> list[s
     return [
         f"{said}. Extract first, then train{at_a_time}: the model and its dictionaries are then "
         f"not in memory together; that needs {_size(memory)}, and {_size(_disk(chosen))} of disk"
-        f"{_repeatedly(chosen)}."
+        f"{_in_portions(chosen)}."
     ]
 
 
@@ -387,8 +392,9 @@ def _change(before: RunShape, after: RunShape) -> str:
 
 def _disk_advice(run: RunShape, machine: Machine, disk: float) -> str:
     said = f"The run needs {_size(disk)} of disk and {_size(machine.disk_free)} are free"
-    if run.source == "extract" and (room := _storable(run, machine)) >= LEAST_STORED:
-        return f"{said}: store {room:,} tokens and learn from them repeatedly."
+    if run.source in ("extract", "hybrid") and (room := _storable(run, machine)) >= LEAST_STORED:
+        portion = min(PORTION_TOKENS, room)
+        return f"{said}: store the activations in portions of {portion:,} tokens."
     return f"{said}: free some, or choose another folder."
 
 

@@ -327,6 +327,11 @@ def test_storing_first_keeps_model_and_training_apart() -> None:
     assert "model" in names["stored"]["extract"]
     assert "gradients" not in names["stored"]["extract"]
     assert "model" in names["stored"]["evaluate"]
+    # In turns, the dictionaries wait in memory while the model runs again.
+    in_turns = memory_phases(a_run(2, source="hybrid"), a_machine(12))[0]
+    assert in_turns.name == "extract"
+    assert {"model", "SAE parameters"} <= {part.name for part in in_turns.parts}
+    assert "gradients" not in {part.name for part in in_turns.parts}
 
 
 def test_a_card_of_its_own_needs_main_memory_for_buffers_only() -> None:
@@ -371,6 +376,13 @@ def test_time_of_the_cost_model_is_the_sum_of_its_costs() -> None:
     assert plan.seconds == pytest.approx(model.value + training.value + judging.value)
     stored = plan_run(a_run(2, source="stored"), a_machine(12), SPEED)
     assert "model" not in {part.name for part in stored.time_parts}
+    # Of all that is stored once, the model runs once; in portions, over every token.
+    once = replace(a_run(2, source="extract"), stored_tokens=1_000_000)
+    in_turns = replace(once, source="hybrid")
+    model_once, model_in_turns = (
+        plan_run(shape, a_machine(12), SPEED).time_parts[0].value for shape in (once, in_turns)
+    )
+    assert model_in_turns == pytest.approx(model_once * run.tokens / 1_000_000)
 
 
 def test_probe_measures_every_kind_of_work() -> None:
@@ -464,9 +476,10 @@ def test_model_and_dictionaries_that_do_not_fit_together_are_taken_in_turn() -> 
     assert plan.layers == 0
     assert "Extract first, then train:" in plan.advice[0]
     assert plan_run(replace(run, source="extract"), machine).fits
-    # With little disk, fewer activations are stored and learnt from repeatedly.
+    # With little disk, they take turns.
     little = plan_run(run, replace(machine, disk_free=20 * GB))
-    assert "learnt from repeatedly" in little.advice[0]
+    assert "in portions of 1,000,000 tokens" in little.advice[0]
+    assert plan_run(replace(run, source="hybrid"), replace(machine, disk_free=20 * GB)).disk_fits
 
 
 def test_too_small_for_one_layer_says_what_to_make_smaller() -> None:
@@ -490,15 +503,14 @@ def test_too_small_for_the_model_says_so() -> None:
 
 
 def test_too_little_disk_says_how_many_tokens_there_is_room_for() -> None:
-    plan = plan_run(a_run(1, source="extract"), a_machine(12, disk=4))
+    plan = plan_run(a_run(1, source="extract"), a_machine(12, disk=1))
     assert plan.fits
     assert not plan.disk_fits
-    tokens = int(plan.advice[-1].split("store ")[1].split(" tokens")[0].replace(",", ""))
-    fewer = plan_run(
-        replace(a_run(1, source="extract"), stored_tokens=tokens), a_machine(12, disk=4)
-    )
-    assert fewer.disk_fits
-    assert fewer.disk > 0.85 * 4 * GB
+    portion = int(plan.advice[-1].split("portions of ")[1].split(" tokens")[0].replace(",", ""))
+    fewer = replace(a_run(1, source="hybrid"), stored_tokens=portion)
+    fitting = plan_run(fewer, a_machine(12, disk=1))
+    assert fitting.disk_fits
+    assert fitting.disk > 0.85 * GB
     streamed = plan_run(a_run(1), a_machine(12, disk=0.1))
     assert "free some, or choose another folder" in streamed.advice[-1]
 
