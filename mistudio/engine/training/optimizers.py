@@ -58,11 +58,17 @@ def optimizer(plan: Plan, parameters: Mapping[str, Tensor]) -> torch.optim.Optim
     return Adam8bit(groups, lr=rate, betas=BETAS)
 
 
+def decay_begins(plan: Plan) -> int:
+    """The step from which on the rate falls to 0; `plan.steps` without such a phase."""
+    share = plan.config.decay_share
+    return plan.steps - (max(1, round(share * plan.steps)) if share else 0)
+
+
 def learning_rate(plan: Plan, step: int) -> float:
     """The rate of a step: linear warm-up, the schedule, linear decay to 0 at the end."""
     config, steps = plan.config, plan.steps
     warmup = max(1, round(config.warmup_share * steps))
-    decay = max(1, round(config.decay_share * steps)) if config.decay_share else 0
+    decay = steps - decay_begins(plan)
     factor = min(1.0, (step + 1) / warmup)
     progress = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     if config.schedule == "linear":

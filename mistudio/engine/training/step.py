@@ -18,7 +18,7 @@ from mistudio.engine.sae.dictionary import CHUNK_CELLS, Codes, Dictionary, weigh
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.distributed import ALONE, World
 from mistudio.engine.training.objectives import OBJECTIVES, Entries, Weights
-from mistudio.engine.training.optimizers import learning_rate, optimizer
+from mistudio.engine.training.optimizers import decay_begins, learning_rate, optimizer
 from mistudio.engine.training.sparse import Gradients, entry_dots
 from mistudio.engine.training.wiring import wire
 from mistudio.errors import TrainingDiverged
@@ -349,10 +349,13 @@ class SiteTrainer:
 
         Tokens are drawn in proportion to their squared error; the decoder row points along the
         error, the encoder row along the same token's part that the error leaves (for autoencoders
-        the error itself) at a fifth of the living rows' norm; the optimiser forgets.
+        the error itself), as long as it must be to fire there; the optimiser forgets. Not once the
+        learning rate decays: there is no time left to learn.
         """
         points = {round(share * self.plan.steps) for share in REVIVE_AT}
         if not self.plan.config.revive or self.step_number not in points or not self.step_number:
+            return
+        if self.step_number > decay_begins(self.plan):
             return
         dead = self.dead.nonzero().squeeze(1)
         if len(dead) <= 0.01 * self.plan.d_sae:
@@ -372,19 +375,37 @@ class SiteTrainer:
         target = self.wiring.targets(u, whole)
         centred = u - self._centre()
         error = torch.empty_like(target)
+        faintest = torch.full_like(target[:, 0], math.inf)
         for rows, entries in self._entries(centred, self.current_k(), ALONE):
-            reconstruction = weighted_rows(self.decoder, entries.codes) + self.b_dec
+            codes = entries.codes
+            reconstruction = weighted_rows(self.decoder, codes) + self.b_dec
             error[rows] = target[rows] - reconstruction
-        chosen = torch.multinomial(
-            error.square().sum(1).cpu(), len(dead), replacement=True, generator=self._generator
-        ).to(x.device)
-        living = self.encoder[~self.dead].norm(dim=1).mean()
-        reading = error if self.wiring.centre is None else centred
-        decoder, encoder = _directions(error[chosen]), _directions(reading[chosen])
-        encoder *= 0.2 * living
-        # The latent must fire on its own token, or it would stay dead.
-        own = (encoder * centred[chosen]).sum(1)
-        b_enc = (1.05 * self.objective.firing_level(dead) - own).clamp(min=0.0)
+            faintest[rows] = faintest[rows].scatter_reduce(0, codes.rows, codes.values, "amin")
+        faintest[faintest.isinf()] = 0.0  # nothing is active there
+        weight = error.square().sum(1).cpu()
+        self._check(float(weight.sum()))
+        # Latents that restart on the same token would stay twins for ever.
+        dead = dead[: int((weight > 0).sum())]
+        if not len(dead):
+            return
+        chosen = torch.multinomial(weight, len(dead), generator=self._generator).to(x.device)
+        faintest, error, centred = faintest[chosen], error[chosen], centred[chosen]
+        reading = centred
+        if self.wiring.centre is None:
+            # The error itself, unless its own token speaks against it.
+            reading = torch.where((error * centred).sum(1, keepdim=True) > 0, error, centred)
+        alive, norms = ~self.dead, self.encoder.norm(dim=1)
+        longest = float((norms[alive] if bool(alive.any()) else norms).mean())
+        decoder, encoder = _directions(error), _directions(reading)
+        # The latent must fire on its own token and on those like it, or it would stay dead, but
+        # on few others: by the length of its row, by its bias only where a row as long as the
+        # living ones is too short.
+        level = self.objective.firing_level(dead, faintest)
+        own = (encoder * centred).sum(1)
+        norm = (1.5 * level / own.clamp_min(1e-12)).clamp(0.2 * longest, longest)
+        encoder, own = encoder * norm[:, None], own * norm
+        b_enc = torch.where(level > 0, (1.05 * level - own).clamp(min=0.0), -own / 2)
+        self.objective.restart(dead)
         self.decoder[dead], self.encoder[dead], self.b_enc[dead] = decoder, encoder, b_enc
         self._forget(dead)
         self.tokens_since_fired[dead] = 0

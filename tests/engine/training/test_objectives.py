@@ -326,7 +326,7 @@ def test_a_whole_step_hands_the_true_gradient_to_the_optimiser(sparsity, wiring)
     trainer.tokens_since_fired[20:40] = 5000
     before = {name: value.clone() for name, value in trainer.parameters().items()}
     if hasattr(trainer.objective, "threshold") and sparsity != "jumprelu":
-        trainer._entries(trainer.wiring.inputs(x) - trainer._centre(), plan.k).__next__()
+        next(trainer._entries(trainer.wiring.inputs(x) - trainer._centre(), plan.k, ALONE))
     p = leaves(before)
     loss = reference_step(trainer, p, x, y)
     loss.backward()
@@ -442,7 +442,7 @@ def test_mixed_precision_only_proposes_what_is_active(sparsity):
     exact = SiteTrainer(small_plan(sparsity, revive=False), x, 0)
     exact.load_state(trainer.state())
     proposed, wanted = (
-        next(one._entries(one._in_order(u - one._centre()), plan.k))[1] for one in (trainer, exact)
+        next(one._entries(u - one._centre(), plan.k, ALONE))[1] for one in (trainer, exact)
     )
     pre = torch.addmm(trainer.b_enc, u - trainer.b_dec, trainer.encoder.T)
     codes = proposed.codes

@@ -9,8 +9,10 @@ import torch
 
 from mistudio.engine.sae.dictionary import Codes, weighted_rows
 from mistudio.engine.training.config import TrainingConfig, derive
-from mistudio.engine.training.step import SiteTrainer, geometric_median
+from mistudio.engine.training.step import SiteTrainer, StepMetrics, geometric_median
 from mistudio.errors import TrainingDiverged
+
+SPARSITIES = ("batchtopk", "topk", "matryoshka", "jumprelu", "standard", "gated")
 
 
 def small_plan(d=24, tokens=64_000, **options):
@@ -67,17 +69,40 @@ def test_active_latents_follow_the_target():
     assert trainer.current_k() == 4
 
 
-def test_learning_rate_rises_holds_and_falls_to_zero():
-    plan = small_plan(learning_rate=1e-3)
-    trainer = SiteTrainer(plan, torch.randn(512, 24), seed=0)
-    rates = []
-    for step in range(plan.steps + 1):
-        trainer.step_number = step
-        rates.append(trainer.learning_rate())
-    assert rates[0] < 1e-3 / 5
-    assert rates[plan.steps // 2] == pytest.approx(1e-3)
-    assert rates[-1] == 0
-    assert max(rates) == pytest.approx(1e-3)
+STEERED = ("standard", "gated", "jumprelu")
+
+
+def trained(planted, sparsity: str, **options) -> tuple[SiteTrainer, list[StepMetrics]]:
+    draw, _ = planted
+    plan = small_plan(d=48, sparsity=sparsity, expansion=2, **options)
+    trainer = SiteTrainer(plan, draw(2048), seed=0)
+    return trainer, [trainer.step(draw(256)) for _ in range(plan.steps)]
+
+
+@pytest.mark.parametrize("sparsity", STEERED)
+def test_an_open_price_is_steered_to_the_target(planted, sparsity):
+    trainer, seen = trained(planted, sparsity, steps=600, learning_rate=3e-3)
+    tail = [metrics.l0 for metrics in seen[-30:]]
+    assert sum(tail) / len(tail) == pytest.approx(4, rel=0.06)
+    # It neither swings nor falls where latents die for want of any activity.
+    settled = [metrics.l0 for metrics in seen[300:]]
+    assert sum(abs(l0 / 4 - 1) for l0 in settled) / len(settled) < 0.2
+    assert min(metrics.l0 for metrics in seen) > 1
+    assert not trainer.dead.any()
+    assert len({metrics.coefficient for metrics in seen}) > 500
+
+
+@pytest.mark.parametrize("sparsity", STEERED)
+def test_a_given_price_is_kept_after_its_warm_up(planted, sparsity):
+    seen = trained(planted, sparsity, steps=100, l1_coefficient=2.0)[1]
+    prices = [metrics.coefficient for metrics in seen]
+    assert prices[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert set(prices[4:]) == {2.0}
+    for metrics in seen:
+        assert metrics.loss > metrics.fvu
+    free = trained(planted, sparsity, steps=100, l1_coefficient=0.0)[1][-1]
+    assert free.l0 > 2 * seen[-1].l0
+    assert free.coefficient == 0
 
 
 def test_decoder_rows_keep_unit_norm():
@@ -99,19 +124,112 @@ def test_dead_latents_are_counted_in_tokens():
     assert trainer.dead[5]
 
 
-def test_revival_gives_dead_latents_a_token_they_fire_on():
-    plan = small_plan(tokens=25_600, dead_window=1000, anneal_share=0.0, auxk=False)
-    trainer = SiteTrainer(plan, torch.randn(1024, 24), seed=0)
-    for _ in range(10):
-        trainer.step(torch.randn(256, 24))
-    trainer.encoder[:20] = 0
-    trainer.b_enc[:20] = -100
-    trainer.tokens_since_fired[:20] = 5000
-    batch = torch.randn(256, 24)
-    trainer.step(batch)  # step 10 of 100: the first revival
+DEAD = slice(0, 20)
+
+
+def with_dead_latents(sparsity: str, wiring: str = "sae", at: int = 10, **options) -> SiteTrainer:
+    """A trainer before step `at` of 100, 20 of its 96 latents dead."""
+    plan = small_plan(
+        steps=100, sparsity=sparsity, wiring=wiring, dead_window=1000, anneal_share=0.0, auxk=False,
+        **options,
+    )  # fmt: skip
+    target = torch.randn(1024, 24) if wiring == "transcoder" else None
+    trainer = SiteTrainer(plan, torch.randn(1024, 24), 0, target)
+    trainer.step(torch.randn(256, 24), None if target is None else torch.randn(256, 24))
+    trainer.step_number = at
+    trainer.encoder[DEAD] = 0
+    trainer.b_enc[DEAD] = -100
+    for name in trainer.objective.parameters.keys() & {"r_mag", "b_mag"}:
+        trainer.objective.parameters[name][DEAD] = -1
+    trainer.tokens_since_fired[DEAD] = 5000
+    return trainer
+
+
+@pytest.mark.parametrize("wiring", ["sae", "transcoder"])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_revival_gives_dead_latents_a_token_they_fire_on(sparsity, wiring):
+    trainer = with_dead_latents(sparsity, wiring)
+    x = torch.randn(256, 24)
+    y = None if wiring == "sae" else torch.randn(256, 24)
+    longest = float(trainer.encoder[20:].norm(dim=1).mean())
+    trainer._maybe_revive(x, y)
+    assert trainer.revived == 20
+    assert not trainer.dead.any()
+    assert float(trainer.encoder[DEAD].norm(dim=1).max()) < 1.001 * longest
+    assert torch.allclose(trainer.decoder[DEAD].norm(dim=1), torch.ones(20), atol=1e-5)
+    for name, parameter in trainer.parameters().items():
+        moments = trainer._optimizer.state[parameter]
+        if name not in ("b_dec", "skip"):
+            assert float(moments["exp_avg"][DEAD].abs().max()) == 0, name
+        assert float(moments["exp_avg"].abs().max()) > 0, name
+    # Each fires on some token of the batch, as the finished dictionary counts it.
+    fired = trainer.dictionary().encode(x).dense()[:, DEAD] > 0
+    assert bool(fired.any(0).all())
+    # And on no more tokens than a latent that says something.
+    assert float(fired.float().mean(0).max()) < 0.3
+    # No two of them are the same latent.
+    cosines = trainer.decoder[DEAD] @ trainer.decoder[DEAD].T - torch.eye(20)
+    assert float(cosines.max()) < 0.999
+
+
+def test_revival_takes_the_tokens_that_are_explained_worst():
+    trainer = with_dead_latents("batchtopk", "transcoder")
+    x, y = torch.randn(256, 24), torch.randn(256, 24)
+    y[7] *= 100  # nearly all of the squared error
+    trainer._maybe_revive(x, y)
+    outlier, token = y[7] / y[7].norm(), x[7] * trainer.wiring.scale - trainer.wiring.centre
+    (found,) = (trainer.decoder[DEAD] @ outlier > 0.99).nonzero()
+    # It writes what its token lacked and reads what its token is.
+    assert float(trainer.encoder[found] @ token / trainer.encoder[found].norm()) == pytest.approx(
+        float(token.norm()), rel=1e-4
+    )
+
+
+def test_where_all_latents_are_dead_all_can_come_back():
+    trainer = with_dead_latents("standard")
+    trainer.b_enc.fill_(-100)
+    trainer.tokens_since_fired.fill_(5000)
+    trainer._maybe_revive(torch.randn(64, 24), None)
+    assert trainer.revived == 64  # one for each token, no twins
+    assert trainer.finite
+    assert int(trainer.dead.sum()) == 96 - 64
+
+
+@pytest.mark.parametrize(
+    ("at", "options", "revived"),
+    [
+        (10, {}, 20),
+        (11, {}, 0),
+        (55, {}, 20),
+        (10, {"revive": False}, 0),
+        (55, {"decay_share": 0.4}, 20),
+        (55, {"decay_share": 0.5}, 0),  # the rate has begun to fall
+    ],
+)
+def test_latents_restart_at_their_points_and_not_while_the_rate_decays(at, options, revived):
+    trainer = with_dead_latents("topk", at=at, **options)
+    trainer.step(torch.randn(256, 24))
+    assert trainer.revived == revived
+
+
+def test_revived_latents_stay_alive(planted):
+    draw, _ = planted
+    plan = small_plan(d=48, steps=100, dead_window=1000, anneal_share=0.0, auxk=False)
+    trainer = SiteTrainer(plan, draw(2048), seed=0)
+    for number in range(25):
+        if number == 10:
+            trainer.b_enc[DEAD] = -100
+            trainer.tokens_since_fired[DEAD] = 5000
+        trainer.step(draw(256))
     assert trainer.revived >= 20
-    pre = (batch * trainer.wiring.scale - trainer.b_dec) @ trainer.encoder.T + trainer.b_enc
-    assert bool((pre[:, :20].max(0).values > 0.9 * trainer.objective.threshold).all())
+    assert int((trainer.tokens_since_fired[DEAD] < 1000).sum()) >= 18
+
+
+def test_revival_after_divergence_says_so():
+    trainer = with_dead_latents("batchtopk")
+    with pytest.raises(TrainingDiverged, match="learning rate"):
+        trainer.step(torch.full((256, 24), math.nan), measure=False)
+    assert trainer.revived == 0
 
 
 @pytest.mark.parametrize("sparsity", ["batchtopk", "topk"])

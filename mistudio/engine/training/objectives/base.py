@@ -23,6 +23,7 @@ from mistudio.engine.sae.activation import Activation
 from mistudio.engine.sae.dictionary import Codes, weighted_rows
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.distributed import World
+from mistudio.engine.training.optimizers import learning_rate
 from mistudio.engine.training.sparse import ByLatent, entry_dots
 
 
@@ -137,9 +138,13 @@ class Objective:
         """How the finished dictionary acts (in training units)."""
         raise NotImplementedError
 
-    def firing_level(self, latents: Tensor) -> Tensor | float:
-        """The pre-activation above which these latents fire."""
-        return 0.0
+    def firing_level(self, latents: Tensor, faintest: Tensor) -> Tensor:
+        """The pre-activations [n] above which these latents [n] fire on tokens whose faintest
+        active latents have the values `faintest` [n]."""
+        return torch.zeros_like(faintest)
+
+    def restart(self, latents: Tensor) -> None:
+        """Take back what was learnt about these latents beside the weights."""
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -171,17 +176,25 @@ class Coefficient:
     """The weight of a sparsity penalty: the user's number, or steered so that L0 meets its target.
 
     Given numbers rise linearly over the first 5 % of the run (Anthropic, April 2024). Without one,
-    the coefficient grows by up to `GAIN` a step where L0 is too high and falls where it is too
-    low. Documented coefficients are of little use in short runs: the same number gives another L0
-    on every model, site and width.
+    the logarithm moves by up to `GAIN` * learning rate a step (and far enough over the run where
+    that is low), pushed by how far L0 is off and by where it is heading. L0 follows a price with delay, and the slower the lower the rate: pushed
+    by the distance alone it falls far below the target, where latents die, and swings. Documented
+    coefficients are of little use in short runs: the same number gives another L0 on every model,
+    site and width.
     """
 
-    GAIN = 0.05
+    GAIN = 8.0
+    FASTEST = 0.05  # a step, however high the rate
+    REACH = 8.0  # over the run, however low the rate
+    DISTANCE, TREND = 2.0, 8.0  # of log(L0 / target), and of log(L0 / its running mean)
+    MEMORY = 0.015  # of the running mean, in sums of learning rates: 5 steps at 3e-3
 
     def __init__(self, plan: Plan, start: float) -> None:
+        self._plan = plan
         self._given = plan.config.l1_coefficient
         self._warmup = max(1, round(0.05 * plan.steps))
         self._log = math.log(start)
+        self._mean = 0.0  # of log(L0)
         self._step = 0
 
     @property
@@ -191,14 +204,21 @@ class Coefficient:
         return math.exp(self._log)
 
     def follow(self, l0: float, k: float, step: int) -> None:
-        self._step = step + 1
-        if self._given is None:
-            # A ratio, not a difference: far above the target the push must not explode.
-            self._log += self.GAIN * max(-1.0, min(1.0, math.log(max(l0, 1e-3) / k)))
+        first, self._step = self._step == 0, step + 1
+        if self._given is not None:
+            return
+        rate, level = learning_rate(self._plan, step), math.log(max(l0, 1e-2))
+        if first:
+            self._mean = level
+        push = self.DISTANCE * (level - math.log(k)) + self.TREND * (level - self._mean)
+        self._mean += min(1.0, rate / self.MEMORY) * (level - self._mean)
+        most = min(self.FASTEST, max(self.GAIN * rate, self.REACH / self._plan.steps))
+        self._log += most * max(-1.0, min(1.0, push))
 
     def state(self) -> dict[str, Tensor]:
-        return {"coefficient": torch.tensor([self._log, self._step], dtype=torch.float64)}
+        numbers = [self._log, self._mean, self._step]
+        return {"coefficient": torch.tensor(numbers, dtype=torch.float64)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self._log, step = tensors["coefficient"].tolist()
+        self._log, self._mean, step = tensors["coefficient"].tolist()
         self._step = int(step)

@@ -79,6 +79,10 @@ class GatedObjective(Objective):
     def follow(self, l0: float, k: float, step: int) -> None:
         self.coefficient.follow(l0, k, step)
 
+    def restart(self, latents: Tensor) -> None:
+        self.r_mag[latents] = 0.0
+        self.b_mag[latents] = 0.0
+
     def activation(self, weights: Weights) -> Activation:
         gain = self.r_mag.exp()
         return Gated(gain, self.b_mag - gain * weights.b_enc)

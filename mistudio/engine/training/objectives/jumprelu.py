@@ -39,7 +39,7 @@ class JumpReLUObjective(Objective):
 
     def __init__(self, plan: Plan, weights: Weights, sample: Tensor) -> None:
         super().__init__(plan, weights, sample)
-        self.coefficient = Coefficient(plan, start=0.1)
+        self.coefficient = Coefficient(plan, start=0.3)
         pre = torch.addmm(weights.b_enc, sample[:1024], weights.encoder.T)
         share = min(0.5, 4 * plan.k / plan.d_sae)
         n = max(1, round(share * pre.numel()))
@@ -88,7 +88,7 @@ class JumpReLUObjective(Objective):
     def activation(self, weights: Weights) -> Activation:
         return JumpReLU(self.threshold)
 
-    def firing_level(self, latents: Tensor) -> Tensor | float:
+    def firing_level(self, latents: Tensor, faintest: Tensor) -> Tensor:
         return self.threshold[latents]
 
     def state(self) -> dict[str, Tensor]:

@@ -30,6 +30,9 @@ class TopKObjective(Objective):
     def activation(self, weights: Weights) -> Activation:
         return TopK(self.plan.k)
 
+    def firing_level(self, latents: Tensor, faintest: Tensor) -> Tensor:
+        return faintest
+
 
 class BatchTopKObjective(Objective):
     """The same number of latents for every batch, as many for a token as it needs.
@@ -69,8 +72,9 @@ class BatchTopKObjective(Objective):
         level = 0.0 if self.threshold is None else float(self.threshold)
         return JumpReLU(torch.full_like(weights.b_enc, level))
 
-    def firing_level(self, latents: Tensor) -> Tensor | float:
-        return 0.0 if self.threshold is None else self.threshold
+    def firing_level(self, latents: Tensor, faintest: Tensor) -> Tensor:
+        level = 0.0 if self.threshold is None else float(self.threshold)
+        return torch.full_like(faintest, level)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self._last is None else {"threshold": self._last.clone()}
