@@ -284,7 +284,7 @@ def test_steer_writes_both_texts_and_what_changed(run: Run) -> None:
 
 def test_export_names_its_folders(run: Run, tmp_path: Path) -> None:
     result = run("export", "first", "--format", "saelens", "--to", tmp_path / "out")
-    assert result.json == {"folders": [str(tmp_path / "out" / road.POINT)]}
+    assert result.json == {"format": "saelens", "folders": [str(tmp_path / "out" / road.POINT)]}
     assert result.out.strip() == result.json["folders"][0]
     assert (tmp_path / "out" / road.POINT / "cfg.json").is_file()
 

@@ -22,6 +22,7 @@ from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.files import save_sae
 from mistudio.engine.sae.formats.writing import export_sae
 from mistudio.engine.training.config import TrainingConfig, derive
+from mistudio.engine.training.distributed import ALONE, World
 from mistudio.engine.training.run import train as train_run
 from mistudio.engine.training.step import SiteTrainer
 
@@ -41,7 +42,12 @@ class Replay:
         return self._activations.width
 
     def batches(
-        self, batch_size: int, seed: int, progress: Progress = SILENT, state: State | None = None
+        self,
+        batch_size: int,
+        seed: int,
+        progress: Progress = SILENT,
+        state: State | None = None,
+        world: World = ALONE,
     ) -> BatchStream:
         """From the first batch on, whatever the seed: the file is the order."""
         if state is not None:
