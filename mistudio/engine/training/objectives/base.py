@@ -177,10 +177,10 @@ class Coefficient:
 
     Given numbers rise linearly over the first 5 % of the run (Anthropic, April 2024). Without one,
     the logarithm moves by up to `GAIN` * learning rate a step (and far enough over the run where
-    that is low), pushed by how far L0 is off and by where it is heading. L0 follows a price with delay, and the slower the lower the rate: pushed
-    by the distance alone it falls far below the target, where latents die, and swings. Documented
-    coefficients are of little use in short runs: the same number gives another L0 on every model,
-    site and width.
+    that is low), pushed by how far L0 is off and by where it is heading. L0 follows a price with
+    delay, and the slower the lower the rate: pushed by the distance alone it falls far below the
+    target, where latents die, and swings. Documented coefficients are of little use in short runs:
+    the same number gives another L0 on every model, site and width.
     """
 
     GAIN = 8.0
