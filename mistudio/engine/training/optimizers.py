@@ -17,6 +17,9 @@ MOMENTUM = 0.9  # of SGD
 BETAS = (0.9, 0.99)
 # Decoder rows have norm 1, encoder rows are shorter: the decoder needs the larger steps.
 FACTORS = {"decoder": 2.0}
+# What AdamW shrinks. Logarithms (of thresholds, of gains) would not shrink but go to 1, a learnt
+# skip is not to be penalised, and decoder rows have norm 1 in any case.
+DECAYED = ("encoder", "b_enc", "b_dec", "b_mag")
 FALLS_TO = 0.1  # where linear and exponential schedules end
 
 
@@ -26,15 +29,19 @@ def optimizer(plan: Plan, parameters: Mapping[str, Tensor]) -> torch.optim.Optim
     Raises InvalidInput where the device has no such optimiser.
     """
     rate, config = plan.learning_rate, plan.config
+    decay = config.weight_decay if config.optimizer == "adamw" else 0.0
     groups: list[dict[str, Any]] = [
-        {"params": [parameter], "factor": FACTORS.get(name, 1.0)}
+        {
+            "params": [parameter],
+            "factor": FACTORS.get(name, 1.0),
+            "weight_decay": decay if name in DECAYED else 0.0,
+        }
         for name, parameter in parameters.items()
     ]
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=rate, betas=BETAS, fused=True)
     if config.optimizer == "adamw":
-        decay = config.weight_decay
-        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, fused=True)
     device = parameters["encoder"].device.type
@@ -56,6 +63,30 @@ def optimizer(plan: Plan, parameters: Mapping[str, Tensor]) -> torch.optim.Optim
         ) from exc
 
     return Adam8bit(groups, lr=rate, betas=BETAS)
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
+) -> None:
+    """Take up a copy of what the optimiser kept about a parameter, by its own names."""
+    state: dict[str, Any] = {
+        name: value.to(parameter.device, copy=True) for name, value in moments.items()
+    }
+    if "state1" in state:  # bitsandbytes counts steps in Python
+        state["step"] = int(state["step"])
+    optimizer.state[parameter] = state
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Zero the moments of these rows of a parameter."""
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if value.is_floating_point():
+            value[rows] = 0.0
+        else:  # 8-bit moments are places in a table, and 0 is not its first entry
+            value[rows] = int(state[name.replace("state", "qmap")].abs().argmin())
 
 
 def decay_begins(plan: Plan) -> int:

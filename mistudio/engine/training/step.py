@@ -18,7 +18,13 @@ from mistudio.engine.sae.dictionary import CHUNK_CELLS, Codes, Dictionary, weigh
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.distributed import ALONE, World
 from mistudio.engine.training.objectives import OBJECTIVES, Entries, Weights
-from mistudio.engine.training.optimizers import decay_begins, learning_rate, optimizer
+from mistudio.engine.training.optimizers import (
+    decay_begins,
+    forget,
+    learning_rate,
+    optimizer,
+    restore,
+)
 from mistudio.engine.training.sparse import Gradients, entry_dots
 from mistudio.engine.training.wiring import wire
 from mistudio.errors import TrainingDiverged
@@ -414,11 +420,8 @@ class SiteTrainer:
     def _forget(self, latents: Tensor) -> None:
         """Zero the optimiser's moments of these latents' rows."""
         for name, parameter in self.parameters().items():
-            if name in ("b_dec", "skip"):
-                continue
-            for value in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value[latents] = 0.0
+            if name not in ("b_dec", "skip"):
+                forget(self._optimizer, parameter, latents)
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -483,12 +486,12 @@ class SiteTrainer:
             parameter.copy_(tensors[name])
             prefix = f"optimizer.{name}."
             moments = {
-                key.removeprefix(prefix): value.to(parameter.device, copy=True)
+                key.removeprefix(prefix): value
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
             if moments:
-                self._optimizer.state[parameter] = moments
+                restore(self._optimizer, parameter, moments)
         self.objective.load_state(
             {
                 key.removeprefix("objective."): value
