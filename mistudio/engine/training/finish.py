@@ -60,14 +60,15 @@ def finish(
     plans = {site: trainer.plan for site, trainer in trainers.items()}
     revived = {site: trainer.revived for site, trainer in trainers.items()}
     steps = min(trainer.step_number for trainer in trainers.values())
+    rows = fitting_rows(trainers)
     dictionaries = {site: trainer.dictionary() for site, trainer in trainers.items()}
     trainers.clear()
-    tokens = calibrate(batches, dictionaries, plans, steps, together(progress, world))
+    tokens = calibrate(batches, dictionaries, plans, steps, rows, together(progress, world))
     if world.rank:
         return {}
     for site, dictionary in dictionaries.items():
         dictionaries[site] = dictionary.folded()
-    meters = judge(source, dictionaries, heldout_tokens, progress)
+    meters = judge(source, dictionaries, heldout_tokens, rows, progress)
     return {
         site: TrainedSite(
             plan=plans[site],
@@ -82,12 +83,18 @@ def finish(
     }
 
 
+def fitting_rows(trainers: Mapping[Site, SiteTrainer]) -> int:
+    """Rows that may be encoded at a time: where the training had to be split, so is this."""
+    return max(1, ROWS // max(trainer.parts for trainer in trainers.values()))
+
+
 @torch.no_grad()
 def calibrate(
     batches: Iterator[Batch],
     dictionaries: dict[Site, Dictionary],
     plans: Mapping[Site, Plan],
     steps: int,
+    rows: int,
     progress: Progress,
 ) -> dict[Site, int]:
     """Set the thresholds of those that have any so that k latents are active on average, on
@@ -104,7 +111,8 @@ def calibrate(
     for batch in batches:
         progress.check()
         for site, site_margins in margins.items():
-            site_margins.add(batch[site.input])
+            for x in batch[site.input].split(rows):
+                site_margins.add(x)
         seen = next(iter(margins.values())).tokens
         progress.report(seen, wanted, phase="calibrate")
         if seen >= wanted:
@@ -131,8 +139,8 @@ class Margins:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        for rows in x.split(max(1, CHUNK_CELLS // self._dictionary.d_sae)):
-            above = self._dictionary.pre_activations(rows) - self._thresholds
+        for rows in x.split(max(1, CHUNK_CELLS // 4 // self._dictionary.d_sae)):
+            above = self._dictionary.pre_activations(rows).sub_(self._thresholds)
             self._kept.append(above[above > self._floor].cpu())
             self._count += len(self._kept[-1])
         self.tokens += len(x)
@@ -155,6 +163,7 @@ def judge(
     source: ActivationSource,
     dictionaries: Mapping[Site, Dictionary],
     tokens: int,
+    rows: int,
     progress: Progress,
 ) -> dict[Site, ReconstructionMeter]:
     """Finished dictionaries on held-out tokens, as anyone who loads them will use them."""
@@ -163,7 +172,7 @@ def judge(
         for site, dictionary in dictionaries.items()
     }
     seen = 0
-    for batch in source.heldout(ROWS, tokens, progress):
+    for batch in source.heldout(rows, tokens, progress):
         progress.check()
         for site, dictionary in dictionaries.items():
             x = batch[site.input]

@@ -29,7 +29,7 @@ from mistudio.engine.training import checkpoints
 from mistudio.engine.training.checkpoints import Checkpoint
 from mistudio.engine.training.config import Plan, TrainingConfig, derive
 from mistudio.engine.training.distributed import ALONE, World, check_batch, together
-from mistudio.engine.training.finish import ALL_TOKENS, ROWS, TrainedSite, finish
+from mistudio.engine.training.finish import ALL_TOKENS, ROWS, TrainedSite, finish, fitting_rows
 from mistudio.engine.training.step import SiteTrainer, StepMetrics
 from mistudio.errors import (
     Incompatible,
@@ -317,7 +317,14 @@ class _Run:
 
     def _quality(self, site: Site) -> dict[str, Any]:
         dictionary = self.trainers[site].dictionary()
-        pairs = ((batch[site.input], batch[site.output]) for batch in self._heldout)
+        rows = fitting_rows(self.trainers)
+        pairs = (
+            (x, y)
+            for batch in self._heldout
+            for x, y in zip(
+                batch[site.input].split(rows), batch[site.output].split(rows), strict=True
+            )
+        )
         quality = evaluate(dictionary, pairs, dictionary.d_out).result()
         values = {
             name: getattr(quality, name) for name in ("fvu", "l0", "dead_share", "cosine", "tokens")
