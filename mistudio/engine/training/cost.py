@@ -659,7 +659,8 @@ GPT2_SMALL = ModelShape(
     weight_bytes=2,
 )
 # Of the arithmetic peaks. The two EPYC cores that this was developed on reach 0.6 of theirs in
-# large products (141 of 237 GFLOP/s) and about half of that in a whole forward pass.
+# large products (141 of the 237 GFLOP/s that 3.7 GHz would give) and half of that in a whole
+# forward pass, whose element-wise work is counted apart here.
 UTILISATION = (0.25, 0.40, 0.60)
 BANDWIDTH_SHARE = 0.7  # of the memory's peak, for work that streams
 # Bytes that pass through memory for one cell or key, from how CUDA does it: a comparison, its
