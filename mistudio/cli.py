@@ -44,12 +44,44 @@ class _JobFailed(Exception):
 
 def run(arguments: list[str]) -> int:
     """Parse, do, and return the exit code."""
+    from mistudio.engine.training import distributed
+
+    return _first_of_many(arguments) if distributed.launched() else _command(arguments)
+
+
+def _first_of_many(arguments: list[str]) -> int:
+    """As one of the processes that `torchrun` or `accelerate launch` started: the first does what
+    was typed, the others help it to train."""
+    from mistudio import bootstrap
+    from mistudio.engine.training import distributed
+    from mistudio.jobs.assist import assist
+
+    bootstrap.prepare()
+    try:
+        world = distributed.from_environment()
+    except UserError as exc:
+        _print_error({"title": exc.title, "what": exc.what, "next_step": exc.next_step})
+        return FAILED
+    if isinstance(world, distributed.Processes) and world.rank:
+        return assist(world)
+    code = _command(arguments)
+    if code == DONE:
+        world.leave()
+    return code  # where it is another, the others end because this process does
+
+
+def _command(arguments: list[str]) -> int:
+    from mistudio.engine.training import distributed
+
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
     except SystemExit as exit:
         return int(exit.code or 0)
     if options.command is None or options.command == "app":
+        if distributed.launched():
+            print("The window needs one process: start it without a launcher.", file=sys.stderr)
+            return BAD_USAGE
         from mistudio.app import main as window
 
         return window([*_window_arguments(options)])

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import mistudio
 from mistudio import device
 from mistudio.engine.progress import Progress
+from mistudio.engine.training import distributed
 from mistudio.errors import is_out_of_memory
+from mistudio.jobs import assist
 from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext, MetricLog, read_metrics
@@ -186,8 +188,9 @@ class _Learning:
         try:
             return self._train(found)
         except Exception as exc:
-            # Only beside a model is there anything to be won.
-            if self.origin.kind != "stream" or self._keep is None or not is_out_of_memory(exc):
+            # Only beside a model is there anything to be won, and only for one process.
+            beside = self.origin.kind == "stream" and distributed.current().size == 1
+            if not beside or self._keep is None or not is_out_of_memory(exc):
                 raise
         # Outside of the handler: the error holds what the training held.
         unload_model()
@@ -249,10 +252,12 @@ class _Learning:
         if not self.origin.takes_turns:
             loading = loading or Stage(context, "load model")
         stage = self._stages.get("train") or Stage(context, "train", TRAIN_PARTS)
+        extraction_id, config = self._job.extraction_id, asdict(self._config)
+        world = assist.call(self._text, self.origin, extraction_id, config, found, new_stream)
         self.source = open_source(
             self._text,
             self.origin,
-            self._job.extraction_id,
+            extraction_id,
             self._keep or context.work_folder,
             stage if self.origin.takes_turns or loading is None else loading,
         )
@@ -266,6 +271,7 @@ class _Learning:
             saving=self._saving(),
             resume=found,
             new_stream=new_stream,
+            world=world,
         )
 
 
@@ -333,6 +339,7 @@ def _save_site(
         site=site,
         model_name=public_name(record),
         hf_hook_name=model.module_path(site.input),
+        hf_hook_name_out=model.module_path(site.output),
         context=result.plan.config.context,
         training_architecture=result.plan.config.sparsity,
         frequencies=result.frequencies,
@@ -386,6 +393,7 @@ def _run_record(
         "tokens_per_second": trained.tokens_per_second,
         "training_seconds": trained.seconds,
         "stopped": trained.stopped,
+        "processes": distributed.current().size,
         "notes": notes,
         "sites": {site.name: row for site, row in metrics.items()},
         "versions": device.versions(),

@@ -63,6 +63,10 @@ class World(Protocol):
         without a limit."""
         ...
 
+    def leave(self) -> None:
+        """The end, when all is done: the first process lets the others go."""
+        ...
+
 
 class _Alone:
     rank = 0
@@ -80,6 +84,9 @@ class _Alone:
     def told(self, value: Value) -> Value:
         return value
 
+    def leave(self) -> None:
+        pass
+
 
 ALONE: World = _Alone()
 
@@ -92,6 +99,7 @@ class Processes:
         self.rank, self.size = rank, size
         self._store = store
         self._waiting: ProcessGroup | None = waiting
+        self._dismissed = False
 
     def add(self, tensor: Tensor) -> Tensor:
         import torch.distributed as dist
@@ -170,32 +178,37 @@ class Processes:
 
     def fail(self, reason: str) -> bool:
         """Called by a process that cannot go on and is not the first: tell the first one why and
-        give it time to say so, and to save. Whether it heard."""
+        give it time to say so, and to save. False where it lives and does not hear."""
         try:
             self._store.set("failure", f"Process {self.rank}: {reason}")
-        except RuntimeError:
-            return False
+        except RuntimeError:  # the store's owner is gone
+            return True
         self._close()  # whoever waits for this process learns of it
-        heard = self._comes("heard", NOTICE_SECONDS)
-        if heard:
-            self.linger()
-        return heard
+        if not self._comes("heard", NOTICE_SECONDS):
+            return False
+        self.linger()
+        return True
 
     def linger(self) -> None:
-        """Wait for the launcher to end this process: it does when the first one has ended."""
+        """Wait to be dismissed: the launcher does that when the first process has ended."""
         self._close()
         self._comes("never", LAST_SECONDS)
 
+    def dismiss(self) -> None:
+        """The launcher ends the run. Whoever lingers stops; what is at work ends with the first
+        process."""
+        self._dismissed = True
+
     def _comes(self, key: str, seconds: float) -> bool:
-        """Whether the store gets to hold `key`; False at once where its owner has ended."""
+        """Whether, before time is up, the store holds `key` or there is nothing to wait for."""
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end:
-                if self._store.check([key]):
+                if self._dismissed or self._store.check([key]):
                     return True
                 time.sleep(0.1)
-        except RuntimeError:
-            pass
+        except RuntimeError:  # the store's owner is gone
+            return True
         return False
 
     def orders(self) -> Iterator[Any]:
@@ -205,7 +218,6 @@ class Processes:
         self._close()
 
     def leave(self) -> None:
-        """The end, when all is done: the first process lets the others go."""
         self.told(None)
         self._close()
 
