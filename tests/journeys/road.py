@@ -3,6 +3,7 @@ command line in this process and in processes of its own that can be killed."""
 
 from __future__ import annotations
 
+import contextlib
 import atexit
 import json
 import logging
@@ -229,7 +230,8 @@ class Children:
         """`mistudio ARGUMENTS`; `limit` is the largest file it may write, in bytes."""
         assert self._parent.stdin and self._parent.stdout
         if self._last and not self._last.ended:  # of a test that failed
-            self._last.signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                self._last.signal(signal.SIGKILL)
             self._last.wait()
         request = {"arguments": list(map(str, arguments)), "limit": limit}
         request |= {"folder": str(self._folder), "home": os.environ["MISTUDIO_HOME"]}
