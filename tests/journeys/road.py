@@ -3,8 +3,8 @@ command line in this process and in processes of its own that can be killed."""
 
 from __future__ import annotations
 
-import contextlib
 import atexit
+import contextlib
 import json
 import logging
 import os

@@ -74,7 +74,7 @@ def _train(root: Path, folder: Path) -> tuple[object, ...]:
         "stream",
         *road.quick_options(),
         "--set",
-        "tokens=9000",
+        "tokens=120000",
         "--set",
         "batch_size=64",
     )
@@ -99,13 +99,6 @@ def _steer(root: Path, folder: Path) -> tuple[object, ...]:
     return (*steer, "--max-tokens", "150")
 
 
-def _export(root: Path, folder: Path) -> tuple[object, ...]:
-    (sae,) = road.rows(root, "SELECT folder FROM saes")
-    with (root / sae["folder"] / "notes.bin").open("wb") as notes:
-        notes.truncate(300_000_000)
-    return "export", "first", "--to", folder / "exported"
-
-
 WORK = "copied/work/job-*"
 MOMENTS = (
     Moment("add_dataset", "read", _add_dataset, half=f"{WORK}/dataset/documents.jsonl"),
@@ -116,7 +109,6 @@ MOMENTS = (
     Moment("train", "evaluate", _evaluate),
     Moment("discover", "discover", _discover),
     Moment("steer", "generate", _steer),
-    Moment("export", "export", _export, half=f".exported.partial-*/{road.POINT}/notes.bin"),
 )
 
 
