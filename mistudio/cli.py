@@ -469,7 +469,17 @@ def _train(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     extraction_id = _stored_activations(options, library, model.id, dataset.id, read, config)
     source = options.source if options.source in ("extract", "hybrid") else "auto"
     job = Train(model.id, dataset.id, names, config, extraction_id, options.name, source=source)
+    kind = "stored" if extraction_id is not None else "stream" if source == "auto" else source
+    _print_plan(library, model.id, points, parsed, kind)
     return _trained(library, _run(library, job, keep_on_stop=True))
+
+
+def _print_plan(library: Library, model_id: int, points: Any, config: Any, kind: str) -> None:
+    from mistudio.engine.training.planning import describe
+    from mistudio.jobs.plans import planned
+
+    if plan := planned(library, model_id, points, config, kind, timed=True):
+        print("\n".join(("Plan:", *(f"  {line}" for line in describe(plan)))), file=sys.stderr)
 
 
 def _trained(library: Library, result: dict[str, Any]) -> dict[str, Any]:
@@ -504,7 +514,7 @@ def _stored_activations(
     config: dict[str, Any],
 ) -> int | None:
     """Store activations first where that is asked for, or where training will repeat the text."""
-    from mistudio.engine.training.config import parse
+    from mistudio.engine.training.config import derive, parse
     from mistudio.jobs.kinds import Extract, Tokenize
 
     parsed = parse(config)
@@ -512,7 +522,8 @@ def _stored_activations(
         return None
     tokenization_id = _run(library, Tokenize(dataset_id, model_id), quiet=True)["tokenization_id"]
     tokens = library.tokenizations.get(tokenization_id).tokens
-    if options.source == "auto" and parsed.tokens <= 1.2 * tokens:
+    plan = derive(parsed, library.models.get(model_id).d_model)
+    if options.source == "auto" and plan.steps * plan.batch_size <= 1.2 * tokens:
         return None
     for found in library.extractions.of_model(model_id):
         if (

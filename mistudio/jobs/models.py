@@ -289,6 +289,15 @@ def loaded_model(library: Library, model_id: int, progress: Progress = SILENT) -
         return _loaded[1]
 
 
+def loaded_bytes() -> int:
+    """What the weights of the loaded model take."""
+    with _lock:
+        if _loaded is None:
+            return 0
+        network = _loaded[1].model
+    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
+
+
 def own_model(library: Library, model_id: int, progress: Progress = SILENT) -> HookedDecoder:
     """The model, freshly loaded for a caller who frees it by dropping it."""
     from mistudio.engine.models import loading

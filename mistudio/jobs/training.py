@@ -15,6 +15,7 @@ from mistudio import device
 from mistudio.engine.progress import Progress
 from mistudio.engine.training import distributed
 from mistudio.errors import is_out_of_memory
+from mistudio.formatting import size
 from mistudio.jobs import assist
 from mistudio.jobs.control import Phase
 from mistudio.jobs.datasets import tokenize
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mistudio.engine.sae.loss import LossRecovered
     from mistudio.engine.sae.site import Site
     from mistudio.engine.training.checkpoints import Checkpoint
+    from mistudio.engine.training.planning import RunPlan
     from mistudio.engine.training.run import Saving, TrainedRun, TrainedSite
 
 TRAIN_PARTS = {
@@ -176,6 +178,7 @@ class _Learning:
             plan.steps * plan.batch_size,
         )
         self.source: ActivationSource
+        self._inputs = tuple(site.input for site in sites)
         self.origin = choose(self._text, job.source, job.extraction_id)
         self.notes: list[str] = []
         self.seconds_before = 0.0
@@ -185,6 +188,8 @@ class _Learning:
         if found:
             self.origin = Origin(**found.run["about"]["origin"])
             self.seconds_before = found.run["seconds"]
+        elif self._job.source == "auto" and self.origin.kind == "stream" and self._keep:
+            self._foresee()
         try:
             return self._train(found)
         except Exception as exc:
@@ -201,6 +206,24 @@ class _Learning:
         )
         found = self._found()
         return self._train(found, new_stream=found is not None)
+
+    def _foresee(self) -> None:
+        """Take turns from the start where model and training cannot fit together. (On most
+        systems main memory does not run out with an error: the process is killed.)"""
+        from mistudio.jobs.plans import planned
+
+        def plan(source: str) -> RunPlan | None:
+            return planned(self._library, self._job.model_id, self._inputs, self._config, source)
+
+        beside, apart = plan("stream"), plan("extract")
+        if beside is None or apart is None or beside.fits or not apart.fits:
+            return
+        self.origin = in_turns(self._text, "extract", or_less=True)
+        self._tell(
+            f"The model and its training would need {size(beside.memory)} together, and "
+            f"{size(beside.machine.memory_free)} are free: activations are stored first, then "
+            "trained on."
+        )
 
     def _found(self) -> Checkpoint | None:
         """The newest whole checkpoint; the metrics of what was learnt after it are dropped."""

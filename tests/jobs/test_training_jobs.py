@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,10 +15,11 @@ from mistudio.engine.sae.files import load_sae
 from mistudio.engine.training import checkpoints
 from mistudio.engine.training.config import TrainingConfig
 from mistudio.engine.training.step import SiteTrainer
-from mistudio.jobs import sources
+from mistudio.jobs import plans, sources
 from mistudio.jobs.control import Control
 from mistudio.jobs.job import JobContext, can_go_on, run_job, submit
 from mistudio.jobs.kinds import Train, job_from_row
+from mistudio.jobs.models import parse_points
 from mistudio.library.jobs import JobRecord
 from mistudio.library.library import Library
 
@@ -279,6 +281,41 @@ def test_where_model_and_training_do_not_fit_together_they_take_turns(
     assert left(library) == []
 
 
+def test_where_the_plan_says_so_they_take_turns_from_the_start(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = plans.planned
+
+    def small_computer(*args: Any, **options: Any) -> Any:
+        """On which they do not fit beside each other, but one after the other."""
+        plan = real(*args, **options)
+        return plan and dataclasses.replace(plan, fits=args[-1] != "stream")
+
+    monkeypatch.setattr(plans, "planned", small_computer)
+    row = run(library, training({"steps": 4}, extraction_id=None))
+    found = library.trainings.get(row.result["training_id"]).record
+    assert found["source"] == "stored for this run"
+    (note,) = found["notes"]
+    assert "are free: activations are stored first" in note
+    row = run(library, training({"steps": 4}, extraction_id=None, source="stream"))
+    assert library.trainings.get(row.result["training_id"]).record["source"] == "streamed"
+
+
+def test_a_plan_knows_the_model_and_this_computer(library: Library) -> None:
+    points = parse_points([POINT])
+    config = TrainingConfig(**SHORT)
+    plan = plans.planned(library, 1, points, config, "stream", timed=True)
+    assert plan is not None
+    assert plan.fits and plan.disk_fits
+    assert plan.run.model.parameters == library.models.get(1).parameters
+    assert plan.machine.disk_free > 0
+    assert plan.seconds and plan.seconds > 0
+    stored = plans.planned(library, 1, points, config, "stored")
+    assert stored is not None and stored.memory < plan.memory
+    library.execute("UPDATE models SET summary = '{}'")
+    assert plans.planned(library, 1, points, config, "stream") is None
+
+
 def test_out_of_memory_without_another_road_says_so(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,3 +424,61 @@ def test_ghost_gradients_mean_todays_care_for_dead_latents(library: Library) -> 
     (sae,) = library.saes.of_training(found)
     plan = load_sae(library.path(sae.folder)).record["plan"]["config"]
     assert (plan["auxk"], plan["revive"]) == (False, False)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def typed(library: Library, *arguments: object) -> int:
+    options = {**SHORT, "steps": 6}
+    given = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+    train = ("train", "--model", 1, "--dataset", 1, "--layers", "1")
+    return road.run_cli(library.root, *train, *given, *arguments)
+
+
+def test_a_transcoder_is_typed_by_its_wiring_alone(
+    library: Library, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(library, "--set", "wiring=transcoder", "--name", "across") == 0
+    told = capsys.readouterr().err
+    assert "Plan:" in told and "memory:" in told and "disk:" in told
+    (sae,) = library.saes.of_training(library.trainings.all("name = 'across'")[0].id)
+    assert sae.hook_point == "blocks.1.mlp.hook_in"
+    assert typed(library, "--set", "wiring=transcoder", "--site", "resid_post") == 1
+    assert "A transcoder reads the MLP's input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("stream", "streamed"),
+        ("store", "stored activations"),
+        ("extract", "stored for this run"),
+        ("hybrid", "stored for this run, in portions"),
+        ("auto", "streamed"),
+    ],
+)
+def test_the_source_is_typed(library: Library, source: str, told: str) -> None:
+    assert typed(library, "--source", source, "--name", "typed") == 0
+    (run,) = library.trainings.all("name = 'typed'")
+    assert run.record["source"] == told
+
+
+def test_what_cannot_be_gone_on_with_is_said(
+    library: Library, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        (("resume",), "No training with a checkpoint was interrupted"),
+        (("resume", 1), "Job 1 (finished) has no checkpoint"),
+        (("resume", 999), "No job with number 999"),
+    ):
+        assert road.run_cli(library.root, *arguments) == 1
+        assert words in capsys.readouterr().err
+    control = Control()
+    row = run(library, training(), control=control, on_start=At(5, control.interrupt).start)
+    assert road.run_cli(library.root, "resume", row.id, "--step", 4) == 1
+    assert "has those of the steps 5" in capsys.readouterr().err
+    assert road.run_cli(library.root, "checkpoints") == 0
+    assert row.title in capsys.readouterr().out
+    assert road.run_cli(library.root, "job", "retry", row.id) == 0  # the same as `resume`
+    assert library.jobs.get(row.id).status == "finished"
