@@ -94,6 +94,8 @@ def assist(world: Processes) -> int:
     # Ctrl-C and the system's end reach all processes: the first one decides what comes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: world.dismiss())
+    import mistudio.engine.training.run  # noqa: F401  (seconds, while the first one prepares)
+
     try:
         for order in world.orders():
             _take_part(Order(**order), world)
