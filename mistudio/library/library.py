@@ -29,12 +29,14 @@ from mistudio.library.records import (
     Models,
     Saes,
     Tokenizations,
+    Tokenizers,
     Trainings,
 )
 
 FOLDERS = (
     "datasets",
     "models",
+    "tokenizers",
     "activations",
     "trainings",
     "saes",
@@ -81,6 +83,7 @@ class Library:
             database.migrate(self._db)
         self.datasets = Datasets(self)
         self.models = Models(self)
+        self.tokenizers = Tokenizers(self)
         self.tokenizations = Tokenizations(self)
         self.extractions = Extractions(self)
         self.trainings = Trainings(self)
@@ -347,6 +350,7 @@ class Library:
 _OWNERS = {
     "datasets": ("datasets", "tokenizations"),
     "models": ("models",),
+    "tokenizers": ("tokenizers",),
     "activations": ("extractions",),
     "trainings": ("trainings",),
     "saes": ("saes",),
@@ -371,6 +375,7 @@ _USERS = {
 _JOB_PARAMETERS = {
     "datasets": "dataset_id",
     "models": "model_id",
+    "tokenizers": "tokenizer_id",
     "extractions": "extraction_id",
     "trainings": "training_id",
     "saes": "sae_id",

@@ -10,7 +10,11 @@ from mistudio.library.table import Table
 
 @dataclass(frozen=True)
 class Dataset:
-    """Documents of text, stored as `documents.jsonl` in `folder`."""
+    """Documents of text, stored as `documents.jsonl` in `folder`.
+
+    Where `link` is not empty it says where the documents are read each time, and the folder keeps
+    only the first ones, for a look; `documents`, `characters` and `bytes` then count those.
+    `statistics` of the text are computed once; empty until then."""
 
     id: int
     name: str
@@ -20,6 +24,23 @@ class Dataset:
     documents: int
     characters: int
     bytes: int
+    provenance: dict[str, Any]
+    created_at: str
+    link: dict[str, Any]
+    statistics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that belongs to no model of the library."""
+
+    id: int
+    name: str
+    source: str
+    origin: str
+    folder: str
+    tokenizer_hash: str
+    vocab_size: int
     provenance: dict[str, Any]
     created_at: str
 
@@ -167,6 +188,10 @@ class Datasets(Table[Dataset]):
 
 class Models(Table[Model]):
     name, noun, record = "models", "model", Model
+
+
+class Tokenizers(Table[Tokenizer]):
+    name, noun, record = "tokenizers", "tokenizer", Tokenizer
 
 
 class Tokenizations(Table[Tokenization]):

@@ -253,7 +253,7 @@ def test_ctrl_c_during_training_keeps_the_sae(
     assert training["status"] == "stopped"
     record = json.loads(training["record"])
     assert record["stopped"] is True
-    assert 0 < record["tokens"] < 9000
+    assert 0 < record["tokens"] < 120_000
     road.check_whole(root)
 
 

@@ -276,6 +276,7 @@ class SiteTrainer:
             del pre
             pending.append(entries)
             held += len(entries.pre)
+            del entries  # a generator would keep it through the next chunk
             stop = first + len(chunk)
             if held > ENTRY_BUDGET or stop - start >= part or stop == n:
                 yield slice(start, stop), Entries.joined(pending)

@@ -73,13 +73,13 @@ def planned_run(
         summary = ModelSummary(**form.model.summary)
     except TypeError:
         return None
-    source = "stored" if form.extraction else "stream" if form.source == "auto" else "extract"
+    source = "stored" if form.extraction else SOURCES[form.source]
     site = "mlp_in" if form.is_transcoder else form.site
     run = RunShape(
         model_shape(summary, WEIGHT_BYTES[computer.precision]),
         tuple(PlannedSite(layer, site, plan) for layer in form.layers),
         source=source,
-        stored_tokens=_stored_tokens(form, plan, corpus_tokens) if source == "extract" else None,
+        stored_tokens=None if source == "stream" else _stored_tokens(form, plan, corpus_tokens),
     )
     return plan_run(run, computer.machine, measured=Measured(overall=speed))
 
