@@ -19,6 +19,7 @@ TABLES = {
     "datasets",
     "models",
     "tokenizations",
+    "tokenizers",
     "extractions",
     "trainings",
     "saes",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # `mistudio.jobs.sources.PHASE_TOKENS`, written out: that module is slow to import.
 PORTION = 1_000_000
+# The form's sources -> the plan's.
+RUN_SOURCES = {"auto": "stream", "extract": "extract", "hybrid": "hybrid"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def planned_run(
         summary = ModelSummary(**form.model.summary)
     except TypeError:
         return None
-    source = "stored" if form.extraction else SOURCES[form.source]
+    source = "stored" if form.extraction else RUN_SOURCES[form.source]
     site = "mlp_in" if form.is_transcoder else form.site
     run = RunShape(
         model_shape(summary, WEIGHT_BYTES[computer.precision]),
