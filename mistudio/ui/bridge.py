@@ -188,6 +188,10 @@ class JobManager(QObject):
         self._start_next(job.lane)
         return record.id
 
+    def can_go_on(self, record: JobRecord) -> bool:
+        """Whether an ended job kept a checkpoint to go on from."""
+        return can_go_on(self._library, record)
+
     def retry(self, record: JobRecord) -> int:
         """Queue the same work again as a new job; returns its id."""
         from mistudio.jobs.kinds import job_from_row

@@ -40,6 +40,7 @@ class JobCard(Surface):
         super().__init__("row", None, 12, parent)
         self._services = services
         self.record = record
+        self._kept = False  # a checkpoint to go on from
         self._title = ElidedLabel(record.title, "label")
         self._badge = Badge(record.status)
         head = row(self._title, self._badge, spacing=8)
@@ -83,6 +84,8 @@ class JobCard(Surface):
         self.pause.setVisible(owned and record.status in ("running", "paused"))
         self.cancel.setVisible(owned and record.active)
         self.cancel.setEnabled(True)
+        self._kept = self._services.jobs.can_go_on(record)
+        self.again.setText("Go on" if self._kept else "Run again")
         self.again.setVisible(record.status in ("failed", "cancelled", "interrupted"))
         self.copy.setVisible(record.status == "failed")
         self.show_progress()
@@ -109,7 +112,8 @@ class JobCard(Surface):
 
     def _on_again_clicked(self, checked: bool = False) -> None:
         try:
-            self._services.jobs.retry(self.record)
+            jobs = self._services.jobs
+            jobs.go_on(self.record) if self._kept else jobs.retry(self.record)
         except UserError as exc:
             self._services.toasts.error(exc)
 

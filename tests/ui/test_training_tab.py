@@ -782,6 +782,38 @@ def test_a_training_from_start_to_its_card(
 
 
 @pytest.mark.slow
+def test_an_interrupted_training_goes_on_from_its_card(
+    qtbot: Any, trained: Services, trained_library: Library
+) -> None:
+    import_engine()
+    page = open_page(qtbot, trained)
+    small(page, "2,000,000")
+    qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
+    (card,) = page.job_cards()
+    job_id = card.job.id
+    qtbot.waitUntil(lambda: len(trained.jobs.metrics(job_id)) >= 4, timeout=LONG)
+    thread = trained.jobs._thread(job_id)
+    assert thread is not None
+    thread.control.interrupt()  # as the window does when it is closed
+    qtbot.waitUntil(lambda: card.job.status == "interrupted", timeout=LONG)
+    before = trained.jobs.metrics(job_id)[-1]["step"]
+    assert card.go_on.isVisible() and card.retry.isVisible()
+    assert "Go On continues there" in card._hint.text()
+
+    qtbot.mouseClick(card.go_on, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: [c.job.status for c in page.job_cards()] == ["running"], timeout=LONG)
+    (card,) = page.job_cards()
+    assert card.job.id == job_id and not card.go_on.isVisible()
+    newest = lambda: (trained.jobs.metrics(job_id) or [{"step": 0}])[-1]["step"]  # noqa: E731
+    qtbot.waitUntil(lambda: newest() > before, timeout=LONG)
+    steps = [row["step"] for row in trained.jobs.metrics(job_id)]
+    assert steps == sorted(set(steps)), "no step is made twice"
+    qtbot.waitUntil(card.stop.isEnabled, timeout=LONG)
+    qtbot.mouseClick(card.stop, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status == "finished", timeout=LONG)
+
+
+@pytest.mark.slow
 def test_a_transcoder_is_trained_from_the_form(
     qtbot: Any, trained: Services, trained_library: Library
 ) -> None:

@@ -43,6 +43,7 @@ class JobCard(Card):
     """One training job that has not become a run."""
 
     retry_wanted = Signal(int)
+    go_on_wanted = Signal(int)
     dismissed = Signal(int)
 
     def __init__(
@@ -93,6 +94,7 @@ class JobCard(Card):
         self.resume = Button("Resume", "primary", "play")
         self.stop = Button("Stop and Keep", "danger", "circle-stop", STOP_HELP)
         self.cancel = Button("Cancel", "secondary", "x")
+        self.go_on = Button("Go On", "primary", "play", "From the newest checkpoint that it kept")
         self.retry = Button("Retry", "info", "rotate-ccw", "The same training from its beginning")
         self._hint = Text("", "helper", wrap=True)
         for button, slot in (
@@ -100,13 +102,15 @@ class JobCard(Card):
             (self.resume, self._on_resume_clicked),
             (self.stop, self._on_stop_clicked),
             (self.cancel, self._on_cancel_clicked),
+            (self.go_on, self._on_go_on_clicked),
             (self.retry, self._on_retry_clicked),
         ):
             button.clicked.connect(slot)
             button.setAccessibleName(f"{button.text()}: {self._title.text()}")
         self._buttons = QWidget()
-        line = row(self.pause, self.resume, self.stop, self.cancel, self.retry, self._hint)
-        line.setStretch(5, 1)
+        buttons = (self.pause, self.resume, self.stop, self.cancel, self.go_on, self.retry)
+        line = row(*buttons, self._hint)
+        line.setStretch(len(buttons), 1)
         self._buttons.setLayout(line)
         self.add(head, self.progress, self._tiles, self._error, self._buttons, self.live)
         self.show_job(job)
@@ -140,11 +144,13 @@ class JobCard(Card):
         self.resume.setVisible(owned and job.status == "paused")
         self.stop.setVisible(owned and job.status in ("running", "paused"))
         self.cancel.setVisible(owned and job.status == "queued")
+        kept = self._services.jobs.can_go_on(job)
+        self.go_on.setVisible(kept)
         self.retry.setVisible(ended)
         self.dismiss.setVisible(ended)
         self._tiles.setVisible(job.status in ("running", "paused") or bool(self._n_rows))
         self.live.setVisible(self._n_rows > 0)
-        self._hint.setText(_hint(job, owned, self._stopping))
+        self._hint.setText(_hint(job, owned, self._stopping, kept))
         if job.status == "failed" and (old.status != "failed" or self._error.count() == 0):
             clear(self._error)
             error = {**job.error, "retryable": False}  # Retry stands below
@@ -208,6 +214,9 @@ class JobCard(Card):
     def _on_cancel_clicked(self, checked: bool = False) -> None:
         self._services.jobs.cancel(self.job.id)
 
+    def _on_go_on_clicked(self, checked: bool = False) -> None:
+        self.go_on_wanted.emit(self.job.id)
+
     def _on_retry_clicked(self, checked: bool = False) -> None:
         self.retry_wanted.emit(self.job.id)
 
@@ -215,13 +224,15 @@ class JobCard(Card):
         self.dismissed.emit(self.job.id)
 
 
-def _hint(job: JobRecord, owned: bool, stopping: bool) -> str:
+def _hint(job: JobRecord, owned: bool, stopping: bool, kept: bool) -> str:
     if stopping and job.active:
         return "The SAE is calibrated, judged and saved as it is."
     if job.status == "queued":
         return "Waits for the job before it." if owned else "Queued by another miStudio."
+    if kept:
+        return "It kept a checkpoint: Go On continues there, Retry begins from the start."
     if job.status == "interrupted":
-        return "miStudio ended while this ran. A retry begins from the start."
+        return "miStudio ended before a checkpoint was kept. A retry begins from the start."
     if job.status in ENDED_BADLY and job.ended_at:
         took = seconds_between(job.started_at, job.ended_at)
         spent = f" after {formatting.duration(took)}" if took is not None else ""

@@ -151,6 +151,7 @@ class TrainingPage(QWidget):
         if card is None:
             card = self._jobs[job.id] = JobCard(self._services, self.presenter, job)
             card.retry_wanted.connect(self._on_card_retry_wanted)
+            card.go_on_wanted.connect(self._on_card_go_on_wanted)
             card.dismissed.connect(self._on_card_dismissed)
         elif card.job != job:
             card.show_job(job)
@@ -187,6 +188,11 @@ class TrainingPage(QWidget):
         if (card := self._jobs.get(job_id)) is not None:
             self._dismissed.add(job_id)
             self.presenter.retry(card.job)
+
+    def _on_card_go_on_wanted(self, job_id: int) -> None:
+        if (card := self._jobs.get(job_id)) is not None:
+            self._drop(set(self._jobs) - {job_id}, set(self._runs))  # its charts begin anew
+            self.presenter.go_on(card.job)
 
     def _on_card_dismissed(self, job_id: int) -> None:
         self._dismissed.add(job_id)

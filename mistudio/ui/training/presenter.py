@@ -261,6 +261,9 @@ class TrainingPresenter(QObject):
     def retry(self, job: JobRecord) -> None:
         self._submit(lambda: self._services.jobs.retry(job))
 
+    def go_on(self, job: JobRecord) -> None:
+        self._submit(lambda: self._services.jobs.go_on(job))
+
     def discover(self, run: Run) -> None:
         """Queue a discovery pass for every SAE of the run that has none."""
         from mistudio.jobs.kinds import Discover
