@@ -6,13 +6,15 @@ from dataclasses import fields
 from typing import Any
 
 from mistudio.errors import Incompatible
-from mistudio.jobs.datasets import AddDataset, AddSampleDataset, Tokenize
+from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.features import Discover
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, Extract
 from mistudio.jobs.saes import Export, ImportSae
+from mistudio.jobs.searching import IndexDataset
 from mistudio.jobs.steering import Steer
+from mistudio.jobs.tokenizing import AddTokenizer, Tokenize
 from mistudio.jobs.training import Train
 
 __all__ = [
@@ -20,11 +22,13 @@ __all__ = [
     "AddDataset",
     "AddModel",
     "AddSampleDataset",
+    "AddTokenizer",
     "Demo",
     "Discover",
     "Export",
     "Extract",
     "ImportSae",
+    "IndexDataset",
     "Steer",
     "Tokenize",
     "Train",
@@ -37,6 +41,7 @@ KINDS: dict[str, Any] = {
         AddDataset,
         AddSampleDataset,
         Tokenize,
+        AddTokenizer,
         AddModel,
         Extract,
         Train,
@@ -44,6 +49,7 @@ KINDS: dict[str, Any] = {
         Steer,
         Export,
         ImportSae,
+        IndexDataset,
         Demo,
     )
 }
