@@ -1,56 +1,73 @@
-"""Jobs on datasets: add text to the library, tokenise it."""
+"""Jobs on datasets: add text to the library."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sqlite3
-import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Progress
-from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.library.library import Library
-from mistudio.library.records import Tokenization
 from mistudio.resources import resource
+
+if TYPE_CHECKING:
+    from mistudio.engine.datasets.documents import Document
+    from mistudio.engine.datasets.sources import ReadOptions, Rejected
 
 SAMPLE_NAME = "Wikipedia vital articles"
 SAMPLE_FILE = ("sample", "wikipedia_vital_intros.jsonl")
 SAMPLE_LICENCE = "CC BY-SA 4.0, text by Wikipedia contributors"
-HELDOUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class AddDataset:
-    """A local file or folder becomes a dataset."""
+    """A local file or folder becomes a dataset: copied into the library, or, with `keep_in_place`,
+    read where it is each time. `encoding` None: found out; the limits None: all of it."""
 
     path: str
     text_column: str | None = None
     name: str | None = None
     skip_bad_rows: bool = False
+    keep_in_place: bool = False
+    max_documents: int | None = None
+    max_bytes: int | None = None
+    encoding: str | None = None
 
     kind: ClassVar[str] = "add_dataset"
     lane: ClassVar[str] = "disk"
     phases: ClassVar[tuple[Phase, ...]] = (Phase("read"),)
 
     def title(self, library: Library) -> str:
-        return f"Add {self.name or Path(self.path).name}"
+        return f"Add {self.name or printable(Path(self.path).name)}"
 
     def run(self, context: JobContext) -> dict[str, Any]:
-        dataset_id, skipped = add_dataset(
+        from mistudio.engine.datasets.sources import ReadOptions
+
+        options = ReadOptions(
+            text_column=self.text_column,
+            bad_rows="skip" if self.skip_bad_rows else "refuse",
+            max_documents=self.max_documents,
+            max_bytes=self.max_bytes,
+            encoding=self.encoding,
+        )
+        add = link_dataset if self.keep_in_place else add_dataset
+        dataset_id, rejected = add(
             context.library,
             context.work_folder,
             Path(self.path).expanduser(),
             context,
             name=self.name,
-            text_column=self.text_column,
-            skip_bad_rows=self.skip_bad_rows,
+            options=options,
         )
-        return {"dataset_id": dataset_id, "skipped": len(skipped), "skipped_rows": skipped[:50]}
+        return {
+            "dataset_id": dataset_id,
+            "skipped": rejected.rows,
+            "skipped_rows": [str(row) for row in rejected.first],
+            "rejected": rejected.as_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -66,28 +83,6 @@ class AddSampleDataset:
 
     def run(self, context: JobContext) -> dict[str, Any]:
         return {"dataset_id": add_sample_dataset(context.library, context.work_folder, context)}
-
-
-@dataclass(frozen=True)
-class Tokenize:
-    """A dataset gets a token store for a model's tokenizer."""
-
-    dataset_id: int
-    model_id: int
-
-    kind: ClassVar[str] = "tokenize"
-    lane: ClassVar[str] = "disk"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase("tokenize"),)
-
-    def title(self, library: Library) -> str:
-        dataset = library.datasets.get(self.dataset_id)
-        return f"Tokenize {dataset.name} for {library.models.get(self.model_id).name}"
-
-    def run(self, context: JobContext) -> dict[str, Any]:
-        record = tokenize(
-            context.library, context.work_folder, self.dataset_id, self.model_id, context
-        )
-        return {"tokenization_id": record.id, "tokens": record.tokens}
 
 
 def add_sample_dataset(library: Library, work: Path, progress: Progress) -> int:
@@ -113,130 +108,135 @@ def add_dataset(
     progress: Progress,
     *,
     name: str | None = None,
-    text_column: str | None = None,
-    skip_bad_rows: bool = False,
+    options: ReadOptions | None = None,
     source: str = "local",
     licence: str = "",
-) -> tuple[int, list[str]]:
-    """Read, store, then commit. Returns the id and the rows that were left out."""
-    from mistudio.engine.datasets.documents import write_documents
-    from mistudio.engine.datasets.sources import local_files, read_documents
-
-    name = (name or path.stem).strip() or path.name
-    source_bytes = sum(file.stat().st_size for file in local_files(path))
-    library.require_space(2 * source_bytes, f"Adding {path.name}")
-    skipped: list[str] = []
-    folder = work / "dataset"
-    written = write_documents(
-        read_documents(path, text_column, skipped if skip_bad_rows else None),
-        folder,
-        progress,
-        expected_bytes=source_bytes,
+) -> tuple[int, Rejected]:
+    """Read, store, then commit. Returns the id and what was left out."""
+    from mistudio.engine.datasets.sources import (
+        ReadOptions,
+        Rejected,
+        find_files,
+        read_documents,
+        stem,
     )
+
+    options, rejected = options or ReadOptions(), Rejected()
+    found = find_files(path)
+    library.require_space(_estimate(found.bytes, options), f"Adding {printable(path.name)}")
+    documents = read_documents(path, options, rejected, progress)
+    record = _Record(
+        name=name or stem(path),
+        source=source,
+        origin=printable(path) if source == "local" else path.name,
+        provenance={
+            "licence": licence,
+            "files": len(found.files),
+            "source_bytes": found.bytes,
+            **options.as_json(),
+        },
+    )
+    return _store(library, work, documents, record, rejected, progress), rejected
+
+
+def link_dataset(
+    library: Library,
+    work: Path,
+    path: Path,
+    progress: Progress,
+    *,
+    name: str | None = None,
+    options: ReadOptions | None = None,
+) -> tuple[int, Rejected]:
+    """Keep where the text is and what it looks like now; only its first documents are stored."""
+    from mistudio.engine.datasets.links import FIRST_DOCUMENTS, link_to
+    from mistudio.engine.datasets.sources import ReadOptions, Rejected, read_documents, stem
+
+    options, rejected = options or ReadOptions(), Rejected()
+    link = link_to(path, options)
+    few = min(options.max_documents or FIRST_DOCUMENTS, FIRST_DOCUMENTS)
+    documents = read_documents(path, replace(options, max_documents=few), rejected, progress)
+    files, size = link["total"]
+    record = _Record(
+        name=name or stem(path),
+        source="local",
+        origin=str(path),
+        provenance={"files": files, "source_bytes": size, **options.as_json()},
+        link=link,
+    )
+    return _store(library, work, documents, record, rejected, progress), rejected
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a dataset's row says beside the counts."""
+
+    name: str
+    source: str
+    origin: str
+    provenance: dict[str, Any]
+    link: dict[str, Any] = field(default_factory=dict)
+
+
+def _store(
+    library: Library,
+    work: Path,
+    documents: Iterable[Document],
+    record: _Record,
+    rejected: Rejected,
+    progress: Progress,
+) -> int:
+    """Write, rename, commit."""
+    from mistudio.engine.datasets.documents import write_documents
+
+    folder = work / "dataset"
+    written = write_documents(documents, folder, _OnlyCheck(progress))
+    name = record.name.strip() or "Text"
     target = library.new_folder("datasets", name)
     with library.commit(folder, target):
-        dataset_id = library.datasets.add(
+        return library.datasets.add(
             name=name,
-            source=source,
-            origin=str(path) if source == "local" else path.name,
+            source=record.source,
+            origin=record.origin,
             folder=target,
             documents=written.documents,
             characters=written.characters,
             bytes=written.bytes,
+            link=record.link,
             provenance={
                 "sha256": written.sha256,
-                "licence": licence,
-                "text_column": text_column,
-                "skipped_rows": len(skipped),
+                "skipped_rows": rejected.rows,
+                "rejected": rejected.as_json(),
+                **record.provenance,
             },
         )
-    return dataset_id, skipped
 
 
-def tokenize(
-    library: Library, work: Path, dataset_id: int, model_id: int, progress: Progress
-) -> Tokenization:
-    """The token store of a dataset for a model, made if it is not there yet."""
-    from mistudio.engine.datasets.documents import Documents
-    from mistudio.engine.datasets.tokens import write_token_store
-    from mistudio.engine.models import loading
+class _OnlyCheck:
+    """The reader tells how far it is, in bytes of the files; the writer only asks whether to
+    stop."""
 
-    dataset = library.datasets.get(dataset_id)
-    model = library.models.get(model_id)
-    model_folder = library.path(model.folder)
-    tokenizer_hash = hash_tokenizer(model_folder)
-    settings = {"heldout_share": HELDOUT_SHARE}
-    if found := _tokenization(library, dataset_id, tokenizer_hash, settings):
-        return found
-    library.require_space(dataset.characters * 2, f"Tokenizing {dataset.name}")
-    tokenizer = loading.load_tokenizer(model_folder)
-    folder = work / "tokens"
-    began = time.monotonic()
-    meta = write_token_store(
-        Documents(library.path(dataset.folder)),
-        tokenizer,
-        folder,
-        bos_id=loading.adds_bos(tokenizer),
-        separator_id=loading.separator_id(tokenizer),
-        special_ids=sorted(loading.special_ids(tokenizer)),
-        tokenizer_hash=tokenizer_hash,
-        documents_sha256=dataset.provenance.get("sha256", ""),
-        heldout_share=HELDOUT_SHARE,
-        progress=progress,
-    )
-    target = library.new_folder("datasets", f"{dataset.name}-tokens")
-    try:
-        with library.commit(folder, target):
-            record_id = library.tokenizations.add(
-                dataset_id=dataset_id,
-                tokenizer_hash=tokenizer_hash,
-                settings=settings,
-                folder=target,
-                tokens=sum(meta.tokens.values()),
-                statistics={
-                    **meta.statistics,
-                    "split_tokens": meta.tokens,
-                    "split_documents": meta.documents,
-                    "tokenizer": model.name,
-                    "seconds": time.monotonic() - began,
-                },
-            )
-            library.note_change("datasets", dataset_id)
-    except sqlite3.IntegrityError:
-        # Another job was quicker with the same tokens.
-        if found := _tokenization(library, dataset_id, tokenizer_hash, settings):
-            return found
-        raise
-    return library.tokenizations.get(record_id)
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def check(self) -> None:
+        self._progress.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        pass
 
 
-def _tokenization(
-    library: Library, dataset_id: int, tokenizer_hash: str, settings: dict[str, Any]
-) -> Tokenization | None:
-    for found in library.tokenizations.of_dataset(dataset_id):
-        if found.tokenizer_hash == tokenizer_hash and found.settings == settings:
-            return found
-    return None
+def _estimate(source_bytes: int, options: ReadOptions) -> int:
+    """Bytes that the documents may take: escapes and offsets included, packed files as they are;
+    what grows beyond is stopped when the disk is nearly full."""
+    wanted = source_bytes if options.max_bytes is None else min(source_bytes, options.max_bytes)
+    return 2 * wanted
 
 
-def hash_tokenizer(model_folder: Path) -> str:
-    """Names a tokenizer by its content, so that two models with the same one share a store."""
-    digest = hashlib.sha256()
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-    )
-    found = [model_folder / name for name in names if (model_folder / name).is_file()]
-    if not found:
-        raise InvalidInput(
-            "The model has no tokenizer",
-            f"{model_folder.name} holds none of {', '.join(names)}.",
-            "Add the model again with its tokenizer files.",
-        )
-    for path in found:
-        digest.update(os.path.basename(path).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def printable(path: Path | str) -> str:
+    """A path or name that a record can hold."""
+    from mistudio.engine.datasets.sources import shown
+
+    return shown(path)
