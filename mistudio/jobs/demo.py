@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Progress
-from mistudio.jobs import datasets, features, models, steering, training
+from mistudio.jobs import datasets, features, models, steering, tokenizing, training
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.stages import Stage, Within
@@ -123,7 +123,7 @@ class _Road:
     def _tokens(self, model_id: int) -> Any:
         stage = Stage(self._context, "tokenize")
         self._dataset_id = datasets.add_sample_dataset(self._library, self._work, stage)
-        return datasets.tokenize(self._library, self._work, self._dataset_id, model_id, stage)
+        return tokenizing.tokenize(self._library, self._work, self._dataset_id, model_id, stage)
 
     def _extraction(self, model_id: int, tokens: Any) -> Any:
         stage = Stage(self._context, "extract")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput, NotFound
 from mistudio.jobs.control import Phase
-from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model
 from mistudio.jobs.saes import sae_title
 from mistudio.jobs.stages import Stage
+from mistudio.jobs.tokenizing import tokenize
 from mistudio.library.library import Library
 from mistudio.library.records import Extraction, FeatureRun, Sae, Tokenization
 

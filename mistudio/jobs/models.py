@@ -13,9 +13,9 @@ from mistudio import device
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
-from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.stages import Stage
+from mistudio.jobs.tokenizing import text_for
 from mistudio.library.library import Library
 from mistudio.library.records import Extraction, Model, Tokenization
 
@@ -63,7 +63,8 @@ IMPORT_PARTS = {
 
 @dataclass(frozen=True)
 class Extract:
-    """Activations of a model at some hook points are stored on disk."""
+    """Activations of a model at some hook points are stored on disk. `tokenization_id` names one
+    of the dataset's tokenisations; without it the packed one is read."""
 
     model_id: int
     dataset_id: int
@@ -72,6 +73,7 @@ class Extract:
     context: int = 128
     batch_windows: int = 8
     seed: int = 0
+    tokenization_id: int | None = None
 
     kind: ClassVar[str] = "extract"
     lane: ClassVar[str] = "compute"
@@ -87,12 +89,13 @@ class Extract:
 
     def run(self, context: JobContext) -> dict[str, Any]:
         check_layers(context.library, self.model_id, self.hook_points)
-        tokens = tokenize(
+        tokens = text_for(
             context.library,
             context.work_folder,
             self.dataset_id,
             self.model_id,
             Stage(context, "tokenize"),
+            self.tokenization_id,
         )
         model = loaded_model(context.library, self.model_id, Stage(context, "load model"))
         record = extract(
@@ -184,7 +187,8 @@ def extract(
 
 def add_model(library: Library, work: Path, source: str, precision: str, progress: Progress) -> int:
     """Check, copy or make, then commit. The sample is added only once."""
-    from mistudio.engine.models import hub, loading, sample
+    from mistudio.engine import hub
+    from mistudio.engine.models import loading, sample
 
     if precision not in PRECISIONS:
         raise InvalidInput(

@@ -18,7 +18,6 @@ from mistudio.errors import is_out_of_memory
 from mistudio.formatting import size
 from mistudio.jobs import assist
 from mistudio.jobs.control import Phase
-from mistudio.jobs.datasets import tokenize
 from mistudio.jobs.job import JobContext, MetricLog, read_metrics
 from mistudio.jobs.models import (
     check_layers,
@@ -29,6 +28,7 @@ from mistudio.jobs.models import (
 )
 from mistudio.jobs.sources import Origin, Text, choose, in_turns, open_source
 from mistudio.jobs.stages import Stage, Within
+from mistudio.jobs.tokenizing import text_for
 from mistudio.library.library import Library
 from mistudio.library.records import Model, Tokenization, Training
 
@@ -64,7 +64,8 @@ class Train:
 
     `hook_points` are what is read; a transcoder's output follows from its input. `extraction_id`
     names stored activations to learn from; without it `source` says how they come from the model
-    (`jobs/sources.py`). `config` holds fields of `TrainingConfig`; what is missing has its default.
+    (`jobs/sources.py`). `tokenization_id` names one of the dataset's tokenisations; without it the
+    packed one is read. `config` holds fields of `TrainingConfig`; what is missing has its default.
     """
 
     model_id: int
@@ -75,6 +76,7 @@ class Train:
     name: str = ""
     loss_tokens: int = 8192
     source: str = "auto"
+    tokenization_id: int | None = None
 
     kind: ClassVar[str] = "train"
     lane: ClassVar[str] = "compute"
@@ -94,7 +96,14 @@ class Train:
     def run(self, context: JobContext) -> dict[str, Any]:
         library, work = context.library, context.work_folder
         check_layers(library, self.model_id, self.hook_points)
-        tokens = tokenize(library, work, self.dataset_id, self.model_id, Stage(context, "tokenize"))
+        tokens = text_for(
+            library,
+            work,
+            self.dataset_id,
+            self.model_id,
+            Stage(context, "tokenize"),
+            self.tokenization_id,
+        )
         keep = library.checkpoint_folder(context.job_id)
         record = train(library, work, self, tokens, context, {}, keep)
         return {"training_id": record.id, "status": record.status}

@@ -39,7 +39,8 @@ def tokens(tmp_path_factory, tiny_tokenizer):
 
     from mistudio.engine.datasets.documents import Documents, write_documents
     from mistudio.engine.datasets.sources import read_documents
-    from mistudio.engine.datasets.tokens import TokenStore, write_token_store
+    from mistudio.engine.datasets.token_writer import write_token_store
+    from mistudio.engine.datasets.tokens import TokenStore
     from mistudio.engine.models.loading import adds_bos, separator_id, special_ids
 
     folder = tmp_path_factory.mktemp("tokens")

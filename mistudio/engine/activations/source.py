@@ -165,7 +165,7 @@ def capture_batch(
     context: int,
 ) -> WindowBatch:
     """One forward pass over `windows`."""
-    ids = tokens.windows(windows, context).to(model.device)
+    ids = tokens.batch(windows, context).to(model.device)
     captured = model.capture(ids, points)
     mask = counted(ids, captured, medians, tokens.meta.special_ids)
     return WindowBatch(windows, ids, captured, mask)

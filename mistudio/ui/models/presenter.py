@@ -280,7 +280,7 @@ def counted(n: int, noun: str) -> str:
 
 def checked_source(text: str) -> str:
     """A folder's absolute path or a repository id; InvalidInput with a sentence for the form."""
-    from mistudio.engine.models.hub import is_repository_id
+    from mistudio.engine.hub import is_repository_id
 
     text = text.strip()
     if not text:
@@ -409,7 +409,7 @@ def plan_extraction(library: Library, model: Model, form: ExtractionForm) -> Ext
     """Tokens, disk and time of an extraction; imports torch, so never in the GUI thread."""
     from mistudio.engine.activations.store import estimate_bytes
     from mistudio.engine.datasets.tokens import TokenStore
-    from mistudio.jobs.datasets import hash_tokenizer
+    from mistudio.engine.datasets.tokenizers import hash_tokenizer
 
     dataset = library.datasets.get(form.dataset_id)
     wanted = hash_tokenizer(library.path(model.folder))

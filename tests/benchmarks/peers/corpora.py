@@ -18,7 +18,9 @@ from pathlib import Path
 from mistudio.engine.activations.store import extract
 from mistudio.engine.datasets.documents import Document, Documents, write_documents
 from mistudio.engine.datasets.sources import read_documents
-from mistudio.engine.datasets.tokens import TokenStore, write_token_store
+from mistudio.engine.datasets.token_settings import TokenSettings
+from mistudio.engine.datasets.token_writer import write_token_store
+from mistudio.engine.datasets.tokens import TokenStore
 from mistudio.engine.models import loading
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.models.sample import make_sample_model
@@ -96,7 +98,7 @@ def _tokens(name: str, model: Path, work: Path, folder: Path, progress: Progress
         separator_id=loading.separator_id(tokenizer),
         special_ids=sorted(loading.special_ids(tokenizer)),
         tokenizer_hash="",
-        heldout_share=HELDOUT_SHARE,
+        settings=TokenSettings(heldout_share=HELDOUT_SHARE),
         progress=progress,
     )
     return TokenStore(work / "tokens")

@@ -14,7 +14,9 @@ import torch
 import transformers as hf
 
 from mistudio.engine.datasets.documents import Document, Documents, write_documents
-from mistudio.engine.datasets.tokens import TokenSplit, TokenStore, write_token_store
+from mistudio.engine.datasets.token_settings import TokenSettings
+from mistudio.engine.datasets.token_writer import write_token_store
+from mistudio.engine.datasets.tokens import TokenSplit, TokenStore
 from mistudio.engine.progress import Cancelled
 from mistudio.errors import InvalidInput
 
@@ -165,7 +167,9 @@ def test_exact_duplicates_are_on_one_side_of_the_split(
 def test_the_share_that_is_held_out_can_be_chosen(
     documents: Documents, tiny_tokenizer: Any, tmp_path: Path, share: float
 ) -> None:
-    store = store_of(documents, tiny_tokenizer, tmp_path, heldout_share=share)
+    store = store_of(
+        documents, tiny_tokenizer, tmp_path, settings=TokenSettings(heldout_share=share)
+    )
     counted = sum(heldout(document.text, share) for document in documents)
     assert store.meta.documents["heldout"] == counted
     assert len(store.train) + len(store.heldout) == sum(store.meta.tokens.values())
@@ -222,7 +226,10 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows_and_four_elsewhere(
     words = [f"w{i}" for i in range(vocabulary - 40, vocabulary)]
     write_documents([Document(" ".join(words))], tmp_path)
     store = store_of(
-        Documents(tmp_path), word_tokenizer(vocabulary), tmp_path / "t", heldout_share=0.0
+        Documents(tmp_path),
+        word_tokenizer(vocabulary),
+        tmp_path / "t",
+        settings=TokenSettings(heldout_share=0.0),
     )
     assert (tmp_path / "t" / "train.ids").stat().st_size == 40 * width
     assert all_ids(store.train) == list(range(vocabulary - 40, vocabulary))
@@ -245,7 +252,9 @@ def test_too_little_text_is_refused_with_numbers(store: TokenStore) -> None:
 def test_a_split_without_documents_has_no_windows(
     documents: Documents, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    empty = store_of(documents, tiny_tokenizer, tmp_path, heldout_share=0.0).heldout
+    empty = store_of(
+        documents, tiny_tokenizer, tmp_path, settings=TokenSettings(heldout_share=0.0)
+    ).heldout
     assert (len(empty), empty.n_windows(16)) == (0, 0)
 
 
