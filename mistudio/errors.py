@@ -65,6 +65,13 @@ class Offline(UserError):
     retryable = True
 
 
+class AccessDenied(UserError):
+    """Somebody else decides who may have it, and has not given it to this account; `field` is the
+    form's field where an access token goes."""
+
+    field = "token"
+
+
 class InUse(UserError):
     """Something else depends on what should be deleted."""
 

@@ -19,7 +19,7 @@ IMPORTS = (
     "mistudio.jobs.kinds",
     "mistudio.engine.datasets.sources",
     "mistudio.engine.models.loading",
-    "mistudio.engine.models.hub",
+    "mistudio.engine.hub",
     "mistudio.engine.models.sample",
     "mistudio.engine.activations.store",
     "mistudio.engine.training.run",

@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistudio.engine.models.hub import download_bar
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import CorruptFile, NotFound, Offline, UnsupportedModel, UserError
 
@@ -270,6 +269,29 @@ def download_from_hub(
         ) from exc
     finally:
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # local_dir's bookkeeping
+
+
+def download_bar(
+    progress: Progress, phase: str, before: int = 0, total: int | None = None
+) -> type[Any]:
+    """hf_hub_download's progress bar as our progress; unlike its own it can stop the download.
+
+    Reports `before` plus the bytes of this file, of `total` (this file's size where None).
+    """
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            progress.check()
+            self.n += n or 0
+            progress.report(before + self.n, self.total if total is None else total, phase)
+            return None
+
+    return Bar
 
 
 def _sha256(path: Path, progress: Progress) -> str:
