@@ -13,6 +13,7 @@ from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, Extract
 from mistudio.jobs.saes import Export, ImportSae
 from mistudio.jobs.searching import IndexDataset
+from mistudio.jobs.statistics import AnalyseDataset
 from mistudio.jobs.steering import Steer
 from mistudio.jobs.tokenizing import AddTokenizer, Tokenize
 from mistudio.jobs.training import Train
@@ -23,6 +24,7 @@ __all__ = [
     "AddModel",
     "AddSampleDataset",
     "AddTokenizer",
+    "AnalyseDataset",
     "Demo",
     "Discover",
     "Export",
@@ -42,6 +44,7 @@ KINDS: dict[str, Any] = {
         AddSampleDataset,
         Tokenize,
         AddTokenizer,
+        AnalyseDataset,
         AddModel,
         Extract,
         Train,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sqlite3
 import time
@@ -110,10 +112,11 @@ def tokenize(
     separator = loading.separator_id(tokenizer)
     special = settings.add_special_tokens
     folder = keep or work / "tokens"
+    reading = Reading(progress)
     began = time.monotonic()
     try:
         meta = write_token_store(
-            documents_of(library, dataset, progress),
+            documents_of(library, dataset, reading),
             tokenizer,
             folder,
             bos_id=loading.adds_bos(tokenizer) if special else None,
@@ -121,9 +124,9 @@ def tokenize(
             special_ids=sorted(loading.special_ids(tokenizer)),
             pad_id=pad_token(tokenizer, separator) if settings.padded else None,
             tokenizer_hash=tokenizer_hash,
-            documents_sha256=dataset.provenance.get("sha256", ""),
+            documents_sha256=_identity(dataset),
             settings=settings,
-            expected_bytes=dataset.link.get("bytes"),
+            place=reading.place if dataset.link else None,
             progress=progress,
         )
         target = library.new_folder("datasets", f"{dataset.name}-tokens")
@@ -199,6 +202,38 @@ def text_for(
             field="tokenization_id",
         )
     return chosen
+
+
+def _identity(dataset: Dataset) -> str:
+    """Names the text of a dataset: a linked one by what it was when it was added."""
+    link = dataset.link
+    if not link:
+        return str(dataset.provenance.get("sha256", ""))
+    if fingerprint := link.get("fingerprint"):
+        return str(fingerprint)
+    return hashlib.sha256(json.dumps(link, sort_keys=True).encode()).hexdigest()
+
+
+class Reading:
+    """The progress of whoever reads documents, kept for whoever works on them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._place: tuple[float, float | None] = (0, None)
+
+    def check(self) -> None:
+        self._progress.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        self._place = (done, self._place[1] if total is None else total)
+        if metrics.get("note"):
+            self._progress.report(done, total, note=metrics["note"])
+
+    def place(self) -> tuple[float, float | None]:
+        """Bytes read, of how many."""
+        return self._place
 
 
 def documents_of(library: Library, dataset: Dataset, progress: Progress) -> Iterable[Any]:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,15 @@ from mistudio.engine.datasets.documents import Document
 from mistudio.engine.datasets.encoding import Encoded, Encoder, batches, encode_all, utf8
 from mistudio.engine.datasets.lengths import Lengths
 from mistudio.engine.datasets.token_settings import TokenSettings
-from mistudio.engine.datasets.tokens import COUNTS, LENGTH_EDGES, META, SPLITS, TokenMeta, id_type
+from mistudio.engine.datasets.tokens import (
+    COUNTS,
+    LENGTH_EDGES,
+    META,
+    SPLITS,
+    TokenMeta,
+    TokenStore,
+    id_type,
+)
 from mistudio.engine.progress import SILENT, Interrupted, Progress
 from mistudio.errors import InvalidInput
 
@@ -43,15 +51,16 @@ def write_token_store(
     documents_sha256: str = "",
     pad_id: int | None = None,
     settings: TokenSettings = TokenSettings(),  # noqa: B008 (frozen)
-    expected_bytes: int | None = None,
+    place: Callable[[], tuple[float, float | None]] | None = None,
     progress: Progress = SILENT,
 ) -> TokenMeta:
     """Tokenise every document into `folder`. Ids are uint16 where the vocabulary allows.
 
     Where `folder` holds what an interrupted call with the same arguments left, it goes on from
     there; if the documents are not the same as far as that goes, it begins anew and says so with
-    the metric `note`. `expected_bytes` of text gives the progress its total; where it is None,
-    the documents' own `bytes` and number do. Raises InvalidInput where no document has a token.
+    the metric `note`. `place` says how far documents are read (bytes done, of how many) where
+    they come from elsewhere; stored ones say so themselves. Raises InvalidInput where no document
+    has a token.
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(tokenizer, settings, bos_id)
@@ -67,15 +76,8 @@ def write_token_store(
     try:
         skip = _go_on(writer, documents, identity, progress)
         writer.open()
-        _write(
-            writer,
-            islice(documents, skip, None),
-            encoder,
-            identity,
-            documents,
-            progress,
-            expected_bytes,
-        )
+        rest = islice(documents, skip, None)
+        _write(writer, rest, encoder, identity, place or _stored(writer, documents), progress)
     except Interrupted:
         writer.save(identity)
         raise
@@ -119,31 +121,30 @@ def _write(
     rest: Iterable[Document],
     encoder: Encoder,
     identity: dict[str, Any],
-    documents: Any,
+    place: Callable[[], tuple[float, float | None]],
     progress: Progress,
-    expected_bytes: int | None,
 ) -> None:
     flushed = time.monotonic()
     for batch in encode_all(rest, encoder, progress):
         writer.add(batch)
-        done, total = _place(writer, documents, expected_bytes)
+        done, total = place()
         progress.report(done, total, documents=writer.read, tokens=sum(writer.tokens.values()))
         if time.monotonic() - flushed > FLUSH_SECONDS:
             writer.save(identity)
             flushed = time.monotonic()
 
 
-def _place(
-    writer: _Writer, documents: Any, expected_bytes: int | None
-) -> tuple[float, float | None]:
-    """Bytes done and in all. Stored documents know their number, which tells the share exactly;
-    of others only an expectation may be known, which is never overtaken."""
-    if expected_bytes is None and hasattr(documents, "__len__"):
+def _stored(writer: _Writer, documents: Any) -> Callable[[], tuple[float, float | None]]:
+    """Bytes done and in all of stored documents, whose number tells the share; of others only
+    the bytes of text that have passed are known."""
+
+    def place() -> tuple[float, float | None]:
+        if not hasattr(documents, "__len__"):
+            return writer.bytes, None
         total = int(getattr(documents, "bytes", 0)) or len(documents)
         return total * writer.read / max(1, len(documents)), total
-    if expected_bytes is None:
-        return writer.bytes, None
-    return min(writer.bytes, expected_bytes), expected_bytes
+
+    return place
 
 
 def _go_on(
@@ -181,6 +182,7 @@ class _Writer:
     ) -> None:
         self._folder, self._separator = folder, separator
         self._vocab_size = vocab_size
+        self._truncated = settings.truncates
         self._dtype = id_type(vocab_size)
         # A document is held out where its digest, read as a number, is below this.
         self._threshold = int(np.ceil(settings.heldout_share * 2.0**64))
@@ -340,6 +342,7 @@ class _Writer:
             "empty_documents": self.read - lengths.count,
             "plain_chats": self.plain_chats,
             "long_texts": self.long_texts,
+            "truncated": self._truncated,
             **token_statistics(self.counts, special_ids),
         }
 
@@ -370,6 +373,19 @@ def token_statistics(counts: np.ndarray, special_ids: Sequence[int]) -> dict[str
         "zipf": [[int(rank), int(sorted_counts[rank - 1])] for rank in ranks] if used else [],
         "top_tokens": [[int(i), int(counts[i])] for i in order[:20] if counts[i] > 0],
     }
+
+
+def count_tokens(store: TokenStore, progress: Progress = SILENT) -> np.ndarray:
+    """int64 [vocab_size]: how often each id occurs in a finished store, separators not counted."""
+    counts = np.zeros(store.meta.vocab_size, np.int64)
+    for split in (store.train, store.heldout):
+        for chunk in split.chunks():
+            progress.check()
+            found = np.bincount(chunk, minlength=len(counts))
+            counts += found
+        if store.meta.separator_id is not None:
+            counts[store.meta.separator_id] -= max(0, store.meta.documents[split.name] - 1)
+    return counts
 
 
 class _Column:

@@ -8,7 +8,7 @@ made when windows are read, never stored; `token_writer` writes stores.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class TokenSplit:
     def __len__(self) -> int:
         """Tokens, separators included, padding not."""
         return len(self._ids)
+
+    def chunks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
+        """All ids in order, `size` at a time; separators included, padding and BOS not."""
+        for start in range(0, len(self._ids), size):
+            yield np.asarray(self._ids[start : start + size])
 
     def _stride(self, context: int) -> int:
         """Corpus tokens in a window: one fewer where every window starts with BOS."""
