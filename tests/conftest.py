@@ -28,7 +28,8 @@ os.environ["HF_HOME"] = os.path.join(_home.name, "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "2"  # torch's thread count, also in child processes
+# torch's thread count, also in child processes; where tests run side by side they have one each.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as bootstrap.py does, and for the same reason
 for _kind in ("CONFIG", "DATA", "CACHE", "STATE"):
     os.environ[f"XDG_{_kind}_HOME"] = os.path.join(_home.name, _kind.lower())

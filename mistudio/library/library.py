@@ -28,6 +28,7 @@ from mistudio.library.records import (
     Generations,
     Models,
     Saes,
+    Templates,
     Tokenizations,
     Tokenizers,
     Trainings,
@@ -91,6 +92,7 @@ class Library:
         self.feature_runs = FeatureRuns(self)
         self.feature_notes = FeatureNotes(self)
         self.generations = Generations(self)
+        self.templates = Templates(self)
         self.jobs = Jobs(self)
         with database.readable(self.root / "library.db"):
             self.recover()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mistudio.library.table import Table
+from mistudio.errors import InvalidInput
+from mistudio.library.table import Table, now
+
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,21 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Template:
+    """A named configuration; `kind` is `training`, `extraction` or `steering`. `config` is plain
+    data that names models and datasets by what they are, so that it means the same elsewhere."""
+
+    id: int
+    kind: str
+    name: str
+    description: str
+    favourite: bool
+    config: dict[str, Any]
+    created_at: str
+    updated_at: str
+
+
+@dataclass(frozen=True)
 class FeatureNote:
     """What the user wrote about one feature of one SAE."""
 
@@ -184,6 +202,25 @@ class FeatureNote:
 
 class Datasets(Table[Dataset]):
     name, noun, record = "datasets", "dataset", Dataset
+
+    def rename(self, record_id: int, name: str) -> None:
+        """InvalidInput where a name is empty or too long to show."""
+        name = " ".join(name.split())
+        if not 0 < len(name) <= LONGEST_NAME:
+            raise InvalidInput(
+                "This name cannot be used" if name else "The name is empty",
+                f"It has {len(name)} characters; at most {LONGEST_NAME} are kept." if name else "",
+                "Give it a shorter one." if name else "Give the dataset a name.",
+                field="name",
+            )
+        self.get(record_id)
+        self.update(record_id, name=name)
+
+    def provenance(self, record_id: int) -> dict[str, Any]:
+        """Source, revision, licence, hashes and settings of a dataset and its tokenizations."""
+        from mistudio.library.provenance import provenance_record
+
+        return provenance_record(self._library, self.get(record_id))
 
 
 class Models(Table[Model]):
@@ -242,6 +279,40 @@ class Generations(Table[Generation]):
 
     def of_sae(self, sae_id: int) -> list[Generation]:
         return self.all("sae_id = ?", (sae_id,))
+
+
+class Templates(Table[Template]):
+    name, noun, record = "templates", "template", Template
+
+    def of_kind(self, kind: str) -> list[Template]:
+        """Favourites first, then newest first."""
+        found = self.all("kind = ?", (kind,))
+        return sorted(found, key=lambda template: not template.favourite)
+
+    def named(self, kind: str, name: str) -> Template | None:
+        found = self.all("kind = ? AND name = ?", (kind, name))
+        return found[0] if found else None
+
+    def free_name(self, kind: str, wanted: str) -> str:
+        """`wanted`, or with the first number behind it that no template of this kind has."""
+        name, number = wanted, 2
+        while self.named(kind, name):
+            name, number = f"{wanted}_{number}", number + 1
+        return name
+
+    def save(
+        self, kind: str, name: str, description: str, config: dict[str, Any], **more: Any
+    ) -> int:
+        """Add, under a name that is made free."""
+        with self._library.transaction():
+            return self.add(
+                kind=kind,
+                name=self.free_name(kind, name),
+                description=description,
+                favourite=bool(more.get("favourite", False)),
+                config=config,
+                updated_at=now(),
+            )
 
 
 class FeatureNotes(Table[FeatureNote]):

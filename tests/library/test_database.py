@@ -26,6 +26,7 @@ TABLES = {
     "feature_runs",
     "feature_notes",
     "generations",
+    "templates",
     "jobs",
 }
 

@@ -144,7 +144,7 @@ def a_model(d_model: int = 64, **summary: Any) -> Model:
 
 def a_dataset() -> Dataset:
     return Dataset(
-        1, "text", "local", "", "datasets/text", 1, 1, 1, {}, "2026-01-01T00:00:00+00:00"
+        1, "text", "local", "", "datasets/text", 1, 1, 1, {}, "2026-01-01T00:00:00+00:00", {}, {}
     )
 
 

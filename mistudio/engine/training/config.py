@@ -268,9 +268,16 @@ def problems(config: TrainingConfig) -> dict[str, str]:
         elif "minimum" in limits and not limits["minimum"] <= value <= limits["maximum"]:
             found[entry.name] = (
                 f"{label} must be between {limits['minimum']:g} and {limits['maximum']:g}; "
-                f"it is {value:g}."
+                f"it is {_shown(value)}."
             )
     return found
+
+
+def _shown(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # a whole number that no float holds
+        return "far outside"
 
 
 def parse(values: dict[str, Any]) -> TrainingConfig:
