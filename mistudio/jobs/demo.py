@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Progress
-from mistudio.jobs import datasets, features, models, steering, tokenizing, training
+from mistudio.jobs import datasets, extraction, features, models, steering, tokenizing, training
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.stages import Stage, Within
@@ -128,7 +128,7 @@ class _Road:
     def _extraction(self, model_id: int, tokens: Any) -> Any:
         stage = Stage(self._context, "extract")
         model = models.loaded_model(self._library, model_id)
-        job = models.Extract(
+        job = extraction.Extract(
             model_id,
             self._dataset_id,
             [f"blocks.{LAYER}.hook_resid_post"],
@@ -139,7 +139,7 @@ class _Road:
             wanted = {**job.__dict__, "precision": models.precision_of(model)}
             if found.tokenization_id == tokens.id and found.settings == wanted:
                 return found, model
-        return models.extract(self._library, self._work, model, job, tokens, stage), model
+        return extraction.extract(self._library, self._work, model, job, tokens, stage), model
 
     def _training(self, model_id: int, tokens: Any, extraction: Any) -> Any:
         job = training.Train(

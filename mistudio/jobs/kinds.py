@@ -8,9 +8,10 @@ from typing import Any
 from mistudio.errors import Incompatible
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
+from mistudio.jobs.extraction import Extract
 from mistudio.jobs.features import Discover
 from mistudio.jobs.job import Job
-from mistudio.jobs.models import AddModel, Extract
+from mistudio.jobs.models import AddModel
 from mistudio.jobs.saes import Export, ImportSae
 from mistudio.jobs.searching import IndexDataset
 from mistudio.jobs.statistics import AnalyseDataset

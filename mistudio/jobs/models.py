@@ -1,4 +1,4 @@
-"""Jobs on models: bring one into the library, extract activations; the one model kept loaded."""
+"""Jobs on models: bring one into the library; the one model kept loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.stages import Stage
-from mistudio.jobs.tokenizing import text_for
 from mistudio.library.library import Library
-from mistudio.library.records import Extraction, Model, Tokenization
+from mistudio.library.records import Model
 
 if TYPE_CHECKING:
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
@@ -61,49 +60,6 @@ IMPORT_PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Extract:
-    """Activations of a model at some hook points are stored on disk. `tokenization_id` names one
-    of the dataset's tokenisations; without it the packed one is read."""
-
-    model_id: int
-    dataset_id: int
-    hook_points: list[str]
-    max_tokens: int = 500_000
-    context: int = 128
-    batch_windows: int = 8
-    seed: int = 0
-    tokenization_id: int | None = None
-
-    kind: ClassVar[str] = "extract"
-    lane: ClassVar[str] = "compute"
-    phases: ClassVar[tuple[Phase, ...]] = (
-        Phase("tokenize", 3),
-        Phase("load model", 5),
-        Phase("extract", 100),
-    )
-
-    def title(self, library: Library) -> str:
-        model = library.models.get(self.model_id)
-        return f"Extract activations of {model.name} ({len(self.hook_points)} sites)"
-
-    def run(self, context: JobContext) -> dict[str, Any]:
-        check_layers(context.library, self.model_id, self.hook_points)
-        tokens = text_for(
-            context.library,
-            context.work_folder,
-            self.dataset_id,
-            self.model_id,
-            Stage(context, "tokenize"),
-            self.tokenization_id,
-        )
-        model = loaded_model(context.library, self.model_id, Stage(context, "load model"))
-        record = extract(
-            context.library, context.work_folder, model, self, tokens, Stage(context, "extract")
-        )
-        return {"extraction_id": record.id, "tokens": record.tokens, "bytes": record.bytes}
-
-
 def parse_points(names: list[str]) -> tuple[HookPoint, ...]:
     """Hook points from their names, shallowest first, each once."""
     from mistudio.engine.models.hooks import HookPoint
@@ -127,62 +83,6 @@ def check_layers(library: Library, model_id: int, names: list[str]) -> None:
                 "Choose among these.",
                 field="layers",
             )
-
-
-def extract(
-    library: Library,
-    work: Path,
-    model: HookedDecoder,
-    job: Extract,
-    tokenization: Tokenization,
-    progress: Progress,
-) -> Extraction:
-    """Store activations and their record. Needs the disk space up front."""
-    from mistudio.engine.activations import store as activations
-    from mistudio.engine.datasets.tokens import TokenStore
-
-    points = parse_points(job.hook_points)
-    for point in points:
-        model.check_point(point)
-    n_tokens = min(job.max_tokens, tokenization.tokens)
-    needed = activations.estimate_bytes(n_tokens, [model.width(point) for point in points])
-    library.require_space(needed, "Storing these activations")
-    folder = work / "activations"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    meta = activations.extract(
-        model,
-        TokenStore(library.path(tokenization.folder)),
-        points,
-        folder,
-        max_tokens=job.max_tokens,
-        context=job.context,
-        batch_windows=job.batch_windows,
-        precision=precision_of(model),
-        seed=job.seed,
-        progress=progress,
-    )
-    record = library.models.get(job.model_id)
-    target = library.new_folder("activations", record.name)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    with library.commit(folder, target):
-        extraction_id = library.extractions.add(
-            model_id=job.model_id,
-            tokenization_id=tokenization.id,
-            hook_points=list(meta.points),
-            settings={**asdict(job), "precision": meta.precision},
-            folder=target,
-            tokens=sum(meta.tokens.values()),
-            bytes=size,
-            statistics={
-                "sites": meta.statistics,
-                "tokens": meta.tokens,
-                "medians": meta.medians,
-                "dropped_special": meta.dropped_special,
-                "dropped_outliers": meta.dropped_outliers,
-            },
-        )
-    return library.extractions.get(extraction_id)
 
 
 def add_model(library: Library, work: Path, source: str, precision: str, progress: Progress) -> int:

@@ -188,7 +188,9 @@ class Library:
         return self.root / "checkpoints" / f"job-{job_id}"
 
     def has_checkpoints(self, job_id: int) -> bool:
-        return any(self.checkpoint_folder(job_id).glob("step-*"))
+        """Whether a job has something to go on from: a training its steps, an extraction shards."""
+        folder = self.checkpoint_folder(job_id)
+        return any(folder.glob("step-*")) or any(folder.glob("extraction/*/" + 5 * "[0-9]"))
 
     def drop_checkpoints(self, job_id: int) -> None:
         """Renamed first, so that nothing half-deleted is gone on from."""

@@ -104,7 +104,9 @@ MOMENTS = (
     Moment("add_dataset", "read", _add_dataset, half=f"{WORK}/dataset/documents.jsonl"),
     Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes.txt"),
     Moment("tokenize", "tokenize", _tokenize, half=f"{WORK}/tokens/train.ids"),
-    Moment("extract", "extract", _extract, half=f"{WORK}/activations/train/*.f16"),
+    Moment(
+        "extract", "extract", _extract, half="copied/checkpoints/job-*/extraction/train/*/*.f16"
+    ),
     Moment("train", "train", _train, progress=0.1, half="copied/checkpoints/job-*/metrics.jsonl"),
     Moment("train", "evaluate", _evaluate),
     Moment("discover", "discover", _discover),

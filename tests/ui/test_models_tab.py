@@ -343,7 +343,7 @@ def test_plan_equals_arithmetic(qtbot: Any, trained: Services) -> None:
 
     plan = plan_of([0, 3], 5_000)
     assert (plan.tokens, plan.exact) == (5_000, True)
-    assert plan.bytes == estimate_bytes(5_000, [128, 128]) == 5_000 * (2 * 256 + 6)
+    assert plan.bytes == estimate_bytes(5_000, [128, 128]) == 5_000 * (2 * 256 + 18)
     assert dialog.tokens_text.text() == "5,000"
     assert dialog.disk_text.text() == "2.47 MB"
     plan = plan_of([0, 1, 2], 1_000_000)

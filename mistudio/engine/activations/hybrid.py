@@ -84,7 +84,7 @@ class HybridActivations:
         wanted = -(-heldout_tokens // (context - 1))
         heldout = np.arange(min(wanted, store.heldout.n_windows(context)))
         self._heldout = self._stored(
-            "heldout", {"train": heldout[:0], "heldout": heldout}, {}, generator(0, PHASE), progress
+            "heldout", {"train": heldout[:0], "heldout": heldout}, {}, 0, progress
         )
         self.medians = self._heldout.medians
 
@@ -130,7 +130,7 @@ class HybridActivations:
             "phase",
             {"train": windows, "heldout": windows[:0]},
             {"seed": seed, "phase": phase},
-            generator(seed, PHASE, phase),
+            int(generator(seed, PHASE, phase).integers(2**32)),
             progress,
         )
 
@@ -154,7 +154,7 @@ class HybridActivations:
         name: str,
         orders: dict[str, np.ndarray],
         key: dict[str, int],
-        random: np.random.Generator,
+        seed: int,
         progress: Progress,
     ) -> StoredActivations:
         folder = self._folder / name
@@ -167,7 +167,7 @@ class HybridActivations:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            self._extract(part, orders, random, progress)
+            self._extract(part, orders, seed, progress)
             (part / KEY).write_text(json.dumps(whole_key), encoding="utf-8")
             os.replace(part, folder)
         finally:
@@ -198,7 +198,7 @@ class HybridActivations:
         self,
         folder: Path,
         orders: dict[str, np.ndarray],
-        random: np.random.Generator,
+        seed: int,
         progress: Progress,
     ) -> None:
         """Load the model, store, and free it: nothing here outlives the call but the files."""
@@ -213,11 +213,10 @@ class HybridActivations:
                 medians,
                 folder,
                 orders,
-                random,
                 context=self.context,
                 batch_windows=self._batch_windows,
                 precision="",
-                seed=0,
+                seed=seed,
                 progress=_Extracting(progress),
             )
         finally:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mistudio.engine.activations.shards import Table
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.errors import Incompatible
 
@@ -116,14 +117,21 @@ class Courier:
         self._stages: dict[HookPoint, list[_Stage]] = {}
         self._sent: dict[HookPoint, int] = {}
 
-    def send(self, point: HookPoint, table: Tensor, rows: Tensor) -> Tensor:
+    def send(self, point: HookPoint, table: Tensor | Table, rows: Tensor) -> Tensor:
         """float32 [len(rows), d] on the device; never shares memory with `table`."""
         if self._device.type != "cuda":
-            return table.index_select(0, rows).to(self._device).float()
+            return pick(table, rows).to(self._device).float()
         turn = self._sent.get(point, 0)
         self._sent[point] = turn + 1
         stages = self._stages.setdefault(point, [_Stage(), _Stage()])
         return stages[turn % 2].send(table, rows, self._device)
+
+
+def pick(table: Tensor | Table, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """The given rows of a table, in its own precision."""
+    if isinstance(table, Table):
+        return table.pick(rows, out)
+    return torch.index_select(table, 0, rows, out=out)
 
 
 class _Stage:
@@ -133,14 +141,14 @@ class _Stage:
         self._rows = torch.empty(0, 0)
         self._gone: torch.cuda.Event | None = None
 
-    def send(self, table: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    def send(self, table: Tensor | Table, rows: Tensor, device: torch.device) -> Tensor:
         if self._gone is not None:
             self._gone.synchronize()  # the copy of two batches ago has left this memory
         if self._rows.dtype != table.dtype or len(self._rows) < len(rows):
             shape = (len(rows), table.shape[1])
             self._rows = torch.empty(shape, dtype=table.dtype, pin_memory=True)
         stage = self._rows[: len(rows)]
-        torch.index_select(table, 0, rows, out=stage)
+        pick(table, rows, stage)
         arrived = stage.to(device, non_blocking=True)
         self._gone = torch.cuda.Event()
         self._gone.record(torch.cuda.current_stream(device))

@@ -445,8 +445,9 @@ def needs(phases: Sequence[Phase]) -> tuple[float, float]:
 
 
 def extraction_bytes(tokens: int, channels: int) -> int:
-    """Stored activations: fp16, with the window (4 bytes) and position (2) of every row."""
-    return tokens * (2 * channels + 6)
+    """Stored activations: two bytes a value, and 18 a row that say where it comes from: window
+    (4), position (2), token id, document and place in it (4 each)."""
+    return tokens * (2 * channels + 18)
 
 
 def checkpoint_bytes(plan: Plan) -> float:

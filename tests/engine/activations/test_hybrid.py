@@ -130,7 +130,7 @@ def test_what_an_interruption_left_behind_is_made_again(make, loader, tmp_path):
     with make().batches(BATCH, SEED) as stream:
         whole = list(islice(stream, 2))
     phase = tmp_path / "run" / "phase"
-    path = phase / "train" / f"{A.name}.f16"
+    path = phase / "train" / "00000" / f"{A.name}.f16"
     path.write_bytes(path.read_bytes()[:-1])
     with make().batches(BATCH, SEED) as again:
         assert torch.equal(next(again)[A], whole[0][A])

@@ -184,11 +184,11 @@ def test_too_little_text_is_refused_with_numbers(tiny, tokens, tmp_path):
 
 
 def test_a_limit_leaves_enough_to_judge_by(tokens):
-    from mistudio.engine.activations.store import _orders
+    from mistudio.engine.activations.extraction import choose_windows
 
     counts = {s: tokens.split(s).n_windows(CONTEXT) for s in ("train", "heldout")}
     for limit in (1_000, 4_000, 20_000, 10**9):
-        orders = _orders(tokens, CONTEXT, limit, np.random.default_rng(0))
+        orders = choose_windows(tokens, CONTEXT, limit)
         total = sum(map(len, orders.values()))
         assert total == min(max(10, limit // CONTEXT), sum(counts.values()))
         assert len(orders["heldout"]) >= min(counts["heldout"], total // 4)

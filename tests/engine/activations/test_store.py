@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from mistudio.engine.activations import store
-from mistudio.engine.activations.store import ROW, StoredActivations, extract
+from mistudio.engine.activations.shards import EARLIER_ROW
+from mistudio.engine.activations.store import StoredActivations, extract
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.errors import CorruptFile
 
@@ -39,7 +39,7 @@ def test_extraction_counts_what_it_left_out(folder):
     assert dropped.special >= windows
 
 
-@pytest.mark.parametrize("name", [f"train/{A.name}.f16", f"heldout/{B.name}.f16"])
+@pytest.mark.parametrize("name", [f"train/00000/{A.name}.f16", f"heldout/00000/{B.name}.f16"])
 @pytest.mark.parametrize("change", [-2, -1000, 2])
 def test_a_file_of_another_length_is_refused(folder, name, change):
     path = folder / name
@@ -50,23 +50,16 @@ def test_a_file_of_another_length_is_refused(folder, name, change):
 
 
 def test_a_missing_file_is_refused(folder):
-    (folder / "train" / f"{A.name}.f16").unlink()
-    with pytest.raises(CorruptFile, match="It has 0 bytes"):
+    (folder / "train" / "00000" / f"{A.name}.f16").unlink()
+    with pytest.raises(CorruptFile, match="It is missing"):
         StoredActivations(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 60, -6])
 def test_cut_places_are_refused(folder, keep):
-    path = folder / "train" / "rows.npy"
+    path = folder / "train" / "00000" / "rows.bin"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CorruptFile, match=r"rows\.npy"):
-        StoredActivations(folder)
-
-
-def test_places_of_another_extraction_are_refused(folder):
-    rows = np.load(folder / "train" / "rows.npy")
-    np.save(folder / "train" / "rows.npy", rows[:-1])
-    with pytest.raises(CorruptFile, match="does not belong"):
+    with pytest.raises(CorruptFile, match=r"rows\.bin"):
         StoredActivations(folder)
 
 
@@ -77,29 +70,47 @@ def test_a_broken_description_is_refused(folder, text):
         StoredActivations(folder)
 
 
-def written(folder, monkeypatch, n):
-    """The most memory that writing `n` rows took, in bytes of numpy and Python."""
-    monkeypatch.setattr(store, "WRITE_BUFFER", 512)
-    writer = store._Writer(folder, (A,), np.random.default_rng(0), 512 + 64)
-    values = {A: torch.arange(64.0)[:, None].expand(64, 4).contiguous()}
-    rows = np.zeros(64, ROW)
-    tracemalloc.start()
-    with writer.split("train"):
-        for number in range(n // 64):
-            rows["window"] = number
-            rows["position"] = np.arange(64)
-            writer.add(values, rows)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
+def test_changed_content_is_found(folder):
+    stored = StoredActivations(folder)
+    stored.verify()
+    path = folder / "train" / "00000" / f"{B.name}.f16"
+    data = bytearray(path.read_bytes())
+    data[1234] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptFile, match="has changed"):
+        StoredActivations(folder).verify()
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
-    few = written(tmp_path / "few", monkeypatch, 16 * 512)
-    many = written(tmp_path / "many", monkeypatch, 256 * 512)
-    rows = np.load(tmp_path / "many" / "train" / "rows.npy", mmap_mode="r")
-    assert len(rows) == 256 * 512
-    assert many < few + 100_000  # the rows' places alone take 786,432 bytes
-    values = np.fromfile(tmp_path / "many" / "train" / f"{A.name}.f16", np.float16)
-    assert np.array_equal(values.reshape(-1, 4)[:, 0], rows["position"])
-    assert [path.name for path in (tmp_path / "many" / "train").glob("*.part")] == []
+def test_a_store_of_a_newer_version_is_refused(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 99}))
+    with pytest.raises(CorruptFile, match="newer version"):
+        StoredActivations(folder)
+
+
+def test_a_store_of_an_earlier_version_is_read(folder, tmp_path):
+    """One flat file a site, and rows that hold window and position only."""
+    stored = StoredActivations(folder)
+    old = tmp_path / "earlier"
+    meta = json.loads((folder / "meta.json").read_text())
+    for name in ("format", "storage", "shards", "batch_windows", "limits", "definitions"):
+        del meta[name]
+    for split in ("train", "heldout"):
+        (old / split).mkdir(parents=True)
+        for point in (A, B):
+            shutil.copy(folder / split / "00000" / f"{point.name}.f16", old / split)
+        rows = stored.rows[split][:]
+        np.save(old / split / "rows.npy", rows[["window", "position"]].astype(EARLIER_ROW))
+    (old / "meta.json").write_text(json.dumps(meta))
+    earlier = StoredActivations(old)
+    chosen = np.arange(0, 2000, 7)
+    for point in (A, B):
+        assert torch.equal(
+            earlier.read("train", chosen)[point], stored.read("train", chosen)[point]
+        )
+    chunks = zip(earlier.token_rows("train", A), stored.token_rows("train", A), strict=True)
+    assert all(np.array_equal(x.positions, y.positions) for x, y in chunks)
+    path = old / "train" / "rows.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(CorruptFile, match="does not belong"):
+        StoredActivations(old)
