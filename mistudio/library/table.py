@@ -89,8 +89,7 @@ class Table(Generic[R]):
 
     def _encode(self, values: Mapping[str, object]) -> tuple[object, ...]:
         return tuple(
-            json.dumps(value, ensure_ascii=False, sort_keys=True) if name in self._json else value
-            for name, value in values.items()
+            _json_text(value) if name in self._json else value for name, value in values.items()
         )
 
     def _decode(self, row: sqlite3.Row) -> R:
@@ -103,6 +102,17 @@ class Table(Generic[R]):
                 value = bool(value)
             values[name] = value
         return self.record(**values)
+
+
+def _json_text(value: object) -> str:
+    """JSON that SQLite can hold: halves of surrogate pairs, which stand for bytes in file names
+    that are no UTF-8, are escaped."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, sort_keys=True)
+    return text
 
 
 def _is_container(hint: object) -> bool:

@@ -81,7 +81,7 @@ class _Feed:
         self.number = number
         self.began = self.began or number
         self._size += len(line)
-        if self._size > MAX_ROW:
+        if self._size >= MAX_ROW:  # a longer line comes in pieces of this size
             self._skip_rest(line)
             raise _TooLarge
         return line

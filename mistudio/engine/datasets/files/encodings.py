@@ -76,12 +76,16 @@ def of_bytes(sample: bytes) -> Encoding | None:
     for mark, codec in _BOMS:
         if sample.startswith(mark):
             return Encoding(codec)
-    if b"\0" in sample and (wide := _wide(sample)):
-        return Encoding(wide)
-    if (text := _decoded(sample, "utf-8")) is not None:
-        return Encoding("utf-8") if _is_text(text) else None
+    text = _decoded(sample, "utf-8")
+    if text is not None and _is_text(text):
+        return Encoding("utf-8")
     if b"\0" in sample:
+        wide = _wide(sample)
+        return Encoding(wide) if wide else None
+    if text is not None:
         return None
+    if _is_damaged_utf8(sample):
+        return Encoding("utf-8")
     guess = _by_statistics(sample)
     return Encoding(guess, guessed=True) if guess else None
 
@@ -109,16 +113,24 @@ def _decoded(sample: bytes, codec: str) -> str | None:
 
 def _is_text(text: str) -> bool:
     """A few control characters, NULs among them, do happen in texts."""
-    return len(_CONTROL.findall(text)) <= 0.02 * len(text) + (len(text) > 50)
+    return len(_CONTROL.findall(text)) <= 0.02 * len(text) + 1
+
+
+def _is_damaged_utf8(sample: bytes) -> bool:
+    """Whether far more characters are valid UTF-8 than are not; in no other encoding do texts
+    look so by chance."""
+    text = sample.decode("utf-8", MARKING)
+    marks = len(MARKS.findall(text))
+    return len(re.findall(r"[^\x00-\x7f]", text)) - marks > 2 * marks and _is_text(text)
 
 
 def _wide(sample: bytes) -> str | None:
     """UTF-16 or UTF-32 without a mark, told by where the zero bytes stand."""
     zeros = [sample[place::4].count(0) for place in range(4)]
     quarter = len(sample) // 4
-    if quarter and zeros[3] == zeros[2] == quarter and zeros[0] < quarter:
+    if quarter and zeros[3] == quarter > zeros[0] and zeros[2] > zeros[0]:
         candidates = ["utf-32-le"]
-    elif quarter and zeros[0] == zeros[1] == quarter and zeros[3] < quarter:
+    elif quarter and zeros[0] == quarter > zeros[3] and zeros[1] > zeros[3]:
         candidates = ["utf-32-be"]
     else:
         even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
@@ -134,12 +146,17 @@ def _by_statistics(sample: bytes) -> str | None:
     from charset_normalizer import from_bytes
 
     isolated = _looks_western(sample)
-    allowed = _WESTERN if isolated else _LEGACY
-    best = from_bytes(sample, cp_isolation=list(allowed)).best()
+    matches = from_bytes(sample, cp_isolation=list(_WESTERN if isolated else _LEGACY))
+    best = matches.best()
     if best is None or not _is_text(str(best)):
         return None
     western = _decoded(sample, "cp1252") if isolated else None
-    return "cp1252" if western is not None and western == str(best) else best.encoding
+    for match in matches:
+        # Of what fits about as well, by far the most frequent.
+        as_good = match.chaos <= best.chaos + 0.02 and match.coherence >= best.coherence - 0.01
+        if as_good and str(match) == western:
+            return "cp1252"
+    return best.encoding
 
 
 def _looks_western(sample: bytes) -> bool:
@@ -147,7 +164,7 @@ def _looks_western(sample: bytes) -> bool:
     runs = re.findall(rb"[\x80-\xff]+", sample)
     beyond = sum(map(len, runs))
     alone = sum(len(run) == 1 for run in runs)
-    return beyond < 0.15 * len(sample) and alone >= 0.8 * len(runs)
+    return beyond < 0.25 * len(sample) and alone >= 0.8 * len(runs)
 
 
 def _known(name: str) -> str:

@@ -20,8 +20,10 @@ from mistudio.engine.datasets.files.rows import TEXT_COLUMNS, Row
 from mistudio.errors import CorruptFile, InvalidInput
 
 TOO_DEEP = "it is nested too deeply"
-# Brackets left open: a parser keeps something for each.
-MAX_DEPTH = 1_000_000
+# Brackets left open. The parser's work grows with their square, so that a million would take hours.
+MAX_DEPTH = 10_000
+# A string that is longer than a piece is looked through from its start with every further piece.
+PIECE = 1 << 20
 
 
 def jsonl_rows(reading: Reading) -> Iterator[Row]:
@@ -129,7 +131,9 @@ def _streamed(reading: Reading, start: str, encoding: Encoding) -> Iterator[Row]
     with open_text(reading, encoding) as text:
         feed = _Feed(reading, text, encoding)
         try:
-            for number, item in enumerate(ijson.items(feed, prefix, use_float=True), start=1):
+            for number, item in enumerate(
+                ijson.items(feed, prefix, buf_size=PIECE, use_float=True), start=1
+            ):
                 feed.item_ended()
                 yield number, item
         except (ijson.JSONError, ValueError, OverflowError) as exc:
@@ -145,7 +149,7 @@ def _list_in_object(reading: Reading, encoding: Encoding) -> str:
     with open_text(reading, encoding) as text:
         feed = _Feed(reading, text, encoding)
         try:
-            for prefix, kind in _lists(ijson.parse(feed, use_float=True)):
+            for prefix, kind in _lists(ijson.parse(feed, buf_size=PIECE, use_float=True)):
                 if kind == "start_map":
                     return prefix
                 texts = texts or (prefix if kind == "string" else "")

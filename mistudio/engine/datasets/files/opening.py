@@ -30,7 +30,7 @@ CHUNK = 1 << 18
 # Text packs by 2 to 30; a file that unpacks to more than this many times its size, and to a
 # size that hurts, was made to fill a disk.
 MAX_RATIO = 250
-RATIO_MATTERS_FROM = 64 * 1024**2
+RATIO_MATTERS_FROM = 16 * 1024**2
 # The most that is read at once: a batch of an Arrow file is in memory as a whole.
 MAX_BLOCK = 1024**3
 
