@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mistudio.engine.datasets.documents import Document, Documents, write_documents
+from mistudio.engine.datasets import documents as documents_module
+from mistudio.engine.datasets.documents import (
+    Document,
+    Documents,
+    Limit,
+    limited,
+    write_documents,
+)
 from mistudio.engine.datasets.sources import read_documents
 from mistudio.engine.progress import Cancelled
-from mistudio.errors import InvalidInput
+from mistudio.errors import DiskFull, InvalidInput
 
 SOME = [
     Document("plain", "Title", "Topic"),
@@ -126,3 +135,94 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, shape: str) -> None:
     tracemalloc.stop()
     assert written.characters > 0.95 * size
     assert peak < 3 * 1024**2
+
+
+# --- splits, pages, limits ------------------------------------------------------------------------
+
+
+def test_splits_are_ranges_of_positions(tmp_path: Path) -> None:
+    rows = [Document(f"{split} {i}", split=split) for split in ("train", "test") for i in range(3)]
+    write_documents([*rows, Document("of none")], tmp_path)
+    documents = Documents(tmp_path)
+    assert documents.splits == {"train": range(0, 3), "test": range(3, 6)}
+    assert documents[4] == rows[4]
+
+
+def test_without_splits_there_are_no_ranges(tmp_path: Path) -> None:
+    write_documents(SOME, tmp_path)
+    assert Documents(tmp_path).splits == {}
+
+
+def test_a_split_in_pieces_is_refused(tmp_path: Path) -> None:
+    rows = [Document("a", split="train"), Document("b", split="test"), Document("c", split="train")]
+    with pytest.raises(ValueError, match="'train' come in several pieces"):
+        write_documents(rows, tmp_path)
+
+
+def test_a_page_is_a_slice(tmp_path: Path) -> None:
+    rows = [Document(f"text {i} " + "ü" * i) for i in range(50)]
+    write_documents(rows, tmp_path)
+    documents = Documents(tmp_path)
+    for part in (slice(10, 20), slice(45, 99), slice(0, 0), slice(None), slice(1, 40, 7)):
+        assert documents[part] == rows[part]
+    assert documents[-3:] == rows[-3:]
+
+
+def test_conversations_come_back_with_their_messages(tmp_path: Path) -> None:
+    chat = Document("User: a\n\nAssistant: b", messages=(("user", "a"), ("assistant", "b")))
+    write_documents([chat], tmp_path)
+    assert Documents(tmp_path)[0] == chat
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (Limit(), 5),
+        (Limit(max_documents=2), 2),
+        (Limit(max_documents=99), 5),
+        (Limit(max_bytes=20), 2),  # ten bytes each: ü has two
+        (Limit(max_bytes=29), 2),
+        (Limit(max_documents=1, max_bytes=29), 1),
+    ],
+)
+def test_a_limit_counts_documents_and_bytes_of_text(
+    tmp_path: Path, limit: Limit, expected: int
+) -> None:
+    rows = [Document(" "), *[Document("ü" * 5)] * 5]
+    assert write_documents(rows, tmp_path, limit=limit).documents == expected
+
+
+def test_a_limit_below_the_first_document_is_refused_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"has 10 bytes of text; the limit is 9\."):
+        write_documents([Document("x" * 10)], tmp_path, limit=Limit(max_bytes=9))
+    with pytest.raises(InvalidInput, match="below 1"):
+        write_documents([Document("x" * 10)], tmp_path, limit=Limit(max_documents=0))
+
+
+def test_nothing_is_read_beyond_the_limit() -> None:
+    def two() -> Iterator[Document]:
+        yield Document("one")
+        yield Document("two")
+        raise AssertionError("read on")
+
+    assert len(list(limited(two(), Limit(max_documents=2)))) == 2
+
+
+def test_writing_stops_before_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(documents_module, "ROOM_TO_KEEP", 2 * free)
+    with pytest.raises(DiskFull, match="nearly full"):
+        write_documents([Document("text")], tmp_path)
+
+
+def test_opening_reads_no_offsets(tmp_path: Path) -> None:
+    """Five million offsets take 40 MB; opening maps them."""
+    write_documents([Document("text")], tmp_path)
+    np.save(tmp_path / "documents.offsets.npy", np.arange(5_000_001, dtype=np.int64))
+    tracemalloc.start()
+    assert len(Documents(tmp_path)) == 5_000_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1024**2
