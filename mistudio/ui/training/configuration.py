@@ -10,12 +10,20 @@ from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
-from mistudio.errors import UserError
-from mistudio.library.records import Extraction
+from mistudio.errors import InvalidInput, UserError
+from mistudio.jobs.template_files import Config
+from mistudio.jobs.templates import (
+    dataset_reference,
+    find_dataset,
+    find_model,
+    model_reference,
+)
+from mistudio.library.records import Extraction, Template
 from mistudio.ui.services import Services
+from mistudio.ui.templates.section import TemplateSection
 from mistudio.ui.theme import tokens
 from mistudio.ui.times import clock_time
-from mistudio.ui.training.estimate import Estimate
+from mistudio.ui.training.estimate import Estimate, rate
 from mistudio.ui.training.fields import COLUMNS, Columns, OptionField, Section
 from mistudio.ui.training.form import (
     ACROSS_MLP,
@@ -28,8 +36,11 @@ from mistudio.ui.training.form import (
     Check,
     Form,
     default_text,
+    default_value,
+    encoder_of,
     groups,
     point_parts,
+    value_text,
 )
 from mistudio.ui.training.presenter import TrainingPresenter
 from mistudio.ui.widgets import (
@@ -77,6 +88,7 @@ class ConfigurationCard(Card):
             entry.chosen.connect(self._on_fields_chosen)
         self._add_everyday_fields()
         self._add_advanced()
+        self._add_templates()
         self._add_summary()
         self.start = Button("Start Training", "primary", "play")
         self.start.setObjectName("start_training")
@@ -150,6 +162,18 @@ class ConfigurationCard(Card):
         self.reset.clicked.connect(self._on_reset_clicked)
         self.advanced.add(*self._sections, row(self.reset, None))
         self.add(self.advanced)
+
+    def _add_templates(self) -> None:
+        self.templates = TemplateSection(
+            self._services,
+            "training",
+            "Training Templates",
+            self.template_config,
+            template_meta,
+            travels=True,
+        )
+        self.templates.load_wanted.connect(self._on_templates_load_wanted)
+        self.add(self.templates)
 
     def _add_summary(self) -> None:
         """What the training would do and need; below it, in yellow, where something is short."""
@@ -225,6 +249,49 @@ class ConfigurationCard(Card):
         self._restoring = False
         self.refresh_check()
 
+    def template_config(self) -> Config:
+        """The form as a template keeps it. InvalidInput where a field is wrong."""
+        self._recheck.flush()
+        form, found = self.form(), self.check
+        assert found is not None
+        if found.errors:
+            name, sentence = next(iter(found.errors.items()))
+            raise InvalidInput("This configuration has an error", sentence, field=name)
+        return {
+            "model": model_reference(form.model) if form.model else {},
+            "dataset": dataset_reference(form.dataset) if form.dataset else {},
+            "layers": list(form.layers),
+            "site": form.site,
+            "source": form.source,
+            "hyperparameters": found.config,
+        }
+
+    def load_template(self, template: Template) -> None:
+        """Take a template into the form; what it names and is not here stays as it was."""
+        config, library = template.config, self._services.library
+        model, no_model = find_model(library, config.get("model", {}))
+        dataset, no_dataset = find_dataset(library, config.get("dataset", {}))
+        notes = [note for note in (no_model, no_dataset) if note]
+        self._restoring = True
+        self.choose(dataset.id if dataset else None, model.id if model else None)
+        values = config.get("hyperparameters", {})
+        for name, entry in self.fields.items():
+            wanted = value_text(name, values[name]) if name in values else default_text(name)
+            entry.set_value(wanted)
+        self._set_site(config.get("site", "resid_post"))
+        self.source.set_value(config.get("source", "auto"))
+        layers, n_layers = config.get("layers", []), self.layers.n_layers
+        there = [layer for layer in layers if layer < n_layers]
+        if layers and n_layers and len(there) < len(layers):
+            notes.append(f"Layers above {n_layers - 1} are left out: the model has {n_layers}.")
+        if there:
+            self.layers.set_selected(there)
+        self._restoring = False
+        self._show_site()
+        self.refresh_check()
+        told = self._services.toasts.warning if notes else self._services.toasts.success
+        told(f"Loaded “{template.name}”", " ".join(notes))
+
     def choose(self, dataset_id: int | None = None, model_id: int | None = None) -> None:
         for choice, wanted in ((self.dataset, dataset_id), (self.model, model_id)):
             for index in range(choice.count()):
@@ -282,7 +349,7 @@ class ConfigurationCard(Card):
             self.site, self.layers.select_all, self.layers.clear_all, *self.layers.buttons,
             self.advanced.button,
             *(self.fields[name].editor for _, names in groups() for name in names),
-            self.reset, self.start,
+            self.reset, *self.templates.stops(), self.start,
         ]  # fmt: skip
         for before, after in pairwise(stops):
             QWidget.setTabOrder(before, after)
@@ -416,6 +483,9 @@ class ConfigurationCard(Card):
     def _on_starting_changed(self, starting: bool) -> None:
         self._show_start()
 
+    def _on_templates_load_wanted(self, template: Template) -> None:
+        self.load_template(template)
+
     def _on_reset_clicked(self, checked: bool = False) -> None:
         for name in ADVANCED:
             self.fields[name].set_value(default_text(name))
@@ -432,6 +502,23 @@ class ConfigurationCard(Card):
             self._presenter.start(self.form())
         except UserError as exc:
             self._services.toasts.error(exc)
+
+
+def template_meta(config: Config) -> str:
+    """`BatchTopK SAE • LR: 1e-4 • 8x expansion`."""
+    values = config["hyperparameters"]
+    given = values.get("learning_rate")
+    width = values.get("width")
+    size = f"{formatting.count(width)} latents" if width else ""
+    layers = config.get("layers", [])
+    parts = [
+        encoder_of(values),
+        f"LR: {rate(given) if given else 'auto'}",
+        size or f"{values.get('expansion') or default_value('expansion'):g}x expansion",
+        f"{len(layers)} layers" if len(layers) > 1 else f"layer {layers[0]}" if layers else "",
+        config.get("model", {}).get("name", ""),
+    ]
+    return " • ".join(filter(None, parts))
 
 
 def _stored(extraction: Extraction) -> str:

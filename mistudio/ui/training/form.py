@@ -167,7 +167,11 @@ def default_value(name: str) -> Any:
 
 def default_text(name: str) -> str | bool:
     """A field's default as the form shows it; "" where it is derived."""
-    value = default_value(name)
+    return value_text(name, default_value(name))
+
+
+def value_text(name: str, value: Any) -> str | bool:
+    """A value as its field shows it; None leaves the field open."""
     if value is None:
         return ""
     if isinstance(value, bool):
