@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip-bad-rows", action="store_true", help="leave out rows without text")
     sub = add("remove", _dataset_remove, "move a dataset to the trash", dataset)
     sub.add_argument("dataset", metavar="DATASET")
+
+    sub = add("search", _dataset_search, "look for datasets on the Hugging Face Hub", dataset)
+    sub.add_argument("text", metavar="TEXT")
+    sub.add_argument("--limit", type=_not_negative, default=20, metavar="N")
+    sub = add("info", _dataset_info, "what a dataset on the Hub holds", dataset)
+    sub.add_argument("repository", metavar="OWNER/NAME")
+    sub.add_argument("--revision", metavar="R", help="branch, tag or commit")
+    sub = add("download", _dataset_download, "bring a dataset from the Hub", dataset)
+    sub.add_argument("repository", metavar="OWNER/NAME")
+    sub.add_argument("--config", metavar="C", help="where it has several")
+    sub.add_argument("--split", metavar="S", help="such as train (default: all)")
+    sub.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the newest)")
+    sub.add_argument("--text-column", metavar="C")
+    sub.add_argument("--name")
+    sub.add_argument("--skip-bad-rows", action="store_true", help="leave out rows without text")
+    sub.add_argument("--max-documents", type=int, metavar="N", help="take the first N")
+    sub.add_argument("--max-bytes", type=int, metavar="N", help="take the first N bytes of text")
+    sub.add_argument(
+        "--link",
+        action="store_true",
+        help="store nothing but a look; read it on the Hub each time it is tokenised",
+    )
+
+    login = add("login", _login, "remember an access token of the Hugging Face Hub (asked for)")
+    login.add_argument(
+        "--unchecked", action="store_true", help="do not ask the Hub whose token it is"
+    )
+    add("logout", _logout, "forget the access token")
 
     model = commands.add_parser("model", help="models").add_subparsers(required=True)
     sub = add("add", _model_add, "add a model folder, a Hub id or `sample`", model)
@@ -420,6 +448,103 @@ def _dataset_add(options: argparse.Namespace, library: Library) -> dict[str, Any
         f"{count(dataset.characters)} characters{left_out}"
     )
     return {**result, "documents": dataset.documents, "characters": dataset.characters}
+
+
+def _dataset_search(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.credentials import access_for
+    from mistudio.engine.hub import search_datasets
+    from mistudio.terminal import table
+
+    found = search_datasets(options.text, limit=options.limit or 1, access=access_for())
+    rows = [
+        {
+            "repository": f.repository,
+            "downloads": short_count(f.downloads),
+            "likes": short_count(f.likes),
+            "size": "" if f.bytes is None else size(f.bytes),
+            "gated": {"": "", "manual": "asks the owner"}.get(f.gated, "terms to accept"),
+            "licence": f.licence,
+        }
+        for f in found
+    ]
+    print(table(rows, {name: name for name in rows[0]}) if rows else "Nothing found.")
+    return {"datasets": [asdict(f) for f in found]}
+
+
+def _dataset_info(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.credentials import access_for
+    from mistudio.engine.hub import check_repository, dataset_info
+
+    name = check_repository(options.repository)
+    found = dataset_info(name, options.revision, access_for(name))
+    print(f"{found.repository}  {found.licence}  {found.page}")
+    if found.problem:
+        print(f"Nothing of it can be read: {found.problem}")
+    for config in found.configs:
+        default = " (default)" if config.name == found.default_config else ""
+        print(f"{config.name}{default}: {', '.join(f'{c} ({t})' for c, t in config.columns)}")
+        for split in config.splits:
+            rows = "" if split.rows is None else f", {count(split.rows)} rows"
+            print(f"  {split.name}: {len(split.files)} files, {size(split.bytes)}{rows}")
+    return asdict(found)
+
+
+def _dataset_download(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import DownloadDataset
+
+    job = DownloadDataset(
+        options.repository,
+        config=options.config,
+        split=options.split,
+        revision=options.revision,
+        text_column=options.text_column,
+        name=options.name,
+        skip_bad_rows=options.skip_bad_rows,
+        max_documents=options.max_documents,
+        max_bytes=options.max_bytes,
+        store=not options.link,
+    )
+    result = _run(library, job)
+    dataset = library.datasets.get(result["dataset_id"])
+    left_out = f" ({count(result['skipped'])} bad rows left out)" if result["skipped"] else ""
+    kept = "the first " if dataset.link else ""
+    print(
+        f"Dataset {dataset.id}: {dataset.name}, {kept}{count(dataset.documents)} documents, "
+        f"{count(dataset.characters)} characters{left_out}"
+    )
+    return {**result, "characters": dataset.characters}
+
+
+def _login(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    """The token comes from the terminal without an echo, or from standard input: as an argument it
+    would stay in the shell's history."""
+    import getpass
+
+    from mistudio import credentials
+
+    if sys.stdin.isatty():
+        text = getpass.getpass("Access token (hf_...): ")
+    else:
+        text = sys.stdin.readline()
+    token = credentials.checked(text)
+    name = ""
+    if not options.unchecked:
+        name = credentials.whose(replace(credentials.access_for(), token=token))
+        print(f"This is {name}'s token.")
+    kept = credentials.remember(token.reveal())
+    print(kept.sentence)
+    return {"name": name, "kept_in": kept.kind}
+
+
+def _logout(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio import credentials
+
+    credentials.forget()
+    print("The access token is forgotten here.")
+    access = credentials.access_for()
+    if access.token is not None:
+        print("HF_TOKEN, or what `hf auth login` has stored, still signs you in.")
+    return {"signed_in": access.token is not None}
 
 
 def _dataset_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:

@@ -80,6 +80,12 @@ SETTINGS: tuple[Setting, ...] = (
         choices=(("emerald", "Emerald"), ("safe", "Blue to yellow (colour-blind safe)")),
     ),
     Setting(
+        "offline", bool, False, "Work offline",
+        "Never ask the Hugging Face Hub, whatever is clicked. Otherwise it is asked only when you "
+        "search it or download from it, and nothing is ever sent by itself.",
+        "Hugging Face account",
+    ),
+    Setting(
         "notify", bool, True, "Tell me when long jobs end",
         "A system notification when a job ends while the window is in the background.",
         "Notifications",

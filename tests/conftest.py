@@ -27,6 +27,7 @@ os.environ["MISTUDIO_HOME"] = os.path.join(_home.name, "library")
 os.environ["HF_HOME"] = os.path.join(_home.name, "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["PYTHON_KEYRING_BACKEND"] = "keyring.backends.fail.Keyring"  # not the user's own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # torch's thread count, also in child processes; where tests run side by side they have one each.
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"

@@ -19,6 +19,7 @@ from mistudio.errors import explain
 from mistudio.jobs.control import Control, Meter, Phase, Snapshot
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Library
+from mistudio.logs import redacted
 
 log = logging.getLogger(__name__)
 
@@ -209,22 +210,23 @@ def can_go_on(library: Library, record: JobRecord) -> bool:
 
 
 def error_row(exc: BaseException) -> dict[str, Any]:
-    """How a failure is kept: a known error in its own words, a bug with its traceback."""
+    """How a failure is kept: a known error in its own words, a bug with its traceback; never a
+    token."""
     known = explain(exc)
     if known is not None:
         log.warning("%s: %s", type(exc).__name__, known)
         return {
-            "title": known.title,
-            "what": known.what,
-            "next_step": known.next_step,
+            "title": redacted(known.title),
+            "what": redacted(known.what),
+            "next_step": redacted(known.next_step),
             "retryable": known.retryable,
             "field": getattr(known, "field", ""),
         }
     log.error("A job failed by a bug", exc_info=exc)
     return {
         "title": "Something went wrong inside miStudio",
-        "what": f"{type(exc).__name__}: {exc}",
+        "what": redacted(f"{type(exc).__name__}: {exc}"),
         "next_step": "This is a bug: please copy the report and file it. Your library is unharmed.",
         "retryable": True,
-        "traceback": "".join(traceback.format_exception(exc)),
+        "traceback": redacted("".join(traceback.format_exception(exc))),
     }

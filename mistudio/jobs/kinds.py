@@ -10,6 +10,7 @@ from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.extraction import Extract
 from mistudio.jobs.features import Discover
+from mistudio.jobs.hub_datasets import DownloadDataset
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel
 from mistudio.jobs.saes import Export, ImportSae
@@ -28,6 +29,7 @@ __all__ = [
     "AnalyseDataset",
     "Demo",
     "Discover",
+    "DownloadDataset",
     "Export",
     "Extract",
     "ImportSae",
@@ -43,6 +45,7 @@ KINDS: dict[str, Any] = {
     for kind in (
         AddDataset,
         AddSampleDataset,
+        DownloadDataset,
         Tokenize,
         AddTokenizer,
         AnalyseDataset,

@@ -20,7 +20,7 @@ from mistudio.engine.hub.models import download_model
 from mistudio.engine.hub.refusals import Subject
 from mistudio.engine.hub.repository import RemoteFile, check_repository, is_repository_id
 from mistudio.engine.hub.session import Session
-from mistudio.engine.hub.stream import read_splits, stream_documents
+from mistudio.engine.hub.stream import read_fetched, read_splits, stream_documents
 
 __all__ = [
     "Access",
@@ -40,6 +40,7 @@ __all__ = [
     "download_model",
     "inspect",
     "is_repository_id",
+    "read_fetched",
     "read_splits",
     "search_datasets",
     "set_provider",

@@ -72,8 +72,8 @@ def resolve(files: Sequence[RemoteFile], card: Mapping[str, Any]) -> Layout:
         configs.append(_config(name, patterns, by_name, infos.get(name, {})))
     if not declared:
         patterns = _guessed(list(by_name))
-        name = next(iter(infos)) if len(infos) == 1 else DEFAULT_CONFIG
-        configs.append(_config(name, patterns, by_name, infos.get(name, {})))
+        told = next(iter(infos.values())) if len(infos) == 1 else infos.get(DEFAULT_CONFIG, {})
+        configs.append(_config(DEFAULT_CONFIG, patterns, by_name, told))
     configs = [config for config in configs if config.splits]
     names = [config.name for config in configs]
     default = names[0] if len(names) == 1 else None

@@ -11,8 +11,7 @@ import gzip
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,7 +25,7 @@ from mistudio.engine.hub.remote_files import RandomFile, SequentialFile
 from mistudio.engine.hub.repository import RemoteFile, check_names, check_repository
 from mistudio.engine.hub.session import Session
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import CorruptFile, InvalidInput
+from mistudio.errors import CorruptFile, DiskFull, InvalidInput, UserError
 
 if TYPE_CHECKING:
     from mistudio.engine.datasets.documents import Document
@@ -83,7 +82,7 @@ def read_splits(
     options: ReadOptions,
     rejected: Rejected | None = None,
     scratch: Path | None = None,
-) -> Iterator[Document]:
+) -> Generator[Document, None, None]:
     """Every document of the splits' files; the limits of `options` are the caller's to keep."""
     splits = tuple(splits)
     check_names([file for split in splits for file in split.files], session.subject)
@@ -94,10 +93,37 @@ def read_splits(
         prefix="mistudio-hub-", dir=scratch, ignore_cleanup_errors=True
     ) as temporary:
         folder = Path(temporary)
+        wanted = Wanted(options)
         for split in splits:
             for file in split.files:
-                for document in _read_file(session, revision, file, folder, options, rejected):
+                wanted.begin_file()
+                for document in _read_file(session, revision, file, folder, wanted, rejected):
                     yield replace(document, split=split.name)
+
+
+def read_fetched(
+    splits: Iterable[Split],
+    paths: Mapping[str, Path],
+    options: ReadOptions,
+    rejected: Rejected | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[Document]:
+    """The same from downloaded files (name -> path). The progress counts bytes on disk."""
+    from mistudio.engine.datasets.sources import read_documents
+
+    wanted = Wanted(replace(options, max_documents=None, max_bytes=None))
+    before = 0
+    for split in splits:
+        for file in split.files:
+            path = paths[file.name]
+            size = path.stat().st_size
+            if size:
+                wanted.begin_file()
+                chosen = wanted.choose(path)
+                part = _Part(progress, before)
+                for document in read_documents(path, chosen, rejected, part):
+                    yield replace(document, split=split.name)
+            before += size
 
 
 def _read_file(
@@ -105,27 +131,33 @@ def _read_file(
     revision: str,
     file: RemoteFile,
     folder: Path,
-    options: ReadOptions,
+    wanted: Wanted,
     rejected: Rejected | None,
 ) -> Iterator[Document]:
     from mistudio.engine.datasets.sources import Rejected, read_documents
 
     if file.size == 0:
         return
-    wanted = _Wanted(options)
     for segment in _segments(session, revision, file, folder, wanted):
         chosen = wanted.choose(segment.path)
         own = Rejected()
         try:
-            yield from read_documents(segment.path, chosen, own)
+            yield from read_documents(segment.path, chosen, own, _Quiet(session.progress))
         except (InvalidInput, CorruptFile) as exc:
             if segment.before:
-                exc.what += f" (Counted from line or row {segment.before:,} of {file.name}.)"
+                raise _moved(exc, f"Counted from line or row {segment.before:,} of it.") from exc
             raise
         finally:
             segment.path.unlink(missing_ok=True)
         if rejected is not None:
             _add(rejected, own, file.name, segment.before)
+
+
+def _moved(exc: InvalidInput | CorruptFile, where: str) -> UserError:
+    what = f"{exc.what} {where}"
+    if isinstance(exc, InvalidInput):
+        return InvalidInput(exc.title, what, exc.next_step, exc.field)
+    return CorruptFile(exc.title, what, exc.next_step)
 
 
 def _add(to: Rejected, own: Rejected, name: str, before: int) -> None:
@@ -138,15 +170,22 @@ def _add(to: Rejected, own: Rejected, name: str, before: int) -> None:
     to.encodings.update(own.encodings)
 
 
-class _Wanted:
-    """How one file is read: what is guessed from its first segment holds for all of it."""
+class Wanted:
+    """How files are read: the text column that the first one shows holds for all of them, the
+    encoding of a file's beginning for all of that file."""
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
         self.columns: set[str] | None = None  # those that are needed; None: all
+        self._encoding = options.encoding
+        self._chosen = False
+
+    def begin_file(self) -> None:
+        self.options = replace(self.options, encoding=self._encoding)
         self._chosen = False
 
     def choose(self, first: Path) -> ReadOptions:
+        """The options for a file, of which `first` is the beginning."""
         from mistudio.engine.datasets.sources import describe
 
         if self._chosen:
@@ -163,7 +202,7 @@ class _Wanted:
 
 
 def _segments(
-    session: Session, revision: str, file: RemoteFile, folder: Path, wanted: _Wanted
+    session: Session, revision: str, file: RemoteFile, folder: Path, wanted: Wanted
 ) -> Iterator[Segment]:
     from mistudio.engine.datasets.files.listing import kind_of
 
@@ -184,8 +223,9 @@ def _segments(
         try:
             stream = _unpacked(head, compression)
             first = stream.read(4)
-        except (OSError, EOFError) as exc:
-            raise _damaged(file, exc) from exc
+        except Exception as exc:
+            _explain_damage(file, exc)
+            raise
         if first[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16: a byte is no character
             remote.close()
             yield from _whole(session, revision, file, folder)
@@ -193,21 +233,32 @@ def _segments(
         cut = _records if format in (".csv", ".tsv") else _lines
         try:
             yield from cut(stream, first, folder / plain)
-        except (EOFError, gzip.BadGzipFile) as exc:
-            raise _damaged(file, exc) from exc
+        except Exception as exc:
+            _explain_damage(file, exc)
+            raise
 
 
-def _damaged(file: RemoteFile, exc: Exception) -> CorruptFile:
-    return CorruptFile(
-        "A file of the dataset is damaged",
-        f"{file.name} cannot be unpacked: {exc}.",
-        "Choose another file or split, or tell the owner of the repository.",
-    )
+def _explain_damage(file: RemoteFile, exc: Exception) -> None:
+    """What unpacking found wrong, as a sentence."""
+    if type(exc).__name__ in ("EOFError", "BadGzipFile", "ZstdError", "error"):  # error: zlib's
+        raise CorruptFile(
+            "A file of the dataset is damaged",
+            f"{file.name} cannot be unpacked: {exc}.",
+            "Choose another file or split, or tell the owner of the repository.",
+        ) from exc
 
 
 def _whole(session: Session, revision: str, file: RemoteFile, folder: Path) -> Iterator[Segment]:
     """A kind of file that cannot be read in pieces is fetched, read and removed."""
     place = folder / "whole"
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * (file.size or 0):
+        raise DiskFull(
+            "Not enough disk space",
+            f"{file.name} cannot be read in pieces: {(file.size or 0) / 1e9:.1f} GB are fetched "
+            f"for it, and {free / 1e9:.1f} GB are free.",
+            "Free some space, or choose another split.",
+        )
     try:
         yield Segment(download_files(session, revision, [file], place)[0].path)
     finally:
@@ -315,7 +366,7 @@ def _table_segments(tables: Iterable[Any], path: Path) -> Iterator[Segment]:
         before += table.num_rows
 
 
-def _parquet_tables(remote: RandomFile, wanted: _Wanted) -> Iterator[Any]:
+def _parquet_tables(remote: RandomFile, wanted: Wanted) -> Iterator[Any]:
     """Tables of some rows. Only the columns that are needed are fetched, once that is known."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -336,7 +387,7 @@ def _parquet_tables(remote: RandomFile, wanted: _Wanted) -> Iterator[Any]:
             yield pa.Table.from_batches([batch])
 
 
-def _arrow_tables(remote: RandomFile, wanted: _Wanted) -> Iterator[Any]:
+def _arrow_tables(remote: RandomFile, wanted: Wanted) -> Iterator[Any]:
     import pyarrow as pa
 
     with _arrow_faults():
@@ -379,7 +430,6 @@ class _Quiet:
 
     def __init__(self, outer: Progress) -> None:
         self._outer = outer
-        self._last: tuple[float, float | None] = (0.0, None)
 
     def check(self) -> None:
         self._outer.check()
@@ -387,6 +437,21 @@ class _Quiet:
     def report(
         self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
     ) -> None:
-        if metrics.get("waiting"):
-            with suppress(AttributeError):
-                self._outer.tell(str(metrics["waiting"]))  # type: ignore[attr-defined]
+        tell = getattr(self._outer, "tell", None)  # a job's progress has it
+        if tell is not None and metrics.get("waiting"):
+            tell(str(metrics["waiting"]))
+
+
+class _Part:
+    """Progress of one file among others."""
+
+    def __init__(self, outer: Progress, before: int) -> None:
+        self._outer, self._before = outer, before
+
+    def check(self) -> None:
+        self._outer.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        self._outer.report(self._before + done, None, None, **metrics)
