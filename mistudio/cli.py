@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistudio import __version__, paths
+from mistudio.engine.datasets.token_settings import PADDINGS, TRUNCATIONS
 from mistudio.errors import InvalidInput, NotFound, UserError, explain
 from mistudio.formatting import count, duration, number, percent, short_count, size
 from mistudio.jobs.control import Control
@@ -154,8 +155,49 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text-column", metavar="C")
     sub.add_argument("--name")
     sub.add_argument("--skip-bad-rows", action="store_true", help="leave out rows without text")
+    sub.add_argument("--encoding", metavar="E", help="such as cp1252 (default: found out)")
+    sub.add_argument("--max-documents", type=int, metavar="N", help="take the first N")
+    sub.add_argument("--max-bytes", type=int, metavar="N", help="take the first N bytes of text")
+    sub.add_argument(
+        "--keep-in-place", action="store_true", help="read the files where they are, copy nothing"
+    )
     sub = add("remove", _dataset_remove, "move a dataset to the trash", dataset)
     sub.add_argument("dataset", metavar="DATASET")
+    sub = add("rename", _dataset_rename, "give a dataset another name", dataset)
+    sub.add_argument("dataset", metavar="DATASET")
+    sub.add_argument("name", metavar="NAME")
+    sub = add("provenance", _dataset_provenance, "where a dataset comes from, as JSON", dataset)
+    sub.add_argument("dataset", metavar="DATASET")
+    sub.add_argument("--out", metavar="FILE", help="write it there instead")
+
+    sub = add("tokenize", _dataset_tokenize, "turn a dataset's text into tokens", dataset)
+    sub.add_argument("dataset", metavar="DATASET")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="M", help="whose tokenizer: name or number")
+    which.add_argument("--tokenizer", metavar="T", help="one of your own: name or number")
+    sub.add_argument("--padding", choices=PADDINGS, default="pack", help="default: pack")
+    sub.add_argument("--truncation", choices=TRUNCATIONS, default="longest_first")
+    sub.add_argument("--max-length", type=int, default=512, metavar="N", help="where not packed")
+    sub.add_argument("--no-special-tokens", action="store_true")
+    sub.add_argument("--no-attention-mask", action="store_true")
+    sub.add_argument("--heldout-share", type=float, default=0.1, metavar="X")
+    sub = add("statistics", _dataset_statistics, "what a dataset's text is like", dataset)
+    sub.add_argument("dataset", metavar="DATASET")
+    sub.add_argument("--again", action="store_true", help="count anew")
+
+    tokenizer = commands.add_parser("tokenizer", help="tokenizers without a model").add_subparsers(
+        required=True
+    )
+    sub = add(
+        "add",
+        _tokenizer_add,
+        "add a tokenizer.json, a SentencePiece .model, a folder, a Hub id, `gpt2` or `llama`",
+        tokenizer,
+    )
+    sub.add_argument("source", metavar="SOURCE")
+    sub.add_argument("--name", default="")
+    sub = add("remove", _tokenizer_remove, "move a tokenizer to the trash", tokenizer)
+    sub.add_argument("tokenizer", metavar="TOKENIZER")
 
     sub = add("search", _dataset_search, "look for datasets on the Hugging Face Hub", dataset)
     sub.add_argument("text", metavar="TEXT")
@@ -215,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         "auto: store where the text is repeated",
     )
 
-    resume = add("resume", _resume, "go on with a training that was interrupted")
+    resume = add("resume", _resume, "go on with a training or other work that was interrupted")
     resume.add_argument("job", type=int, nargs="?", help="default: the last one")
     resume.add_argument(
         "--step", type=int, metavar="N", help="from this checkpoint; later ones are deleted"
@@ -387,6 +429,10 @@ def _list(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         }
         for d in library.datasets.all()
     ]
+    tokenizers = [
+        {"id": t.id, "name": t.name, "tokens": count(t.vocab_size), "from": t.origin}
+        for t in library.tokenizers.all()
+    ]
     runs = [
         {
             "id": t.id,
@@ -420,6 +466,7 @@ def _list(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     sections: dict[str, list[dict[str, Any]]] = {
         "Models": models,
         "Datasets": datasets,
+        "Tokenizers": tokenizers,
         "Runs": runs,
         "Imported": imported,
         "Jobs": jobs,
@@ -437,17 +484,112 @@ def _dataset_add(options: argparse.Namespace, library: Library) -> dict[str, Any
     if options.path == "sample":
         result = _run(library, AddSampleDataset())
     else:
-        path = str(Path(options.path).expanduser().resolve())
-        result = _run(
-            library, AddDataset(path, options.text_column, options.name, options.skip_bad_rows)
+        path = os.path.abspath(Path(options.path).expanduser())
+        job = AddDataset(
+            path,
+            options.text_column,
+            options.name,
+            options.skip_bad_rows,
+            keep_in_place=options.keep_in_place,
+            max_documents=options.max_documents,
+            max_bytes=options.max_bytes,
+            encoding=options.encoding,
         )
+        result = _run(library, job)
     dataset = library.datasets.get(result["dataset_id"])
     left_out = f" ({count(result['skipped'])} bad rows left out)" if result.get("skipped") else ""
+    kept = "the first " if dataset.link else ""
     print(
-        f"Dataset {dataset.id}: {dataset.name}, {count(dataset.documents)} documents, "
+        f"Dataset {dataset.id}: {dataset.name}, {kept}{count(dataset.documents)} documents, "
         f"{count(dataset.characters)} characters{left_out}"
     )
+    _print_rejected(result.get("rejected", {}))
     return {**result, "documents": dataset.documents, "characters": dataset.characters}
+
+
+def _print_rejected(rejected: dict[str, Any]) -> None:
+    """What reading left out, changed or guessed, for people to judge."""
+    for row in rejected.get("first", [])[:5]:
+        place = f"{row['file']}, line {row['line']}" if row["line"] else row["file"]
+        print(f"  left out: {place}: {row['reason']}")
+    if replaced := rejected.get("replaced"):
+        print(f"  replaced: {count(replaced)} places that are no characters")
+    for encoding in rejected.get("encodings", {}):
+        if encoding != "UTF-8":
+            print(f"  encoding: {encoding} (another: --encoding)")
+    for sentence in rejected.get("left_out", []):
+        print(f"  {sentence}")
+
+
+def _dataset_tokenize(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import Tokenize
+
+    dataset = _find(library.datasets, options.dataset)
+    model = _find(library.models, options.model) if options.model else None
+    own = _find(library.tokenizers, options.tokenizer) if options.tokenizer else None
+    settings = {
+        "max_length": options.max_length,
+        "padding": options.padding,
+        "truncation": options.truncation,
+        "add_special_tokens": not options.no_special_tokens,
+        "attention_mask": not options.no_attention_mask,
+        "heldout_share": options.heldout_share,
+    }
+    job = Tokenize(dataset.id, model.id if model else None, own.id if own else None, settings)
+    result = _run(library, job)
+    record = library.tokenizations.get(result["tokenization_id"])
+    found = record.statistics
+    print(f"Tokenisation {record.id} of {dataset.name}: {count(record.tokens)} tokens")
+    print(f"  {found['tokenizer']}, {found.get('layout', 'packed')}")
+    if refused := found.get("plain_chats"):
+        print(f"  {count(refused)} conversations do not fit the chat format: taken as plain text")
+    if long := found.get("long_texts"):
+        print(f"  {count(long)} very long documents were tokenised in parts that meet at a space")
+    return {**result, "statistics": found}
+
+
+def _dataset_statistics(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import AnalyseDataset
+    from mistudio.jobs.statistics import warnings_of
+
+    dataset = _find(library.datasets, options.dataset)
+    _run(library, AnalyseDataset(dataset.id, options.again))
+    found = library.datasets.get(dataset.id).statistics
+    lengths, duplicates, near = found["lengths"], found["duplicates"], found["near_duplicates"]
+    print(f"{dataset.name}: {count(found['documents'])} documents, {size(found['bytes'])} of text")
+    print(
+        f"  characters in a document: median {count(round(lengths['median']))}, "
+        f"{count(lengths['min'])} to {count(lengths['max'])}"
+    )
+    print(f"  exact duplicates: {count(duplicates['copies'])}")
+    print(f"  near duplicates: {count(near['documents'])} of {count(near['sample'])} sampled")
+    shares = ", ".join(f"{code} {percent(share)}" for code, share in found["languages"]["shares"])
+    print(f"  languages of {count(found['languages']['sample'])} sampled: {shares}")
+    for split, documents in found["splits"].items():
+        print(f"  split {split}: {count(documents)} documents")
+    warned = warnings_of(library, dataset.id)
+    for warning in warned:
+        print(f"  {'!' if warning.serious else '-'} {warning.title}: {warning.text}")
+    return {"statistics": found, "warnings": [asdict(warning) for warning in warned]}
+
+
+def _tokenizer_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import AddTokenizer
+
+    source = options.source
+    if Path(source).expanduser().exists():
+        source = os.path.abspath(Path(source).expanduser())
+    result = _run(library, AddTokenizer(source, options.name))
+    record = library.tokenizers.get(result["tokenizer_id"])
+    print(f"Tokenizer {record.id}: {record.name}, {count(record.vocab_size)} tokens")
+    return result
+
+
+def _tokenizer_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    tokenizer = _find(library.tokenizers, options.tokenizer)
+    library.discard("tokenizers", tokenizer.id)
+    print(f"Moved {tokenizer.name} to the trash (kept seven days).")
+    return {"tokenizer_id": tokenizer.id}
 
 
 def _dataset_search(options: argparse.Namespace, library: Library) -> dict[str, Any]:
@@ -552,6 +694,26 @@ def _dataset_remove(options: argparse.Namespace, library: Library) -> dict[str, 
     library.discard("datasets", dataset.id)
     print(f"Moved {dataset.name} to the trash (kept seven days).")
     return {"dataset_id": dataset.id}
+
+
+def _dataset_rename(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    dataset = _find(library.datasets, options.dataset)
+    library.datasets.rename(dataset.id, options.name)
+    name = library.datasets.get(dataset.id).name
+    print(f"{dataset.name} is now called {name}.")
+    return {"dataset_id": dataset.id, "name": name}
+
+
+def _dataset_provenance(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    dataset = _find(library.datasets, options.dataset)
+    record = library.datasets.provenance(dataset.id)
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    if options.out:
+        Path(options.out).expanduser().write_text(text + "\n", encoding="utf-8")
+        print(f"Wrote {options.out}")
+    else:
+        print(text)
+    return record
 
 
 def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
@@ -927,12 +1089,14 @@ def _resume(options: argparse.Namespace, library: Library) -> dict[str, Any]:
 
 
 def _go_on(library: Library, record: Any) -> dict[str, Any]:
-    """Run a training's own job again: it goes on from its newest checkpoint."""
+    """Run a job again under its own number: it goes on from what it kept."""
     from mistudio.jobs.kinds import job_from_row
 
     job = job_from_row(record.kind, record.params)
     if not library.jobs.requeue(record.id):
         raise InvalidInput("This job has not ended", "It was taken up elsewhere meanwhile.")
+    if record.kind != "train":
+        return _run(library, job, job_id=record.id)
     return _trained(library, _run(library, job, keep_on_stop=True, job_id=record.id))
 
 

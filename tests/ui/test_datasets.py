@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from mistudio.jobs.kinds import AddDataset, AddSampleDataset
 from mistudio.library.library import Library
 from mistudio.settings import Settings
 from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
-from mistudio.ui.datasets.dialogs import AddFileDialog, DatasetDialog
+from mistudio.ui.datasets.detail import PAGE, DatasetPresenter, Samples
+from mistudio.ui.datasets.dialog import DatasetDialog
 from mistudio.ui.datasets.page import DatasetsPage
-from mistudio.ui.datasets.presenter import ADDING_KINDS, PAGE, DatasetPresenter, Samples
+from mistudio.ui.datasets.presenter import ADDING_KINDS
 from mistudio.ui.services import Services
 from mistudio.ui.widgets import StatTile, ToastArea
 
@@ -96,7 +98,9 @@ def open_page(qtbot: Any, services: Services, size: tuple[int, int] = (1280, 720
 
 
 def test_kinds_that_make_datasets_are_the_ones_of_the_jobs() -> None:
-    assert {AddDataset.kind, AddSampleDataset.kind} <= set(ADDING_KINDS)
+    from mistudio.jobs.hub_datasets import DownloadDataset
+
+    assert {AddDataset.kind, AddSampleDataset.kind, DownloadDataset.kind} == set(ADDING_KINDS)
 
 
 def test_empty_library_says_how_to_begin(qtbot: Any, services: Services) -> None:
@@ -141,7 +145,7 @@ def test_filter_finds_by_words(qtbot: Any, services: Services, library: Library)
     qtbot.waitUntil(lambda: len(page.cards()) == 1)
     page._filter.setText("nothing")
     qtbot.waitUntil(lambda: page._no_match.isVisible())
-    assert page.save_state() == {"filter": "nothing"}
+    assert page.save_state()["filter"] == "nothing"
     page.restore_state({"filter": "poems"})
     qtbot.waitUntil(lambda: [c.item.dataset.name for c in page.cards()] == ["Poems"])
     page.restore_state({})
@@ -156,6 +160,13 @@ def test_sample_is_added_by_one_click(qtbot: Any, services: Services, library: L
     assert page.cards()[0].item.dataset.source == "sample"
 
 
+def accept_next(qtbot: Any, page: DatasetsPage) -> None:
+    """Wait for the Add dialog to know the file, then click Add."""
+    qtbot.waitUntil(lambda: page._add_dialog is not None and page._add_dialog.preview is not None)
+    assert page._add_dialog is not None
+    qtbot.mouseClick(page._add_dialog.add_button, Qt.MouseButton.LeftButton)
+
+
 def test_file_is_added_and_its_progress_shows(
     qtbot: Any, services: Services, library: Library, tmp_path: Path, answer_dialogs: Any
 ) -> None:
@@ -163,8 +174,9 @@ def test_file_is_added_and_its_progress_shows(
     file.write_text("A paragraph of text.\n\n" * 2000)
     page = open_page(qtbot, services)
     answer_dialogs("QFileDialog.getOpenFileNames", ([str(file)], ""))
+    qtbot.mouseClick(page.add_file, Qt.MouseButton.LeftButton)
     with qtbot.waitSignal(services.jobs.job_finished, timeout=20_000) as ended:
-        qtbot.mouseClick(page.add_file, Qt.MouseButton.LeftButton)
+        accept_next(qtbot, page)
         page.refresh_jobs()
         assert len(page._adding) == 1
         assert nameless(page) == []
@@ -172,15 +184,25 @@ def test_file_is_added_and_its_progress_shows(
     qtbot.waitUntil(lambda: not page._adding and len(page.cards()) == 1)
 
 
-def test_dropped_files_are_added_and_others_refused(
-    qtbot: Any, services: Services, library: Library, tmp_path: Path
+def test_folder_is_added_as_one_dataset(
+    qtbot: Any, services: Services, library: Library, tmp_path: Path, answer_dialogs: Any
 ) -> None:
-    good, bad = tmp_path / "a.md", tmp_path / "b.exe"
-    good.write_text("Some text to keep.\n" * 50)
-    bad.write_text("no")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = "".join(f"{split} text {number}\n" for number in range(3))
+        (folder / f"{split}.csv").write_text("text\n" + rows)
     page = open_page(qtbot, services)
+    answer_dialogs("QFileDialog.getExistingDirectory", str(folder))
+    qtbot.mouseClick(page.add_folder, Qt.MouseButton.LeftButton)
+    accept_next(qtbot, page)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    assert library.datasets.all()[0].documents == 6
+
+
+def drop(page: DatasetsPage, *paths: Path) -> None:
     mime = QMimeData()
-    mime.setUrls([QUrl.fromLocalFile(str(good)), QUrl.fromLocalFile(str(bad))])
+    mime.setUrls([QUrl.fromLocalFile(str(path)) for path in paths])
     event = QDropEvent(
         QPointF(20, 20),
         Qt.DropAction.CopyAction,
@@ -188,33 +210,57 @@ def test_dropped_files_are_added_and_others_refused(
         Qt.MouseButton.LeftButton,
         Qt.KeyboardModifier.NoModifier,
     )
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=20_000):
-        page.dropEvent(event)
+    page.dropEvent(event)
+
+
+def test_dropped_files_are_added_one_by_one_and_others_refused(
+    qtbot: Any, services: Services, library: Library, tmp_path: Path
+) -> None:
+    good, bad, packed = tmp_path / "a.md", tmp_path / "b.exe", tmp_path / "c.jsonl.gz"
+    good.write_text("Some text to keep.\n" * 50)
+    bad.write_text("no")
+    packed.write_bytes(gzip.compress(b'{"text": "packed text"}\n'))
+    page = open_page(qtbot, services)
+    drop(page, good, bad, packed)
     assert "b.exe" in services.toasts.toasts[0].message
     services.toasts.toasts[0].dismiss()
-    qtbot.waitUntil(lambda: len(page.cards()) == 1)
+    accept_next(qtbot, page)
+    qtbot.waitUntil(lambda: page._add_dialog is not None and page._add_dialog.name.text() == "c")
+    accept_next(qtbot, page)
+    qtbot.waitUntil(lambda: len(page.cards()) == 2, timeout=20_000)
+    assert {dataset.name for dataset in library.datasets.all()} == {"a", "c"}
 
 
-def test_columns_of_a_table_can_be_chosen(qtbot: Any, themed: QApplication, tmp_path: Path) -> None:
-    file = tmp_path / "table.csv"
-    file.write_text("id,story,notes\n1,Once upon a time,x\n")
-    dialog = AddFileDialog(file)
-    qtbot.addWidget(dialog)
-    dialog.show()
-    assert dialog.text_column is None
-    assert dialog._columns.set_value("story")
-    assert dialog.text_column == "story" and dialog.name == "table"
-    shot(dialog, "add-file")
-    assert nameless(dialog) == [] and cut_off(dialog) == []
-    dialog.close()
+def test_failed_file_says_why_and_is_tried_again(
+    qtbot: Any, services: Services, library: Library, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "fine"}\n{broken\n')
+    page = open_page(qtbot, services)
+    page.add_paths([file])
+    accept_next(qtbot, page)
+    qtbot.waitUntil(
+        lambda: any(card.panel is not None for card in page._adding.values()), timeout=20_000
+    )
+    card = next(iter(page._adding.values()))
+    assert card.panel is not None
+    assert card.badge.text() == "Error" and "line 2" in card.panel.accessibleName()
+    assert library.datasets.count() == 0
+    assert nameless(page) == [] and cut_off(page) == []
+    file.write_text('{"text": "fine"}\n{"text": "mended"}\n')
+    qtbot.mouseClick(card.panel.retry_button, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: not page._adding)
 
 
-def test_unreadable_file_is_told_in_the_dialog(qtbot: Any, themed: Any, tmp_path: Path) -> None:
-    file = tmp_path / "empty.csv"
-    file.write_text("")
-    dialog = AddFileDialog(file)
-    qtbot.addWidget(dialog)
-    assert not dialog.add_button.isEnabled()
+def test_failed_file_can_be_dismissed(qtbot: Any, services: Services, library: Library) -> None:
+    job_id = library.jobs.submit("add_dataset", "Add x", "disk", {"path": "/nowhere"})
+    library.jobs.move(job_id, ("queued",), "failed", error={"title": "File not found"})
+    page = open_page(qtbot, services)
+    card = page._adding[job_id]
+    qtbot.mouseClick(card.dismiss, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: not page._adding)
+    assert library.jobs.find(job_id) is None
 
 
 def test_delete_asks_first_and_moves_to_the_trash(
@@ -331,7 +377,7 @@ def test_dialog_shows_samples_and_statistics(
         shot(dialog, f"dataset-{name}")
         assert cut_off(dialog) == [] and too_small(dialog) == []
     shown = {tile.value for tile in dialog.tabs.currentWidget().findChildren(StatTile)}
-    assert shown == {
+    assert shown >= {
         formatting.count(len(ids)),
         formatting.count(sum(map(len, ids))),
         formatting.number(sum(map(len, ids)) / len(ids), 1),
@@ -363,5 +409,5 @@ def test_without_a_model_tokenizing_says_what_is_missing(
     dialog = DatasetDialog(services, library.datasets.get(add_dataset(library)))
     qtbot.addWidget(dialog)
     assert not dialog.tokenization.apply.isEnabled()
-    assert "Models tab" in dialog.tokenization.model.currentText()
+    assert "Models tab" in dialog.tokenization.picker.which.currentText()
     dialog.close()

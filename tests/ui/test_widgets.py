@@ -155,7 +155,7 @@ def test_token_tooltip_tells_token_id_and_activation(qtbot: Any) -> None:
     assert strip.describe(0) == "Token ' cat'\nid 2368\nactivation 1.250 (maximum 2.500)"
     qtbot.keyClick(strip, Qt.Key.Key_Right)
     qtbot.keyClick(strip, Qt.Key.Key_Right)
-    assert "id 198" in strip.accessibleDescription()
+    assert "Token ID: 198" in strip.accessibleDescription()
     with qtbot.waitSignal(strip.token_activated) as told:
         qtbot.keyClick(strip, Qt.Key.Key_Return)
     assert told.args == [1]

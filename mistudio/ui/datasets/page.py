@@ -1,140 +1,41 @@
-"""The Datasets tab: cards of what there is, what is being added, and the ways to add more."""
+"""The Datasets tab: the form for the Hub, ways to add files, cards of what there is."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import Qt, Signal
-from PySide6.QtGui import QDragEnterEvent, QDragLeaveEvent, QDropEvent, QKeyEvent, QMouseEvent
-from PySide6.QtWidgets import QFileDialog, QFrame, QLineEdit, QVBoxLayout, QWidget
+from PySide6.QtGui import QDragEnterEvent, QDragLeaveEvent, QDropEvent
+from PySide6.QtWidgets import QFileDialog, QLineEdit, QVBoxLayout, QWidget
 
 from mistudio import formatting
 from mistudio.errors import UserError
-from mistudio.library.jobs import JobRecord
-from mistudio.ui.datasets.dialogs import AddFileDialog, DatasetDialog
-from mistudio.ui.datasets.presenter import (
-    FILE_FILTER,
-    SOURCE_NAMES,
-    STRUCTURED,
-    DatasetItem,
-    DatasetsPresenter,
-)
+from mistudio.ui.datasets.add import AddFileDialog
+from mistudio.ui.datasets.cards import AddingCard, DatasetCard
+from mistudio.ui.datasets.dialog import DatasetDialog
+from mistudio.ui.datasets.hub import HubCard
+from mistudio.ui.datasets.presenter import FILE_FILTER, DatasetItem, DatasetsPresenter
 from mistudio.ui.services import Services
-from mistudio.ui.theme import set_look, tokens
+from mistudio.ui.theme import set_look
 from mistudio.ui.widgets import (
-    Badge,
     Button,
     Card,
     CardGrid,
     ColumnPage,
     ConfirmDialog,
-    ElidedLabel,
     EmptyState,
-    IconButton,
     PageTitle,
-    ProgressRow,
     Text,
     column,
     debounced,
-    picture,
     row,
 )
 
+if TYPE_CHECKING:
+    from mistudio.jobs.datasets import AddDataset
+
 SHOWN = 50  # cards; above that a filter finds the rest
 FILTER_FROM = 5
-
-
-class DatasetCard(QFrame):
-    """One dataset; a click or Enter opens it."""
-
-    opened = Signal(int)
-    delete_wanted = Signal(int)
-
-    def __init__(self, item: DatasetItem, parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        dataset = item.dataset
-        self.dataset_id = dataset.id
-        self.item = item
-        self.setProperty("surface", "card")
-        self.setProperty("hover", "true")
-        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-        self.setCursor(Qt.CursorShape.PointingHandCursor)
-        self.setAccessibleName(f"Dataset {dataset.name}")
-        self.setAccessibleDescription("Press Enter to open it")
-        texts = column(4)
-        texts.addWidget(ElidedLabel(dataset.name, "card"))
-        origin = Path(dataset.origin).name if dataset.source == "local" else dataset.origin
-        source = ElidedLabel(f"{SOURCE_NAMES[dataset.source]} • {origin}", "helper")
-        texts.addWidget(source)
-        delete = IconButton("trash-2", f"Delete {dataset.name}", size=18)
-        delete.clicked.connect(self._on_delete_clicked)
-        top = row(picture("database", tokens.BLUE, 32), texts, delete, spacing=14)
-        top.setStretch(1, 1)
-        top.setAlignment(delete, Qt.AlignmentFlag.AlignTop)
-        numbers = row(
-            Text(f"{formatting.count(dataset.documents)} documents", "small"),
-            Text("•", "helper"),
-            Text(f"{formatting.short_count(dataset.characters)} characters", "small"),
-            Text("•", "helper"),
-            Text(formatting.size(dataset.bytes), "small"),
-            None,
-            spacing=8,
-        )
-        if item.tokenizations:
-            numbers.addWidget(Badge("tokenized", "Tokenized", "emerald"))
-        numbers.addWidget(Badge("ready"))
-        layout = column(14, 20)
-        layout.addLayout(top)
-        layout.addLayout(numbers)
-        self.setLayout(layout)
-
-    def _on_delete_clicked(self, checked: bool = False) -> None:
-        self.delete_wanted.emit(self.dataset_id)
-
-    def mouseReleaseEvent(self, event: QMouseEvent) -> None:
-        if event.button() == Qt.MouseButton.LeftButton and self.rect().contains(event.pos()):
-            self.opened.emit(self.dataset_id)
-        super().mouseReleaseEvent(event)
-
-    def keyPressEvent(self, event: QKeyEvent) -> None:
-        if event.key() in (Qt.Key.Key_Return, Qt.Key.Key_Enter, Qt.Key.Key_Space):
-            self.opened.emit(self.dataset_id)
-        elif event.key() == Qt.Key.Key_Delete:
-            self.delete_wanted.emit(self.dataset_id)
-        else:
-            super().keyPressEvent(event)
-
-
-class AddingCard(Card):
-    """A dataset in the making: the job's progress and Cancel."""
-
-    def __init__(self, services: Services, job: JobRecord, parent: QWidget | None = None) -> None:
-        super().__init__(parent=parent)
-        self._services = services
-        self.job_id = job.id
-        self.badge = Badge("processing")
-        self.progress = ProgressRow(tone="blue")
-        cancel = Button("Cancel", "small", "x")
-        cancel.setAccessibleName(f"Cancel: {job.title}")
-        cancel.clicked.connect(self._on_cancel_clicked)
-        head = row(
-            picture("loader", tokens.BLUE, 20), ElidedLabel(job.title, "card"), self.badge, cancel
-        )
-        head.setStretch(1, 1)
-        self.add(head, self.progress)
-        self.show_job(job)
-
-    def show_job(self, job: JobRecord) -> None:
-        word = {"queued": "queued", "paused": "paused"}.get(job.status, "processing")
-        self.badge.set_status(word)
-        self.show_progress()
-
-    def show_progress(self) -> None:
-        self.progress.show_snapshot(self._services.jobs.snapshot(self.job_id))
-
-    def _on_cancel_clicked(self, checked: bool = False) -> None:
-        self._services.jobs.cancel(self.job_id)
 
 
 class DatasetsPage(QWidget):
@@ -148,19 +49,27 @@ class DatasetsPage(QWidget):
         self.presenter = DatasetsPresenter(services, self)
         self._adding: dict[int, AddingCard] = {}
         self._dialog: DatasetDialog | None = None
+        self._add_dialog: AddFileDialog | None = None
+        self._to_add: list[Path] = []
 
         self.add_sample = Button("Add the sample", "secondary", "flask-conical")
         self.add_sample.setToolTip("A small corpus that comes with miStudio")
         self.add_sample.clicked.connect(self._on_add_sample_clicked)
+        self.add_folder = Button("Add a folder…", "secondary", "folder-open")
+        self.add_folder.setToolTip("Every readable file in it, as one dataset")
+        self.add_folder.clicked.connect(self._on_add_folder_clicked)
         self.add_file = Button("Add a file…", "primary", "file-plus")
-        self.add_file.setToolTip("A txt, md, jsonl, json, csv or tsv file (Ctrl+O)")
+        self.add_file.setToolTip(
+            "txt, md, jsonl, json, csv, tsv, parquet or arrow, also packed (Ctrl+O)"
+        )
         self.add_file.clicked.connect(self._on_add_file_clicked)
-        title = PageTitle("Datasets", "The text that models read. Files stay on this machine.")
-        title.add_action(self.add_sample, self.add_file)
+        title = PageTitle("Datasets", "Manage training datasets from HuggingFace or local sources")
+        title.add_action(self.add_sample, self.add_folder, self.add_file)
+        self.hub = HubCard(services)
 
         self._drop_hint = Card()
         set_look(self._drop_hint, accent="true")
-        self._drop_hint.add(EmptyState("download", "Drop the files to add them"))
+        self._drop_hint.add(EmptyState("download", "Drop files or folders to add them"))
         self._drop_hint.hide()
         self._adding_place = column(12)
         self._heading = Text("", "card")
@@ -177,14 +86,15 @@ class DatasetsPage(QWidget):
             "database",
             "No datasets yet",
             "Add a file…",
-            "Add the sample to try everything offline, choose a file, or drop one here.",
+            "Download a dataset from HuggingFace to get started, choose a file or drop one here, "
+            "or add the sample to try everything offline.",
         )
         self._empty.action.connect(self._on_add_file_clicked)
         self._empty_card.add(self._empty)
         self._no_match = EmptyState("search", "No dataset has this name")
 
         page = ColumnPage()
-        page.add(title, self._drop_hint, self._adding_place)
+        page.add(title, self._drop_hint, self._adding_place, self.hub)
         page.add(row(self._heading, None, self._filter), self._grid)
         page.add(self._more, self._no_match, self._empty_card)
         page.body.addStretch(1)
@@ -194,6 +104,8 @@ class DatasetsPage(QWidget):
 
         self.presenter.datasets_changed.connect(self.refresh)
         self.presenter.jobs_changed.connect(self.refresh_jobs)
+        self.presenter.deleted.connect(self._on_deleted)
+        self.presenter.refused.connect(self._on_refused)
         services.jobs.tick.connect(self._on_jobs_tick)
         self.refresh()
         self.refresh_jobs()
@@ -210,10 +122,13 @@ class DatasetsPage(QWidget):
             self.open(int(context["dataset_id"]))
 
     def save_state(self) -> dict[str, Any]:
-        return {"filter": self._filter.text()}
+        return {"filter": self._filter.text(), "hub": self.hub.save_state()}
 
     def restore_state(self, state: dict[str, Any]) -> None:
         self._filter.setText(str(state.get("filter", "")))
+        hub = state.get("hub", {})
+        if isinstance(hub, dict):
+            self.hub.restore_state(hub)
 
     # --- showing --------------------------------------------------------------------------------
 
@@ -256,8 +171,11 @@ class DatasetsPage(QWidget):
             if job_id in self._adding:
                 self._adding[job_id].show_job(job)
             else:
-                self._adding[job_id] = AddingCard(self._services, job)
-                self._adding_place.addWidget(self._adding[job_id])
+                card = AddingCard(self._services, job)
+                card.retry_wanted.connect(self._on_retry_wanted)
+                card.dismissed.connect(self.presenter.dismiss)
+                self._adding[job_id] = card
+                self._adding_place.addWidget(card)
         self._show_empty()
 
     def _show_empty(self) -> None:
@@ -273,14 +191,15 @@ class DatasetsPage(QWidget):
 
     # --- commands -------------------------------------------------------------------------------
 
-    def open(self, dataset_id: int) -> None:
+    def open(self, dataset_id: int, tab: str = "overview") -> None:
         dataset = self._services.library.datasets.find(dataset_id)
         if dataset is None:
             return
         if self._dialog is not None:
             self._dialog.close()
-        self._dialog = DatasetDialog(self._services, dataset, self)
+        self._dialog = DatasetDialog(self._services, dataset, self, tab)
         self._dialog.finished.connect(self._on_dialog_finished)
+        self._dialog.delete_wanted.connect(self.ask_delete)
         self._dialog.open()
 
     def _on_dialog_finished(self, result: int) -> None:
@@ -292,33 +211,64 @@ class DatasetsPage(QWidget):
             self._services.toasts.warning(f"{dataset.name} cannot be deleted", refusal)
             return
         what = (
-            f"“{dataset.name}” with {formatting.count(dataset.documents)} documents and its "
+            f"“{dataset.name}” with {formatting.count(dataset.documents)} samples and its "
             "tokenizations go to the trash, where they stay for seven days."
         )
-        if not ConfirmDialog.ask(self, "Delete this dataset?", what):
+        if dataset.link:
+            what = (
+                f"“{dataset.name}” and its tokenizations go to the trash, where they stay for "
+                "seven days. The text that it reads stays where it is."
+            )
+        if not ConfirmDialog.ask(self._dialog or self, "Delete this dataset?", what):
             return
         try:
             self.presenter.delete(dataset_id)
         except UserError as exc:
             self._services.toasts.error(exc)
-        else:
-            self._services.toasts.info(
-                f"{dataset.name} was deleted", "It is in the library's trash."
-            )
+
+    def _on_deleted(self, name: str) -> None:
+        self._services.toasts.info(f"{name} was deleted", "It is in the library's trash.")
+
+    def _on_refused(self, error: UserError) -> None:
+        self._services.toasts.error(error)
+
+    def _on_retry_wanted(self, job_id: int) -> None:
+        try:
+            self.presenter.retry(job_id)
+        except UserError as exc:
+            self._services.toasts.error(exc)
 
     def add_paths(self, paths: list[Path]) -> None:
-        """Add files; a structured one is asked for its text column first."""
+        """Ask about each file or folder, one after the other; what cannot be read is refused."""
         for path in paths:
-            text_column, name = None, None
-            if path.suffix.lower() in STRUCTURED:
-                dialog = AddFileDialog(path, self)
-                if not dialog.exec():
-                    continue
-                text_column, name = dialog.text_column, dialog.name
             try:
-                self.presenter.add_file(path, text_column, name)
+                self.presenter.require_readable(path)
             except UserError as exc:
                 self._services.toasts.error(exc)
+            else:
+                self._to_add.append(path)
+        if self._add_dialog is None:
+            self._ask_next()
+
+    def _ask_next(self) -> None:
+        if not self._to_add:
+            return
+        self._add_dialog = AddFileDialog(self._services, self._to_add.pop(0), self)
+        self._add_dialog.add_wanted.connect(self._on_add_wanted)
+        self._add_dialog.finished.connect(self._on_add_dialog_finished)
+        self._add_dialog.open()
+
+    def _on_add_wanted(self, job: AddDataset) -> None:
+        try:
+            self.presenter.add(job)
+        except UserError as exc:
+            self._services.toasts.error(exc)
+
+    def _on_add_dialog_finished(self, result: int) -> None:
+        if self._add_dialog is not None:
+            self._add_dialog.deleteLater()
+            self._add_dialog = None
+        self._ask_next()
 
     def _on_add_sample_clicked(self, checked: bool = False) -> None:
         try:
@@ -329,6 +279,11 @@ class DatasetsPage(QWidget):
     def _on_add_file_clicked(self, checked: bool = False) -> None:
         names, _ = QFileDialog.getOpenFileNames(self, "Add text files", "", FILE_FILTER)
         self.add_paths([Path(name) for name in names])
+
+    def _on_add_folder_clicked(self, checked: bool = False) -> None:
+        name = QFileDialog.getExistingDirectory(self, "Add a folder of text files")
+        if name:
+            self.add_paths([Path(name)])
 
     # --- drag and drop --------------------------------------------------------------------------
 

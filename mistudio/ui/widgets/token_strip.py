@@ -204,7 +204,7 @@ class TokenStrip(QWidget):
         """What the tooltip says about a token."""
         lines = [f"Token {shown(self._tokens[index])!r}"]
         if self._ids is not None:
-            lines.append(f"id {self._ids[index]}")
+            lines.append(f"Token ID: {self._ids[index]}")
         if self._maximum > 0:
             lines.append(f"activation {self._activations[index]:.3f} (maximum {self._maximum:.3f})")
         return "\n".join(lines)
