@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SERVICE, USER = "miStudio", "hugging-face-token"
 FILE = "hugging-face-token"
+_FILE_SENTENCE = "Kept in a file that only you can read: {}"
 _typed: dict[str, Secret] = {}
 
 
@@ -48,11 +49,37 @@ def place() -> Place:
     backend = _keyring()
     if backend is not None:
         return Place("keyring", f"Kept in your system's keyring ({_name(backend)}).")
-    return Place(
-        "file",
-        "Your system offers no keyring, so the token is kept in a file that only you can read: "
-        f"{_file()}",
-    )
+    return Place("file", f"Your system offers no keyring. {_FILE_SENTENCE.format(_file())}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """For the settings page. `elsewhere`: HF_TOKEN or `hf auth login` signs in where nothing is
+    remembered here."""
+
+    remembered: bool
+    elsewhere: bool
+    place: Place
+
+
+def status() -> Status:
+    """How the Hub would be asked now. May take a moment: not for the window's thread."""
+    kept = remembered() is not None
+    offline = bool(offline_by_environment() or Settings().get("offline"))
+    elsewhere = not kept and not offline and token_from_environment() is not None
+    if kept and _file().exists():
+        return Status(kept, elsewhere, Place("file", _FILE_SENTENCE.format(_file())))
+    return Status(kept, elsewhere, place())
+
+
+def sign_in(text: str) -> str:
+    """Ask the Hub whose token this is, then remember it; the account's name, or "" where the Hub
+    may not be asked now (offline). UserError where the token is refused: then nothing changes."""
+    token = checked(text)
+    access = replace(access_for(), token=token)
+    name = "" if access.offline else whose(access)
+    remember(token.reveal())
+    return name
 
 
 def remembered() -> Secret | None:
@@ -81,7 +108,7 @@ def remember(text: str) -> Place:
                 _file().unlink(missing_ok=True)
                 return Place("keyring", f"Kept in your system's keyring ({_name(backend)}).")
     _write_file(text)
-    return Place("file", f"Kept in a file that only you can read: {_file()}")
+    return Place("file", _FILE_SENTENCE.format(_file()))
 
 
 def forget() -> None:

@@ -409,7 +409,7 @@ class MainWindow(QMainWindow):
     def _on_settings(self) -> None:
         from mistudio.ui.settings_dialog import SettingsDialog
 
-        SettingsDialog(self.services.settings, self).open()
+        SettingsDialog(self.services.settings, self, self.services.background).open()
 
     def _on_jobs(self) -> None:
         self.drawer.setVisible(not self.drawer.isVisible())

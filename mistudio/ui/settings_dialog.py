@@ -17,6 +17,8 @@ from PySide6.QtWidgets import (
 
 from mistudio.errors import InvalidInput
 from mistudio.settings import SETTINGS, Setting, Settings
+from mistudio.ui.account import Account
+from mistudio.ui.background import Background
 from mistudio.ui.widgets import (
     Button,
     Card,
@@ -34,7 +36,12 @@ from mistudio.ui.widgets import (
 class SettingsDialog(QDialog):
     """Every change holds at once; what needs a restart says so."""
 
-    def __init__(self, settings: Settings, parent: QWidget | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        parent: QWidget | None = None,
+        background: Background | None = None,
+    ) -> None:
         super().__init__(parent)
         self.setObjectName("settings_dialog")
         self.setWindowTitle("Settings")
@@ -55,6 +62,8 @@ class SettingsDialog(QDialog):
                 groups[setting.group] = Card(setting.group)
                 inside.addWidget(groups[setting.group])
             groups[setting.group].add(self._row(setting))
+        self.account = Account(background)
+        groups["Hugging Face account"].add(self.account)
         inside.addStretch(1)
         scroll = QScrollArea()
         scroll.setProperty("surface", "clear")
