@@ -160,10 +160,10 @@ def _by_statistics(sample: bytes) -> str | None:
 
 
 def _looks_western(sample: bytes) -> bool:
-    """Few bytes beyond ASCII, and those stand alone: accents, not an alphabet of its own."""
+    """Few bytes beyond ASCII, and those stand alone or in twos: accents, not an alphabet of its own."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     beyond = sum(map(len, runs))
-    alone = sum(len(run) == 1 for run in runs)
+    alone = sum(len(run) <= 2 for run in runs)
     return beyond < 0.25 * len(sample) and alone >= 0.8 * len(runs)
 
 
