@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 SERVICE, USER = "miStudio", "hugging-face-token"
 FILE = "hugging-face-token"
-_FILE_SENTENCE = "Kept in a file that only you can read: {}"
+_KEYRING_SENTENCE = "The token is kept in your system's keyring ({})."
+_FILE_SENTENCE = "The token is kept in a file that only you can read: {}"
 _typed: dict[str, Secret] = {}
 
 
@@ -48,7 +49,7 @@ def place() -> Place:
     """Where a token would be kept now. Asks the system's keyring, which may take a moment."""
     backend = _keyring()
     if backend is not None:
-        return Place("keyring", f"Kept in your system's keyring ({_name(backend)}).")
+        return Place("keyring", _KEYRING_SENTENCE.format(_name(backend)))
     return Place("file", f"Your system offers no keyring. {_FILE_SENTENCE.format(_file())}")
 
 
@@ -106,7 +107,9 @@ def remember(text: str) -> Place:
             backend.set_password(SERVICE, USER, text)
             if backend.get_password(SERVICE, USER) == text:
                 _file().unlink(missing_ok=True)
-                return Place("keyring", f"Kept in your system's keyring ({_name(backend)}).")
+                return Place(
+                    "keyring", f"The token is kept in your system's keyring ({_name(backend)})."
+                )
     _write_file(text)
     return Place("file", _FILE_SENTENCE.format(_file()))
 

