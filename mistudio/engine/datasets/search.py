@@ -170,12 +170,17 @@ class DocumentSearch:
     def _by_index(
         self, index: _Index, needle: _Needle, start: int, end: int, stop: Callable[[], bool]
     ) -> Iterator[int]:
-        buckets = needle.buckets()
-        for first, last in index.candidates(buckets, start, end):
-            if stop():
-                raise _Stopped
-            yield from self._in_chunk(needle, max(first, start), min(last, end))
-            start = max(start, last)  # a long document has many blocks
+        for firsts, lasts in index.candidates(needle.buckets(), start, end):
+            begins = self._offsets[firsts].tolist()
+            ends = self._offsets[lasts].tolist()
+            numbers = zip(firsts.tolist(), lasts.tolist(), strict=True)
+            for (first, last), begin, behind in zip(numbers, begins, ends, strict=True):
+                if stop():
+                    raise _Stopped
+                # Most candidates of common letters end here, so this is all that they cost.
+                if needle.may_be_in(self._lines[begin:behind]):
+                    yield from self._in_chunk(needle, max(first, start), min(last, end))
+                    start = max(start, last)  # a long document has many blocks
 
     def _by_scan(
         self, needle: _Needle, start: int, end: int, stop: Callable[[], bool]
@@ -238,6 +243,12 @@ class _Needle:
         plain = max(_PLAIN.findall(escaped), key=len, default="")
         self.key = plain.encode()
         self._escaped = escaped
+
+    def may_be_in(self, lines: Bytes) -> bool:
+        """False only where no document in these lines holds the query."""
+        if self.key and self.key in lines.lower():
+            return True
+        return not lines.isascii() and any(finder(0) >= 0 for finder in self.finders(lines))
 
     def finders(self, lines: Bytes) -> Iterator[Callable[[int], int]]:
         """Functions like `lines.find(..., start)`: together they come upon every line whose
@@ -320,8 +331,9 @@ class _Index:
 
     def candidates(
         self, buckets: NDArray[np.int64], start: int, end: int
-    ) -> Iterator[tuple[int, int]]:
-        """(first, last + 1) of the documents of every block that may hold them, in order."""
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """(first, last + 1) of the documents of every block that may hold them, in order, a
+        segment at a time."""
         low = max(int(np.searchsorted(self._first, start, side="left")) - 1, 0)
         for segment in range(low // _SEGMENT, self._segments):
             base = segment * _SEGMENT
@@ -333,8 +345,8 @@ class _Index:
             blocks = blocks[(blocks >= low) & (blocks < self._blocks)]
             # What begins in a block is of its first document, or of a later one up to the one with
             # which the next block begins.
-            for first, last in zip(self._first[blocks], self._first[blocks + 1], strict=True):
-                yield int(first), int(last) + 1
+            lasts = np.minimum(self._first[blocks + 1] + 1, self._documents)
+            yield np.asarray(self._first[blocks]), lasts
 
 
 def build_index(folder: Path, progress: Progress = SILENT) -> None:
