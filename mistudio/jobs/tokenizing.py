@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -237,14 +237,24 @@ class Reading:
 
 
 def documents_of(library: Library, dataset: Dataset, progress: Progress) -> Iterable[Any]:
-    """All documents of a dataset, in order: stored ones, or read where its link says."""
+    """All documents of a dataset, in order: stored ones, or read where its link says, each time
+    that they are gone through."""
     if dataset.link:
-        from mistudio.engine.datasets.links import open_link
-
-        return open_link(dataset.link, progress)
+        return _Linked(dataset.link, progress)
     from mistudio.engine.datasets.documents import Documents
 
     return Documents(library.path(dataset.folder))
+
+
+@dataclass(frozen=True)
+class _Linked:
+    link: dict[str, Any]
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Any]:
+        from mistudio.engine.datasets.links import open_link
+
+        return open_link(self.link, self.progress)
 
 
 def tokenizer_path(library: Library, model_id: int | None, tokenizer_id: int | None) -> Path:

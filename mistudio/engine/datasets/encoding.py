@@ -238,10 +238,10 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _pieces(text: str, size: int = LONG_TEXT // 4) -> Iterator[str]:
-    """Parts of at most `size` characters (a character has up to four bytes) that begin at white
-    space where there is any."""
-    start = 0
+def _pieces(text: str) -> Iterator[str]:
+    """Parts of at most `LONG_TEXT` bytes (a character has up to four) that begin at white space
+    where there is any."""
+    start, size = 0, LONG_TEXT // 4
     while len(text) - start > size:
         end = start + size
         cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))

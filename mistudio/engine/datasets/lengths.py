@@ -74,8 +74,8 @@ class Lengths:
     def bars(self, n: int = 24) -> list[tuple[int, int, int]]:
         """For a chart: (from, below, how many), bounds about evenly spaced on a log axis."""
         top = max(2, self.largest + 1)
-        edges = np.unique(np.geomspace(1, top, n + 1).round().astype(np.int64))
-        edges[0], edges[-1] = 0, top
+        edges = np.unique(np.geomspace(max(1, self.smallest), top, n + 1).round().astype(np.int64))
+        edges[0], edges[-1] = self.smallest, top
         sums = np.concatenate([[0], np.cumsum(self._counts)])
         below = [int(sums[_place(np.asarray([edge]))[0]]) for edge in edges[:-1]]
         below.append(self.count)

@@ -11,11 +11,12 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -54,7 +55,8 @@ def write_token_store(
     place: Callable[[], tuple[float, float | None]] | None = None,
     progress: Progress = SILENT,
 ) -> TokenMeta:
-    """Tokenise every document into `folder`. Ids are uint16 where the vocabulary allows.
+    """Tokenise every document into `folder`. Ids are uint16 where the vocabulary allows;
+    `documents` can be read through more than once.
 
     Where `folder` holds what an interrupted call with the same arguments left, it goes on from
     there; if the documents are not the same as far as that goes, it begins anew and says so with
@@ -74,9 +76,8 @@ def write_token_store(
     }
     writer = _Writer(folder, vocab_size, separator_id if settings.packed else None, settings)
     try:
-        skip = _go_on(writer, documents, identity, progress)
+        rest = _go_on(writer, documents, identity, progress)
         writer.open()
-        rest = islice(documents, skip, None)
         _write(writer, rest, encoder, identity, place or _stored(writer, documents), progress)
     except Interrupted:
         writer.save(identity)
@@ -149,23 +150,24 @@ def _stored(writer: _Writer, documents: Any) -> Callable[[], tuple[float, float 
 
 def _go_on(
     writer: _Writer, documents: Iterable[Document], identity: dict[str, Any], progress: Progress
-) -> int:
-    """How many documents an earlier call has done; they are read again only to see that they are
-    the same."""
+) -> Iterator[Document]:
+    """The documents after those that an earlier call has done, which are read again only to see
+    that they are the same."""
+    rest = iter(documents)
     if not writer.load(identity):
-        return 0
+        return rest
     done, texts = writer.read, writer.texts
     progress.report(0, None, note=f"Going on after {done:,} documents that are tokenised already.")
     seen = again = 0
-    for batch in batches(islice(documents, done), progress.check):
+    for batch in batches(islice(rest, done), progress.check):
         again = zlib.crc32(b"".join([_digest(document) for document in batch]), again)
         seen += len(batch)
         progress.check()
     if (seen, again) == (done, texts):
-        return done
+        return rest
     progress.report(0, None, note="The documents have changed: their tokenisation begins anew.")
     writer.forget()
-    return 0
+    return iter(documents)
 
 
 def _digest(document: Document) -> bytes:
@@ -187,11 +189,14 @@ class _Writer:
         # A document is held out where its digest, read as a number, is below this.
         self._threshold = int(np.ceil(settings.heldout_share * 2.0**64))
         self._files: dict[str, tuple[IO[bytes], _Column, _Column]] = {}
-        self.forget()
+        self._begin()
 
     def forget(self) -> None:
         """As if nothing had been written."""
         (self._folder / STATE).unlink(missing_ok=True)
+        self._begin()
+
+    def _begin(self) -> None:
         self._resumed = False
         self.read = 0  # documents
         self.texts = 0  # crc32 of the digests of all texts read
@@ -302,7 +307,7 @@ class _Writer:
                 told = json.loads(state["told"].tobytes())
                 counts, lengths = state["counts"], state["lengths"]
             same = told["identity"] == identity and len(counts) == self._vocab_size
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
             return False
         if not same or not self._long_enough(told):
             return False
