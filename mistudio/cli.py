@@ -234,6 +234,28 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("remove", _model_remove, "move a model to the trash", model)
     sub.add_argument("model", metavar="MODEL")
 
+    pull = add("extract", _extract, "store a model's activations on disk")
+    pull.add_argument("--model", required=True, metavar="M", help="name or number")
+    pull.add_argument("--dataset", required=True, metavar="D", help="name or number")
+    pull.add_argument("--layers", required=True, metavar="L,L", help="such as 10 or 0,10,20")
+    pull.add_argument(
+        "--sites",
+        default="resid_post",
+        metavar="SITE,SITE",
+        help=f"of each layer, in one pass: {', '.join(SITES)} (default: resid_post)",
+    )
+    pull.add_argument("--max-tokens", type=_positive, metavar="N", help="default: all")
+    pull.add_argument(
+        "--max-samples", type=_positive, metavar="N", help="the dataset's first N documents only"
+    )
+    pull.add_argument("--context", type=_positive, default=128, metavar="N", help="default: 128")
+    pull.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="windows a pass (default: 8)"
+    )
+    pull.add_argument("--storage", default="fp16", choices=("fp16", "bf16"))
+    pull.add_argument("--seed", type=int, default=0)
+    pull.add_argument("--plan", action="store_true", help="measure and say what it takes, no more")
+
     train = add("train", _train, "train one SAE per layer")
     train.add_argument("--model", required=True, metavar="M", help="name or number")
     train.add_argument("--dataset", required=True, metavar="D", help="name or number")
@@ -347,6 +369,13 @@ def _common_options(default: Any) -> argparse.ArgumentParser:
 def _add_sae_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--layer", type=int, help="which SAE, where the run has several")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _not_negative(text: str) -> int:
@@ -735,6 +764,57 @@ def _model_remove(options: argparse.Namespace, library: Library) -> dict[str, An
     library.discard("models", model.id)
     print(f"Moved {model.name} to the trash (kept seven days).")
     return {"model_id": model.id}
+
+
+def _extract(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.engine.models.hooks import HookPoint
+    from mistudio.jobs.kinds import Extract
+    from mistudio.jobs.models import check_layers
+
+    model, dataset = _find(library.models, options.model), _find(library.datasets, options.dataset)
+    sites = [site.strip() for site in options.sites.split(",")]
+    names = [HookPoint(site, layer).name for layer in _layers(options.layers) for site in sites]
+    check_layers(library, model.id, names)
+    job = Extract(
+        model.id,
+        dataset.id,
+        names,
+        max_tokens=options.max_tokens,
+        context=options.context,
+        batch_windows=options.batch_size,
+        seed=options.seed,
+        max_samples=options.max_samples,
+        storage=options.storage,
+        plan_only=options.plan,
+    )
+    result = _run(library, job)
+    if not options.plan:
+        _print_extraction(library, result["extraction_id"])
+    return result
+
+
+def _print_extraction(library: Library, extraction_id: int) -> None:
+    """What was stored, and what it is like."""
+    from mistudio.terminal import table
+
+    record = library.extractions.get(extraction_id)
+    left_out = record.statistics["dropped_special"] + record.statistics["dropped_outliers"]
+    print(
+        f"Activations {record.id}: {count(record.tokens)} tokens, {size(record.bytes)} "
+        f"({count(left_out)} positions left out: the first of each window, special tokens, "
+        "outliers)"
+    )
+    rows = [
+        {
+            "site": point,
+            "mean norm": number(site["mean_norm"], 2),
+            "variance": number(site["total_variance"], 1),
+            "outliers": percent(site["outlier_share"], 2),
+            "outlier dimensions": " ".join(str(i) for i, _ in site["outlier_dimensions"][:8]),
+        }
+        for point, site in record.statistics["sites"].items()
+    ]
+    print(table(rows, {key: key for key in rows[0]}))
 
 
 def _train(options: argparse.Namespace, library: Library) -> dict[str, Any]:

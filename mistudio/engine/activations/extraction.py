@@ -498,6 +498,7 @@ class _Extraction:
         self._writers: list[ShardWriter] = []  # the last ones; some may not be done
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-activations")
         self._pending: list[Future[Any]] = []
+        self._broken = False
 
     def __enter__(self) -> Self:
         return self
@@ -587,8 +588,19 @@ class _Extraction:
         return buffer
 
     def _hand_over(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """To the thread, which does one thing after another."""
-        future = self._thread.submit(work, *arguments)
+        """To the thread, which does one thing after another, and nothing more once one has
+        failed: a shard that lacks a block must not get its name."""
+
+        def unless_broken() -> None:
+            if self._broken:
+                return
+            try:
+                work(*arguments)
+            except BaseException:
+                self._broken = True
+                raise
+
+        future = self._thread.submit(unless_broken)
         self._pending.append(future)
         return future
 

@@ -151,6 +151,9 @@ MODULE_PATHS = {
     "opt": ("model.decoder.layers.1", "self_attn", "fc1", "fc2"),
     "olmo2": ("model.layers.1", "post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
     "mixtral": ("model.layers.1", "self_attn", "mlp", "mlp"),
+    "falcon": ("transformer.h.1", "self_attention", "mlp", "mlp"),
+    "stablelm": ("model.layers.1", "self_attn", "mlp", "mlp"),
+    "olmo": ("model.layers.1", "self_attn", "mlp", "mlp"),
     # BLOOM's modules add the stream themselves; the parts are their last linear maps.
     "bloom": (
         "transformer.h.1",
@@ -497,6 +500,7 @@ def test_gain_and_unembedding_give_the_models_logits(name: str) -> None:
 @every_architecture
 def test_layer_norms_are_centred_and_rms_norms_are_not(name: str) -> None:
     layer_norm = {"gpt2", "neox_parallel", "neox_sequential", "phi", "opt", "bloom"}
+    layer_norm |= {"falcon", "stablelm", "olmo"}
     assert decoder_of(name).final_norm_gain()[1] == (name in layer_norm)
 
 

@@ -53,6 +53,18 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT, do_layer_norm_before=True)),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            **IDS,
+        )
+    ),
+    "stablelm": lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**_GROUPED)),
+    "olmo": lambda: hf.OlmoForCausalLM(hf.OlmoConfig(**_GROUPED)),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**_SHORT, hidden_size=32)),
 }
 
