@@ -188,6 +188,14 @@ def test_dataset_add_and_remove(run: Run, root: Path, tmp_path: Path) -> None:
         "dataset_id": 2,
         "skipped": 0,
         "skipped_rows": [],
+        "rejected": {
+            "rows": 0,
+            "files": 0,
+            "first": [],
+            "replaced": 0,
+            "encodings": {"UTF-8": 1},
+            "left_out": [],
+        },
         "documents": 2,
         "characters": 30,
     }
@@ -203,6 +211,28 @@ def test_bad_rows_are_left_out_where_asked_and_said(run: Run, tmp_path: Path) ->
     result = run("dataset", "add", path, "--skip-bad-rows")
     assert result.json["skipped_rows"] == ["some.jsonl:2"]
     assert "(1 bad rows left out)" in result.out
+
+
+def test_what_was_guessed_replaced_or_left_out_is_printed(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("für immer".encode("cp1252"))
+    (folder / "b.jsonl").write_text('{"text": "b"}\nbroken\n')
+    (folder / "c.txt").write_text("")
+    result = run("dataset", "add", folder, "--skip-bad-rows")
+    assert "left out: b.jsonl, line 2: column 1: Expecting value." in result.out
+    assert "encoding: Windows-1252 (guessed) (another: --encoding)" in result.out
+    assert "1 empty file was left out." in result.out
+
+
+def test_a_dataset_may_be_limited_or_kept_in_place(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "a"}\n' * 20)
+    result = run("dataset", "add", path, "--max-documents", 7)
+    assert (result.json["documents"], result.json["characters"]) == (7, 7)
+    assert run("dataset", "add", path, "--max-bytes", 5).json["documents"] == 5
+    kept = run("dataset", "add", path, "--keep-in-place", "--encoding", "utf-8")
+    assert "the first 20 documents" in kept.out
 
 
 def test_model_add_and_remove(run: Run) -> None:
@@ -744,3 +774,14 @@ def test_a_reader_that_stops_reading_is_no_error(root: Path) -> None:
     child.stderr.close()
     assert child.wait() == 0
     assert err == b""
+
+
+def test_dataset_is_renamed_and_its_provenance_written(
+    run: Run, root: Path, tmp_path: Path
+) -> None:
+    assert run("dataset", "rename", "small", "Another name").json["name"] == "Another name"
+    target = tmp_path / "record.json"
+    result = run("dataset", "provenance", "Another name", "--out", target)
+    assert result.code == 0 and json.loads(target.read_text(encoding="utf-8")) == result.json
+    assert result.json["provenance"]["sha256"] and result.json["tokenizations"]
+    refused(run, root, "name is empty", "dataset", "rename", "Another name", "  ")

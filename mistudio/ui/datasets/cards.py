@@ -82,7 +82,9 @@ class DatasetCard(QFrame):
         self.delete_wanted.emit(self.dataset_id)
 
     def mouseReleaseEvent(self, event: QMouseEvent) -> None:
-        if event.button() == Qt.MouseButton.LeftButton and self.rect().contains(event.pos()):
+        if event.button() == Qt.MouseButton.LeftButton and self.rect().contains(
+            event.position().toPoint()
+        ):
             self.opened.emit(self.dataset_id)
         super().mouseReleaseEvent(event)
 

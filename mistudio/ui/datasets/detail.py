@@ -250,6 +250,11 @@ class DatasetPresenter(QObject):
 
         return self._services.jobs.submit(AddTokenizer(source))
 
+    def add_sample_model(self) -> int:
+        from mistudio.jobs.models import SAMPLE, AddModel
+
+        return self._services.jobs.submit(AddModel(SAMPLE))
+
     def tokenizing(self) -> list[JobRecord]:
         """Unfinished jobs that tokenize this dataset."""
         return [

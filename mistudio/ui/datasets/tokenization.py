@@ -133,7 +133,7 @@ class TokenizerPicker(QWidget):
 
     changed = Signal()
     wanted = Signal(str)
-    """A source that `AddTokenizer` takes."""
+    """A source that `AddTokenizer` takes; `auto` for the sample model."""
 
     def __init__(self, presenter: DatasetPresenter, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -164,7 +164,7 @@ class TokenizerPicker(QWidget):
         self._kind_row.set_helper(kind.help)
         if kind.key == "auto":
             fitting = [choice for choice in self._choices if choice.model_id is not None]
-            label, none = "Model", "No model yet: add one in the Models tab"
+            label, none = "Model", "No model yet (see the Models tab)"
         elif kind.key == "custom":
             fitting = [choice for choice in self._choices if choice.tokenizer_id is not None]
             label, none = "Your tokenizers", "None yet: add a file"
@@ -175,8 +175,9 @@ class TokenizerPicker(QWidget):
         options: list[tuple[TokenizerChoice | None, str]] = [(c, c.name) for c in fitting]
         self.which.set_options(options or [(None, none)])
         self.which.setEnabled(bool(fitting))
-        self.add.setText("Add a file…" if kind.key == "custom" else f"Fetch {kind.label}")
-        self.add.setVisible(kind.key == "custom" or (bool(kind.source) and not fitting))
+        texts = {"custom": "Add a file…", "auto": "Add the sample model"}
+        self.add.setText(texts.get(kind.key, f"Fetch {kind.label}"))
+        self.add.setVisible(kind.key == "custom" or not fitting)
 
     def _on_kind_changed(self, index: int) -> None:
         self.refresh()
@@ -339,7 +340,10 @@ class TokenizationView(QWidget):
 
     def _on_tokenizer_wanted(self, source: str) -> None:
         try:
-            self._follow(self._presenter.add_tokenizer(source), "Adding the tokenizer")
+            if source == "auto":
+                self._follow(self._presenter.add_sample_model(), "Adding the sample model")
+            else:
+                self._follow(self._presenter.add_tokenizer(source), "Adding the tokenizer")
         except UserError as exc:
             self._on_failed(exc)
 
@@ -365,6 +369,8 @@ class TokenizationView(QWidget):
             self._error.addWidget(ErrorPanel.of_row(record.error))
 
     def _what_happened(self, kind: str, result: dict[str, object]) -> str:
+        if kind == "add_model":
+            return "The model is in your library, and its tokenizer with it."
         if kind == "add_tokenizer":
             return "The tokenizer is in your library."
         made = result.get("tokenization_id")
