@@ -26,6 +26,9 @@ from mistudio.errors import CorruptFile, InvalidInput
 MOST_ROWS = 1024  # in memory at a time; fewer where they are large
 NESTED_ROWS = 32  # conversations cannot be looked up in a dictionary, so they count as large
 LABELS = ("title", "topic")
+# A text may stand once in a file and in a million rows. In row groups up to this size texts are
+# looked up, so that it is in memory once; larger ones would be in memory as a whole that way.
+DICTIONARY_FITS = 64 * 1024**2
 
 Batches = Callable[[list[str], int], Iterator[Any]]  # columns, most rows -> record batches
 
@@ -41,6 +44,7 @@ def arrow_documents(reading: Reading) -> Iterator[Document]:
         needed = [column, *(name for name in LABELS if name in schema.names and name != column)]
         number = size = 0
         for batch in batches(needed, MOST_ROWS):
+            reading.at(min(stream.tell(), reading.file.size))
             for row in _rows(batch, needed):
                 number += 1
                 size += _size(row[column])
@@ -73,36 +77,50 @@ def _opened(reading: Reading, stream: BinaryIO) -> tuple[Any, Batches]:
 
 
 def _parquet(stream: BinaryIO) -> tuple[Any, Batches]:
-    """Row group by row group, pages as they come. Texts are looked up in a dictionary, so that
-    one that stands in a million rows is in memory once."""
+    """Row group by row group, pages as they come."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pq.ParquetFile(pa.PythonFile(stream, mode="r")).schema_arrow
-    texts = [field.name for field in schema if _is_text(field.type)]
 
-    def batches(columns: list[str], most: int) -> Iterator[Any]:
+    def opened(as_dictionary: list[str]) -> Any:
         stream.seek(0)
-        file = pq.ParquetFile(
+        return pq.ParquetFile(
             pa.PythonFile(stream, mode="r"),
-            read_dictionary=[name for name in columns if name in texts],
+            read_dictionary=as_dictionary,
             buffer_size=1 << 20,  # else a whole column of a row group is read at once
         )
-        if not all(_is_text(schema.field(schema.names.index(name)).type) for name in columns):
-            most = min(most, NESTED_ROWS)
-        for group in range(file.num_row_groups):
-            rows = _rows_that_fit(file.metadata.row_group(group), most)
-            yield from file.iter_batches(
-                rows, row_groups=[group], columns=columns, use_threads=False
-            )
+
+    def batches(columns: list[str], most: int) -> Iterator[Any]:
+        kinds = [schema.field(schema.names.index(name)).type for name in columns]
+        texts = [name for name, kind in zip(columns, kinds, strict=True) if _is_text(kind)]
+        most = most if len(texts) == len(columns) else min(most, NESTED_ROWS)
+        plain, looked_up = opened([]), opened(texts)
+        for index in range(plain.num_row_groups):
+            group = plain.metadata.row_group(index)
+            how: dict[str, Any] = {"row_groups": [index], "use_threads": False}
+            rows = max(1, min(most, MAX_ROW // _average(group)))
+            file = looked_up
+            if group.total_byte_size > DICTIONARY_FITS and texts:
+                first = next(looked_up.iter_batches(1, columns=texts, **how), None)
+                rows = max(1, min(rows, DICTIONARY_FITS // _longest(first)))
+                file = plain
+            yield from file.iter_batches(rows, columns=columns, **how)
 
     return schema, batches
 
 
-def _rows_that_fit(group: Any, most: int) -> int:
-    """Rows whose average size fits into what one row may have."""
-    average = group.total_byte_size / max(group.num_rows, 1)
-    return max(1, min(most, int(MAX_ROW / max(average, 1))))
+def _average(group: Any) -> int:
+    """Bytes of a row, at least 1."""
+    return max(1, int(group.total_byte_size / max(group.num_rows, 1)))
+
+
+def _longest(batch: Any) -> int:
+    """Bytes of the longest text in the dictionaries of a batch, at least 1."""
+    import pyarrow.compute as pc
+
+    lengths = [pc.max(pc.binary_length(array.dictionary)).as_py() for array in batch or ()]
+    return max([1, *(length or 0 for length in lengths)])
 
 
 def _ipc_file(stream: BinaryIO) -> tuple[Any, Batches]:
@@ -194,18 +212,41 @@ def _rows(batch: Any, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cells(array: Any) -> Iterator[object]:
-    """Python values one at a time; bytes that are UTF-8 as text. Texts that stand in a dictionary
-    are made once."""
+    """Python values; bytes that are UTF-8 as text."""
     import pyarrow.types as types
 
     if types.is_dictionary(array.type):
-        texts = list(_cells(array.dictionary))
-        for index in array.indices:
-            place = index.as_py()
-            yield None if place is None else texts[place]
-        return
-    for scalar in array:
-        yield _value(scalar)
+        yield from _looked_up(array)
+    elif array.nbytes > MAX_ROW or types.is_binary(array.type) or not _decodes(array):
+        for scalar in array:
+            yield _value(scalar)
+    else:
+        yield from array.to_pylist()
+
+
+def _looked_up(array: Any) -> Iterator[object]:
+    """Values of a dictionary array: one that stands in many rows is made once."""
+    made: dict[int, object] = {}
+    size = 0
+    for place in array.indices.to_pylist():
+        if place is not None and place not in made:
+            value = _value(array.dictionary[place])
+            size += _size(value)
+            if size > MAX_ROW:  # so many long ones are not kept
+                made, size = {}, 0
+            made[place] = value
+        yield None if place is None else made[place]
+
+
+def _decodes(array: Any) -> bool:
+    """Whether all texts are UTF-8, which damaged files may promise and not keep."""
+    import pyarrow as pa
+
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _value(scalar: Any) -> object:

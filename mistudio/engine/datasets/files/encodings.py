@@ -160,7 +160,7 @@ def _by_statistics(sample: bytes) -> str | None:
 
 
 def _looks_western(sample: bytes) -> bool:
-    """Few bytes beyond ASCII, and those stand alone or in twos: accents, not an alphabet of its own."""
+    """Few bytes beyond ASCII, alone or in twos: accents, not an alphabet of its own."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     beyond = sum(map(len, runs))
     alone = sum(len(run) <= 2 for run in runs)

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ class _Watched(io.RawIOBase):
     def __init__(self, file: Any, reading: Reading) -> None:
         self._file = file
         self._reading = reading
+        self._thread = threading.get_ident()
         self.position = 0
 
     def readable(self) -> bool:
@@ -176,7 +178,8 @@ class _Watched(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        self._reading.at(self.position)
+        if threading.get_ident() == self._thread:  # pyarrow may read in threads of its own
+            self._reading.at(self.position)
         n = self._file.readinto(buffer) or 0
         self.position += n
         if n == 0 or self.position > self._reading.file.size:
