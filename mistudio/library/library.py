@@ -380,6 +380,7 @@ _JOB_PARAMETERS = {
     "datasets": "dataset_id",
     "models": "model_id",
     "tokenizers": "tokenizer_id",
+    "tokenizations": "tokenization_id",
     "extractions": "extraction_id",
     "trainings": "training_id",
     "saes": "sae_id",

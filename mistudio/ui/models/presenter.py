@@ -408,15 +408,16 @@ class ExtractPresenter(QObject):
 def plan_extraction(library: Library, model: Model, form: ExtractionForm) -> ExtractionPlan:
     """Tokens, disk and time of an extraction; imports torch, so never in the GUI thread."""
     from mistudio.engine.activations.store import estimate_bytes
-    from mistudio.engine.datasets.tokens import TokenStore
     from mistudio.engine.datasets.tokenizers import hash_tokenizer
+    from mistudio.engine.datasets.tokens import TokenStore
+    from mistudio.jobs.tokenizing import PACKED
 
     dataset = library.datasets.get(form.dataset_id)
     wanted = hash_tokenizer(library.path(model.folder))
     found = [
         tokenization
         for tokenization in library.tokenizations.of_dataset(dataset.id)
-        if tokenization.tokenizer_hash == wanted
+        if tokenization.tokenizer_hash == wanted and tokenization.settings == PACKED.key()
     ]
     refusal = ""
     if found:
