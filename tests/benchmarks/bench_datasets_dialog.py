@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,23 @@ def make_dataset(library: Library, name: str, rows: int, words: int) -> int:
     )  # fmt: skip
 
 
+class Taken(NamedTuple):
+    """Milliseconds: by the clock, and of the processor for this thread, which a busy machine does
+    not lengthen as much."""
+
+    wall: float
+    cpu: float
+
+
+class Clock:
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+
+    def taken(self) -> Taken:
+        wall, cpu = time.perf_counter() - self._wall, time.thread_time() - self._cpu
+        return Taken(1000 * wall, 1000 * cpu)
+
+
 class Bench:
     """A window's services over one library."""
 
@@ -102,14 +120,14 @@ class Bench:
             if time.monotonic() > limit:
                 raise SystemExit("It takes more than ten minutes.")
 
-    def open(self, dataset_id: int) -> tuple[DatasetDialog, float]:
+    def open(self, dataset_id: int) -> tuple[DatasetDialog, Taken]:
         """A dialog, and milliseconds from the call until it is painted."""
-        began = time.perf_counter()
+        began = Clock()
         dataset = self.services.library.datasets.get(dataset_id)
         dialog = DatasetDialog(self.services, dataset, self.window)
         dialog.show()
         dialog.grab()
-        return dialog, 1000 * (time.perf_counter() - began)
+        return dialog, began.taken()
 
     def close(self) -> None:
         self.services.jobs.shutdown()
@@ -117,7 +135,7 @@ class Bench:
         self.changes.close()
 
 
-def opening(bench: Bench, dataset_id: int) -> list[float]:
+def opening(bench: Bench, dataset_id: int) -> list[Taken]:
     times = []
     for _ in range(RUNS):
         dialog, taken = bench.open(dataset_id)
@@ -128,7 +146,7 @@ def opening(bench: Bench, dataset_id: int) -> list[float]:
     return times
 
 
-def pages(bench: Bench, dataset_id: int, rows: int) -> list[float]:
+def pages(bench: Bench, dataset_id: int, rows: int) -> list[Taken]:
     """From asking for a page anywhere in the dataset until its ten rows are painted."""
     dialog, _ = bench.open(dataset_id)
     dialog.tabs.setCurrentIndex(1)
@@ -137,23 +155,23 @@ def pages(bench: Bench, dataset_id: int, rows: int) -> list[float]:
     chance, times = random.Random(1), []
     for _ in range(RUNS + 1):
         wanted = chance.randrange(rows // 10 - 1) * 10
-        began = time.perf_counter()
+        began = Clock()
         dialog.presenter.read_samples(wanted)
         bench.until(lambda wanted=wanted: samples.rows[0].sample.index == wanted)
         dialog.grab()
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(began.taken())
     dialog.close()
     return times[1:]  # the first lays ten rows out for the first time
 
 
-def searching(folder: Path, query: str) -> tuple[list[float], int]:
+def searching(folder: Path, query: str) -> tuple[list[Taken], int]:
     """From nothing open to the numbers of the first page."""
     times, found = [], 0
     for _ in range(RUNS):
-        began = time.perf_counter()
+        began = Clock()
         with search.DocumentSearch(folder) as documents:
             found = len(documents.find(query).indices)
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(began.taken())
     return times, found
 
 
@@ -163,19 +181,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mistudio-bench-") as root:
         library = Library(Path(root))
         bench = Bench(library)
-        lines, kept = [], True
+        kept = True
 
-        def report(name: str, times: list[float], target: float, note: str = "") -> None:
+        def report(name: str, times: list[Taken], target: float, note: str = "") -> None:
             nonlocal kept
-            median = statistics.median(times)
+            median = statistics.median(taken.wall for taken in times)
+            cpu = statistics.median(taken.cpu for taken in times)
             kept = kept and median < target
-            lines.append(
-                f"{name:<44} {median:>8.1f} ms {max(times):>8.1f} ms {target:>6.0f} ms  {note}"
+            print(
+                f"{name:<44} {median:>8.1f} ms {cpu:>8.1f} ms {target:>6.0f} ms  {note}",
+                flush=True,
             )
-            print(lines[-1], flush=True)
 
         large = make_dataset(library, "large", rows, 8)
-        print(f"{'':<44} {'median':>11} {'largest':>11} {'target':>9}")
+        print(f"{'':<44} {'median':>11} {'CPU':>11} {'target':>9}")
         report(f"opening {rows:,} rows", opening(bench, large), 50)
         report(f"a page of {rows:,} rows", pages(bench, large, rows), 50)
         one = make_dataset(library, "searched", searched, 40)
@@ -192,8 +211,6 @@ def main() -> int:
         for query in QUERIES:
             times, found = searching(folder, query)
             report(f"search {query!r} in {searched:,} rows", times, 500, f"{found} found")
-        times, found = searching(folder, "e\u0301")
-        report(f"search {'two letters, none there'!r}", times, 500, f"{found} found")
         bench.close()
         library.close()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
