@@ -69,6 +69,23 @@ def test_activations_are_read_in_raw_units(activations: shared.Activations) -> N
     )
 
 
+def test_shards_are_read_as_one_table(folder: Path, activations: shared.Activations) -> None:
+    counts = {"train": [1500, 2000, 500], "heldout": [400, 600]}
+    for split, sizes in counts.items():
+        whole = np.fromfile(folder / split / f"{POINT}.f16", np.float16).reshape(-1, D)
+        for number, part in enumerate(np.split(whole, np.cumsum(sizes)[:-1])):
+            (folder / split / f"{number:05d}").mkdir()
+            part.tofile(folder / split / f"{number:05d}" / f"{POINT}.f16")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"shards": counts}))
+    sharded = shared.open_activations(folder, POINT)
+    rows = np.random.default_rng(0).integers(0, 4000, 300)
+    for chosen in (rows, slice(10, 3900, 7)):
+        one, other = (a.rows(a.train, chosen) for a in (activations, sharded))
+        assert torch.equal(one, other)
+    assert len(sharded.heldout) == 1000
+
+
 def test_a_longer_order_begins_like_a_shorter_one(tmp_path: Path) -> None:
     path = tmp_path / "order" / "a.i32"
     shared.write_order(path, rows=100, seed=5, wanted=150)

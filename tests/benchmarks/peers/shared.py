@@ -20,6 +20,27 @@ import numpy as np
 import torch
 
 
+class Shards:
+    """Arrays that follow each other, read as one [rows, d]."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.shape = (int(self._ends[-1]), parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> np.ndarray:
+        rows = np.arange(len(self))[chosen]
+        found = np.empty((len(rows), self.shape[1]), self._parts[0].dtype)
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(shards):
+            here, part = shards == number, self._parts[number]
+            found[here] = part[rows[here] - (self._ends[number] - len(part))]
+        return found
+
+
 @dataclass(frozen=True)
 class Activations:
     """One hook point of a folder written by `mistudio.engine.activations.store.extract`.
@@ -32,10 +53,10 @@ class Activations:
     width: int
     scale: float
     median: float
-    train: np.ndarray
-    heldout: np.ndarray
+    train: np.ndarray | Shards
+    heldout: np.ndarray | Shards
 
-    def rows(self, array: np.ndarray, chosen: np.ndarray | slice) -> torch.Tensor:
+    def rows(self, array: np.ndarray | Shards, chosen: np.ndarray | slice) -> torch.Tensor:
         return torch.from_numpy(array[chosen].astype(np.float32)) / self.scale
 
 
@@ -43,9 +64,16 @@ def open_activations(folder: Path, point: str) -> Activations:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     width = meta["widths"][point]
 
-    def array(split: str) -> np.ndarray:
-        shape = (meta["tokens"][split], width)
-        return np.memmap(folder / split / f"{point}.f16", dtype=np.float16, mode="r", shape=shape)
+    def array(split: str) -> np.ndarray | Shards:
+        counts = meta.get("shards", {}).get(split)
+        places = [(folder / split, meta["tokens"][split])]  # without shards: one flat file
+        if counts is not None:
+            places = [(folder / split / f"{i:05d}", n) for i, n in enumerate(counts)]
+        parts = [
+            np.memmap(path / f"{point}.f16", dtype=np.float16, mode="r", shape=(n, width))
+            for path, n in places
+        ]
+        return parts[0] if len(parts) == 1 else Shards(parts)
 
     return Activations(
         point,
