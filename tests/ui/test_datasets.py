@@ -411,3 +411,17 @@ def test_without_a_model_tokenizing_says_what_is_missing(
     assert not dialog.tokenization.apply.isEnabled()
     assert "Models tab" in dialog.tokenization.picker.which.currentText()
     dialog.close()
+
+
+def test_what_is_loaded_is_told_in_bytes_and_rows() -> None:
+    from mistudio.jobs.control import Snapshot
+    from mistudio.ui.datasets.cards import _amount
+
+    loading = Snapshot(1, "download", 3 * 1024**2, 4 * 1024**2, 0.7, 1.0, 2.0)
+    assert _amount(loading) == "3 MB of 4 MB"
+    told = {"rows": 1200, "rows_total": 5000}
+    reading = Snapshot(1, "read", 1024, 2048, 0.5, 1.0, None, told)
+    assert _amount(reading) == "1 KB of 2 KB • 1,200 of 5,000 rows"
+    limited = Snapshot(1, "read", 0.25, 1.0, 0.25, 1.0, None, {"rows": 7, "bytes_done": 512})
+    assert _amount(limited) == "512 B • 7 rows"
+    assert _amount(Snapshot(1, "look", 0, None, 0.0, 0.0, None)) == ""

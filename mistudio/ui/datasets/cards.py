@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PySide6.QtCore import Qt, Signal
 from PySide6.QtGui import QKeyEvent, QMouseEvent
@@ -27,6 +28,9 @@ from mistudio.ui.widgets import (
     picture,
     row,
 )
+
+if TYPE_CHECKING:
+    from mistudio.jobs.control import Snapshot
 
 
 class DatasetCard(QFrame):
@@ -123,7 +127,8 @@ class AddingCard(Card):
         )  # fmt: skip
         head.setStretch(2, 1)
         self.panel: ErrorPanel | None = None
-        self.add(head, self.progress)
+        self.amount = Text("", "helper")
+        self.add(head, self.progress, self.amount)
         self.show_job(job)
 
     def show_job(self, job: JobRecord) -> None:
@@ -135,6 +140,7 @@ class AddingCard(Card):
         self._loads.setVisible(not failed)
         self.cancel.setVisible(not failed)
         self.progress.setVisible(not failed)
+        self.amount.setVisible(not failed and bool(self.amount.text()))
         self._failed.setVisible(failed)
         self.dismiss.setVisible(failed)
         if failed and self.panel is None:
@@ -149,7 +155,12 @@ class AddingCard(Card):
             self.show_progress()
 
     def show_progress(self) -> None:
-        self.progress.show_snapshot(self._services.jobs.snapshot(self.job_id))
+        snapshot = self._services.jobs.snapshot(self.job_id)
+        self.progress.show_snapshot(snapshot)
+        said = _amount(snapshot) if snapshot else ""
+        if self.amount.text() != said:
+            self.amount.setText(said)
+        self.amount.setVisible(bool(said) and not self.progress.isHidden())
 
     def _on_cancel_clicked(self, checked: bool = False) -> None:
         self._services.jobs.cancel(self.job_id)
@@ -159,6 +170,21 @@ class AddingCard(Card):
 
     def _on_retry_wanted(self) -> None:
         self.retry_wanted.emit(self.job_id)
+
+
+def _amount(snapshot: Snapshot) -> str:
+    """`1.2 GB of 3.4 GB • 12,345 rows`, as far as the job tells them."""
+    said = []
+    metrics = snapshot.metrics
+    if snapshot.phase in ("download", "read") and snapshot.done and (snapshot.total or 0) > 1:
+        total = formatting.size(snapshot.total or 0)
+        said.append(f"{formatting.size(snapshot.done)} of {total}")
+    elif metrics.get("bytes_done"):
+        said.append(formatting.size(float(metrics["bytes_done"])))
+    if rows := metrics.get("rows"):
+        of = f" of {formatting.count(metrics['rows_total'])}" if metrics.get("rows_total") else ""
+        said.append(f"{formatting.count(rows)}{of} rows")
+    return " • ".join(said)
 
 
 def _panel_of(job: JobRecord) -> ErrorPanel:

@@ -218,6 +218,8 @@ def _facts(origin: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
         if key in _NOT_LISTED or value in (None, "", [], {}, origin):
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if isinstance(value, int) and not isinstance(value, bool):
+            text = formatting.size(value) if key.endswith("bytes") else formatting.count(value)
         if len(text) > _LONG:
             text = f"{text[:_LONG]}… (whole in the export)"
         facts.append((_NAMES.get(key, key.replace("_", " ").capitalize()), text))
