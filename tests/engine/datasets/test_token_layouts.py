@@ -406,6 +406,9 @@ def test_a_killed_tokenisation_goes_on_from_its_last_flush(
         capture_output=True,
     )
     assert child.returncode == -9, child.stderr
+    for name in ("train.ids", "train.starts.npy", "heldout.documents.npy"):
+        with (tmp_path / "parts" / name).open("ab") as file:
+            file.write(b"written after the last flush")
     watch = Stopper()
     write(documents[:60], tiny_tokenizer, tmp_path / "parts", TokenSettings(), progress=watch)
     assert int(watch.notes[0].split()[3]) >= 20  # documents; a few batches may be on their way
