@@ -168,7 +168,7 @@ def test_a_killed_process_leaves_what_the_next_one_needs(hub: HubServer, tmp_pat
         parts = list((tmp_path / "lib").glob("downloads/*/parts/*.part"))
         return any(part.stat().st_size > 50_000 for part in parts)
 
-    wait_until(half, 30)
+    wait_until(half, 60)
     child.send_signal(signal.SIGKILL)
     child.wait()
     hub.bytes_per_second = None
