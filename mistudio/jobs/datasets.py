@@ -154,7 +154,8 @@ def link_dataset(
 
     options, rejected = options or ReadOptions(), Rejected()
     link = link_to(path, options)
-    few = min(options.max_documents or FIRST_DOCUMENTS, FIRST_DOCUMENTS)
+    wanted = options.max_documents
+    few = FIRST_DOCUMENTS if wanted is None else min(wanted, FIRST_DOCUMENTS)
     documents = read_documents(path, replace(options, max_documents=few), rejected, progress)
     files, size = link["total"]
     record = _Record(

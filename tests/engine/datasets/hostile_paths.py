@@ -153,7 +153,7 @@ case("only an ending", named(".txt"), "cannot be read")
 case("dots alone", named("..txt"), "cannot be read")
 case("a pipe", fifo, "pipe, a socket or a device")
 case("a pipe in a folder", inside(fifo), ["good"])
-case("nothing but a pipe", inside(fifo, None), "pipe")
+case("nothing but a pipe", inside(fifo, None), "1 pipe or device was left out")
 case("a socket", bound_socket, "pipe, a socket or a device")
 case("a socket in a folder", inside(bound_socket), ["good"])
 for device in ("/dev/zero", "/dev/null", "/dev/random", "/dev/tty"):
