@@ -22,6 +22,7 @@ from mistudio.engine.training.config import TrainingConfig, derive, option, pars
 from mistudio.engine.training.cost import model_shape
 from mistudio.engine.training.footprint import Machine, PlannedSite, RunShape
 from mistudio.engine.training.planning import plan_run
+from mistudio.engine.training.verdict import lights
 from mistudio.library.library import Library
 from mistudio.library.records import Dataset, Extraction, Model
 from mistudio.settings import Settings
@@ -930,6 +931,40 @@ def test_a_run_shows_what_was_measured(
     shot(page, f"training_done-{size[0]}x{size[1]}")
     page.configuration.advanced.set_expanded(True)
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+
+
+def test_a_run_has_its_quality_lights(qtbot: Any, trained: Services) -> None:
+    page = open_page(qtbot, trained)
+    (card,) = page.run_cards()
+    (sae,) = trained.library.saes.all()
+    found = {light.name: light for light in lights(sae.metrics, sae.k, card.run.training.config)}
+    shown = card.lights[sae.id]
+    assert set(shown.badges) == set(found) and len(found) == 4
+    for name, badge in shown.badges.items():
+        assert badge.text().endswith(f"{name}: {found[name].level}")
+    poor = [light for light in found.values() if light.level != "good"]
+    assert poor, "a minute's training is not good"
+    assert [line.text() for line in shown.lines] == [f"{p.why} {p.remedy}" for p in poor]
+
+
+def test_a_failing_run_says_so_on_its_card(qtbot: Any, trained: Services) -> None:
+    import_engine()
+    trained.jobs.submit(Count(to=2000))  # keeps the lane
+    page = open_page(qtbot, trained)
+    small(page, "100,000")
+    page.configuration.start.click()
+    (card,) = page.job_cards()
+    site = card.job.params["hook_points"][0]
+    row = {"site": site, "loss": 2.0, "fvu": 2.0, "l0": 8.0, "dead": 0, "learning_rate": 1e-3}
+    card._watch([row | {"step": step} for step in range(10, 100, 10)])
+    assert card.warning.isHidden()
+    card._watch([row | {"step": step} for step in range(100, 400, 10)])
+    assert not card.warning.isHidden() and "worse than the mean" in card.warning.text
+    card._watch([row | {"step": 500 + step, "fvu": 0.3} for step in range(5)])
+    assert card.warning.isHidden()
+    for job_id in (card.job.id, *trained.jobs.running()):
+        trained.jobs.cancel(job_id)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
 
 
 @pytest.mark.parametrize(

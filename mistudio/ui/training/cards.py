@@ -8,6 +8,7 @@ from PySide6.QtCore import Qt, Signal
 from PySide6.QtWidgets import QGridLayout, QWidget
 
 from mistudio import formatting
+from mistudio.engine.training.verdict import Watch, lights
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Sae
 from mistudio.ui.services import Services
@@ -16,6 +17,7 @@ from mistudio.ui.times import clock_time, seconds_between
 from mistudio.ui.training.charts import TrainingCharts, averages
 from mistudio.ui.training.form import encoder_of, point_parts, point_title, site_text
 from mistudio.ui.training.presenter import ENDED_BADLY, Run, TrainingPresenter
+from mistudio.ui.training.quality import FailingNote, QualityLights
 from mistudio.ui.widgets import (
     Badge,
     Button,
@@ -39,6 +41,9 @@ STOP_HELP = (
 )
 
 
+PRICED = ("standard", "gated", "jumprelu")  # sparsity by a price
+
+
 class JobCard(Card):
     """One training job that has not become a run."""
 
@@ -58,6 +63,7 @@ class JobCard(Card):
         self.job = job
         self._rows: list[dict[str, Any]] = []  # newest per site, for the tiles
         self._n_rows = 0
+        self._watching: list[tuple[str, Watch]] = []
         self._stopping = False
         self._points = list(job.params.get("hook_points", []))
         self._title = ElidedLabel(presenter.job_title(job), "card")
@@ -90,6 +96,7 @@ class JobCard(Card):
         self.charts: TrainingCharts | None = None
         self.live.expanded_changed.connect(self._on_live_expanded_changed)
         self._error = column(0)
+        self.warning = FailingNote()
         self.pause = Button("Pause", "warning", "pause")
         self.resume = Button("Resume", "primary", "play")
         self.stop = Button("Stop and Keep", "danger", "circle-stop", STOP_HELP)
@@ -112,7 +119,8 @@ class JobCard(Card):
         line = row(*buttons, self._hint)
         line.setStretch(len(buttons), 1)
         self._buttons.setLayout(line)
-        self.add(head, self.progress, self._tiles, self._error, self._buttons, self.live)
+        self.add(head, self.progress, self.warning, self._tiles, self._error)
+        self.add(self._buttons, self.live)
         self.show_job(job)
 
     def show_job(self, job: JobRecord) -> None:
@@ -181,6 +189,7 @@ class JobCard(Card):
         self._rows = list(newest.values())
         for key, decimals in (("loss", 4), ("l0", 1), ("dead", 0), ("tokens_per_second", 0)):
             self.tiles[key].set_value(formatting.number(averages(self._rows, key), decimals))
+        self._watch(rows)
         if first:
             self.live.setVisible(True)
             self._tiles.setVisible(True)
@@ -188,6 +197,21 @@ class JobCard(Card):
                 self._make_charts()
         if self.charts is not None:
             self.charts.append(self._services.jobs.metrics(self.job.id, self.charts.n_rows))
+
+    def _watch(self, rows: list[dict[str, Any]]) -> None:
+        """Say early where a site is clearly failing."""
+        found = [watch.add(r for r in rows if r["site"] == site) for site, watch in self._watches()]
+        self.warning.show_warning(next(filter(None, found), None))
+
+    def _watches(self) -> list[tuple[str, Watch]]:
+        plan = self._presenter.job_plan(self.job)
+        if not self._watching and plan is not None:
+            priced = plan.config.sparsity in PRICED
+            self._watching = [
+                (name, Watch(point_title(name), plan.steps, plan.d_sae, plan.k, priced))
+                for name in self._points
+            ]
+        return self._watching
 
     def _make_charts(self) -> None:
         if self.charts is None:
@@ -326,6 +350,7 @@ class RunCard(Card):
         head.setStretch(1, 1)
         self.add(head)
         self.tiles: dict[int, list[StatTile]] = {}
+        self.lights: dict[int, QualityLights] = {}
         wiring = str(training.config.get("wiring", ""))
         for sae in run.saes:
             title = Text(point_title(sae.hook_point, wiring), "label")
@@ -334,6 +359,8 @@ class RunCard(Card):
             block = column(8)
             block.addLayout(row(title, size, None))
             block.addLayout(_tiles(tiles))
+            self.lights[sae.id] = QualityLights(lights(sae.metrics, sae.k, training.config))
+            block.addWidget(self.lights[sae.id])
             self.body.addLayout(block)
         self.discovery = ProgressRow("Discovering features")
         self.add(self.discovery)

@@ -18,6 +18,7 @@ import psutil
 from PySide6.QtCore import QObject, Signal
 
 from mistudio.device import Device
+from mistudio.engine.training.config import Plan, derive, parse
 from mistudio.engine.training.footprint import Machine
 from mistudio.errors import InvalidInput, UserError
 from mistudio.library.jobs import JobRecord
@@ -217,17 +218,18 @@ class TrainingPresenter(QObject):
         dataset = library.datasets.find(job.params.get("dataset_id") or 0)
         return f"{model.name} + {dataset.name}" if model and dataset else job.title
 
-    def job_latents(self, job: JobRecord) -> int | None:
-        """Latents of one site of a job."""
-        from mistudio.engine.training.config import derive, parse
-
+    def job_plan(self, job: JobRecord) -> Plan | None:
+        """What `derive` makes of a job for one site; None where its model is gone."""
         model = self._services.library.models.find(job.params.get("model_id") or 0)
         try:
-            return (
-                derive(parse(job.params.get("config", {})), model.d_model).d_sae if model else None
-            )
+            return derive(parse(job.params.get("config", {})), model.d_model) if model else None
         except UserError:
             return None
+
+    def job_latents(self, job: JobRecord) -> int | None:
+        """Latents of one site of a job."""
+        plan = self.job_plan(job)
+        return plan.d_sae if plan else None
 
     def read_history(
         self, training: Training, then: Callable[[Any], None], or_else: Callable[[Any], None]
