@@ -81,9 +81,8 @@ class Found:
                 "itself are read."
             )
         if self.specials:
-            sentences.append(
-                f"{_number(self.specials, 'pipe or device', 'pipes or devices')} left."
-            )
+            pipes = _number(self.specials, "pipe or device", "pipes or devices")
+            sentences.append(f"{pipes} left out.")
         if self.empty:
             sentences.append(f"{_number(self.empty, 'empty file')} left out.")
         if self.unreadable:
