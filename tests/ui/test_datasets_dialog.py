@@ -123,9 +123,11 @@ def test_dataset_whose_index_is_being_built_is_deleted_after_the_stop(
     page = DatasetsPage(services)
     qtbot.addWidget(page)
     dataset_id = stored(library, ["some text to index " * 50] * 3000)
-    services.jobs.submit(IndexDataset(dataset_id))
+    job_id = services.jobs.submit(IndexDataset(dataset_id))
     page.presenter.delete(dataset_id)
+    assert library.datasets.count() == 1  # not while something writes into its folder
     qtbot.waitUntil(lambda: library.datasets.count() == 0, timeout=10_000)
+    assert library.jobs.get(job_id).status == "cancelled"
 
 
 # --- samples --------------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ CHUNK_BYTES = 256 * 1024
 TRIPLES = 12  # of a query that the index is asked for; more cost time and hardly narrow it down
 _LETTERS = 4_000  # characters of a query that are looked at
 
-_BLOCK = 1024  # folded bytes that a signature stands for, and the _OVERLAP after them
-_OVERLAP = (
-    64  # so that the first triples of a match that begins in a block are all in its signature
-)
+_BLOCK = 1024  # folded bytes that a signature stands for, beside the overlap
+# The first triples of a match that begins in a block must all be in its signature, so it goes on
+# for as many bytes.
+_OVERLAP = 64
 _BUCKETS_LOG2 = 11
 _BUCKETS = 1 << _BUCKETS_LOG2
 _SEGMENT = 32_768  # blocks whose bits lie together
