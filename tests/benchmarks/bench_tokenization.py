@@ -1,14 +1,14 @@
 """How fast a dataset is tokenised beside the tokenizer's own batches, and in how much memory.
 
-    python tests/benchmarks/bench_tokenization.py speed [--megabytes 24] [--tokenizer FOLDER]
-    python tests/benchmarks/bench_tokenization.py memory [--gigabytes 4] [--tokenizer FOLDER]
+    python3 run.py bench tokenization [--megabytes 24] [--tokenizer FOLDER]
+    python3 run.py bench tokenization --memory 4 [--tokenizer FOLDER]
 
-`speed` alternates both in one process, so that other work on the machine meets both alike: the
+The first alternates both in one process, so that other work on the machine meets both alike: the
 tokenizer alone gets all texts at once, in memory, with the library's own threads, and gives lists
 of ids; miStudio reads the stored documents from disk, encodes them, and writes the token store
 with its index and statistics. The figure is the median of the ratios of neighbouring blocks.
 
-`memory` writes a JSON lines file of that size, links it (it is not copied) and tokenises it in a
+The second writes a JSON lines file of that size, links it (it is not copied) and tokenises it in a
 process of its own, of which it notes the resident memory against the bytes read.
 """
 
@@ -117,7 +117,7 @@ def memory(folder: Path, gigabytes: float) -> None:
             for text in texts(int(gigabytes * 1e9)):
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         print(f"{source.stat().st_size / 1e9:.2f} GB of JSON lines, {folder.name}", flush=True)
-        command = [sys.executable, __file__, "child", str(source), "--tokenizer", str(folder)]
+        command = [sys.executable, __file__, "--child", str(source), "--tokenizer", str(folder)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -142,7 +142,7 @@ def child(source: Path, folder: Path) -> None:
         def check(self) -> None: ...
 
         def report(self, done: float, *_: object, **__: object) -> None:
-            if not rows or done - rows[-1][0] > 2e7:
+            if not rows or done - rows[-1][0] > 2e6:
                 rows.append((done, process.memory_info().rss / 2**20))
 
     before = process.memory_info().rss / 2**20
@@ -162,20 +162,21 @@ def child(source: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="speed", choices=("speed", "memory", "child"))
-    parser.add_argument("source", nargs="?", type=Path)
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="FOLDER")
     parser.add_argument("--megabytes", type=float, default=24.0)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--memory", type=float, metavar="GIGABYTES")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what == "speed":
-        speed(options.tokenizer, options.megabytes, options.blocks)
-    elif options.what == "memory":
-        memory(options.tokenizer, options.gigabytes)
+    if options.child:
+        child(options.child, options.tokenizer)
+    elif options.memory:
+        memory(options.tokenizer, options.memory)
     else:
-        child(options.source, options.tokenizer)
+        speed(options.tokenizer, options.megabytes, options.blocks)
 
 
 if __name__ == "__main__":

@@ -192,12 +192,13 @@ def test_halves_of_surrogate_pairs_become_the_replacement_character(
 def test_a_tokenizer_file_that_truncates_and_pads_does_not_do_so_here(
     tokenizers: dict[str, Any],
 ) -> None:
-    tokenizer = gpt2_style()
-    tokenizer.backend_tokenizer.enable_truncation(3)
-    tokenizer.backend_tokenizer.enable_padding(length=50)
     text = "one two three four five six"
     expected = list(tokenizers["gpt2"](text, add_special_tokens=False)["input_ids"])
-    assert stored(tokenizer, [text], TokenSettings()) == [expected]
+    for special in (True, False):
+        tokenizer = gpt2_style()
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=50)
+        assert stored(tokenizer, [text], TokenSettings(add_special_tokens=special)) == [expected]
 
 
 # --- conversations --------------------------------------------------------------------------------
