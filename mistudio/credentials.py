@@ -24,6 +24,7 @@ from mistudio.engine.hub.access import (
     set_provider,
     token_from_environment,
 )
+from mistudio.engine.hub.repository import check_repository
 from mistudio.errors import InvalidInput, UserError
 from mistudio.paths import config_folder
 from mistudio.settings import Settings
@@ -133,7 +134,7 @@ def forget() -> None:
 
 def use_for(repository: str, text: str) -> None:
     """Use a token for one repository, as long as this process runs: nothing is written."""
-    _typed[repository.lower()] = checked(text)
+    _typed[_key(repository)] = checked(text)
 
 
 def checked(text: str) -> Secret:
@@ -159,7 +160,7 @@ def access_for(repository: str | None = None) -> Access:
     access = Access(endpoint_from_environment(), None, offline)
     if offline:
         return access
-    token = _typed.get((repository or "").lower()) or remembered() or token_from_environment()
+    token = _typed.get(_key(repository or "")) or remembered() or token_from_environment()
     if token is not None:
         logs.hide(token.reveal())
     return replace(access, token=token)
@@ -178,6 +179,13 @@ def whose(access: Access | None = None) -> str:
 def install() -> None:
     """From now on the Hub is asked with what this module says."""
     set_provider(access_for)
+
+
+def _key(repository: str) -> str:
+    """One key for a repository, whether its id or the address of its page was typed."""
+    with contextlib.suppress(InvalidInput):
+        repository = check_repository(repository)
+    return repository.strip().lower()
 
 
 def _secret(text: str) -> Secret:

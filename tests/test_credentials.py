@@ -136,7 +136,7 @@ def test_the_nearest_token_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert credentials.status().elsewhere
     credentials.remember(TOKEN)
     assert used("a/b") == TOKEN
-    credentials.use_for("A/b", "hf_typed_for_this")
+    credentials.use_for("https://huggingface.co/datasets/A/b", "hf_typed_for_this")
     assert used("a/B") == "hf_typed_for_this"
     assert used("a/c") == TOKEN
 
