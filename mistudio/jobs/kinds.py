@@ -12,7 +12,7 @@ from mistudio.jobs.extraction import Extract
 from mistudio.jobs.features import Discover
 from mistudio.jobs.hub_datasets import DownloadDataset
 from mistudio.jobs.job import Job
-from mistudio.jobs.models import AddModel
+from mistudio.jobs.models import AddModel, CheckQuality
 from mistudio.jobs.saes import Export, ImportSae
 from mistudio.jobs.searching import IndexDataset
 from mistudio.jobs.statistics import AnalyseDataset
@@ -27,6 +27,7 @@ __all__ = [
     "AddSampleDataset",
     "AddTokenizer",
     "AnalyseDataset",
+    "CheckQuality",
     "Demo",
     "Discover",
     "DownloadDataset",
@@ -50,6 +51,7 @@ KINDS: dict[str, Any] = {
         AddTokenizer,
         AnalyseDataset,
         AddModel,
+        CheckQuality,
         Extract,
         Train,
         Discover,

@@ -1,35 +1,62 @@
-"""Jobs on models: bring one into the library; the one model kept loaded."""
+"""Jobs on models: bring one into the library, judge what quantising costs it."""
 
 from __future__ import annotations
 
-import gc
+import hashlib
 import shutil
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mistudio import device
-from mistudio.engine.progress import SILENT, Progress
+from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
+from mistudio.jobs.loaded import (
+    chosen_precision,
+    forget_quality,
+    loaded_bytes,
+    loaded_model,
+    loaded_models,
+    own_model,
+    precision_of,
+    quality_of,
+    record_quality,
+    reference_losses,
+    unload_model,
+)
 from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
-from mistudio.library.records import Model
 
 if TYPE_CHECKING:
-    from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+    from mistudio.engine.models.hooks import HookPoint
+
+__all__ = [
+    "PRECISIONS",
+    "SAMPLE",
+    "SAMPLE_NAME",
+    "AddModel",
+    "CheckQuality",
+    "add_model",
+    "check_layers",
+    "loaded_bytes",
+    "loaded_model",
+    "loaded_models",
+    "own_model",
+    "parse_points",
+    "precision_of",
+    "unload_model",
+]
 
 SAMPLE = "sample"
 SAMPLE_NAME = "SmolLM2-135M-Instruct"
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "q8", "q4", "q2")
 
 
 @dataclass(frozen=True)
 class AddModel:
-    """A model comes into the library: `source` is "sample", a local Hugging Face folder, or a
-    repository on the Hub such as `EleutherAI/pythia-70m`."""
+    """A model comes into the library: `source` is "sample", a local Hugging Face folder, a GGUF
+    file, or a repository on the Hub such as `EleutherAI/pythia-70m`."""
 
     source: str
     precision: str = "auto"
@@ -55,9 +82,45 @@ IMPORT_PARTS = {
     "Unpacking the model": (0.25, 0.3),
     "Converting the model": (0.3, 0.85),
     "Checking the model": (0.85, 1.0),
-    "Copying the model": (0.0, 0.9),
-    "Downloading the model": (0.0, 0.95),
+    "Copying the model": (0.0, 0.6),
+    "Downloading the model": (0.0, 0.85),
 }
+
+
+@dataclass(frozen=True)
+class CheckQuality:
+    """What quantising costs a model is measured on sample text, beside the unquantised model; the
+    result is kept in its record. The model stays loaded."""
+
+    model_id: int
+
+    kind: ClassVar[str] = "check_quality"
+    lane: ClassVar[str] = "compute"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("measure"),)
+
+    def title(self, library: Library) -> str:
+        model = library.models.get(self.model_id)
+        return f"Compare {model.name} at {model.precision.upper()} with the unquantised model"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        from mistudio.engine.models.loading import QUANTISED
+
+        library, stage = context.library, Stage(context, "measure")
+        record = library.models.get(self.model_id)
+        precision = chosen_precision(library, record)
+        if precision not in QUANTISED:
+            raise InvalidInput(
+                "This model is not quantised",
+                f"{record.name} is loaded at {precision.upper()}: there is nothing to compare.",
+                "Add it again at Q8, Q4 or Q2.",
+            )
+        reference = reference_losses(library, record, stage)
+        forget_quality(library, self.model_id, precision)
+        decoder = loaded_model(library, self.model_id, stage, reference)
+        found = quality_of(library.models.get(self.model_id), precision)
+        if found is None:  # it was loaded already
+            found = record_quality(library, record, decoder, reference, stage)
+        return {"model_id": self.model_id, "quality": found}
 
 
 def parse_points(names: list[str]) -> tuple[HookPoint, ...]:
@@ -88,7 +151,7 @@ def check_layers(library: Library, model_id: int, names: list[str]) -> None:
 def add_model(library: Library, work: Path, source: str, precision: str, progress: Progress) -> int:
     """Check, copy or make, then commit. The sample is added only once."""
     from mistudio.engine import hub
-    from mistudio.engine.models import loading, sample
+    from mistudio.engine.models import architecture, checks, gguf, loading, sample
 
     if precision not in PRECISIONS:
         raise InvalidInput(
@@ -100,6 +163,7 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = Path(source).expanduser()
+    copied: dict[str, tuple[int, str]] = {}
     if source == SAMPLE:
         for model in library.models.all("source = 'sample'"):
             return model.id
@@ -108,9 +172,12 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
             sample.make_sample_model(folder, work / "download", progress)
         )
         kind, name, origin = "sample", SAMPLE_NAME, provenance["source"]
+    elif path.is_file():
+        kind, name, origin = "local", path.stem, str(path.resolve())
+        provenance = gguf.import_gguf(path, folder, library.require_space, progress)
     elif path.exists():
         loading.check_folder(path)
-        _copy_model(library, path, folder, progress)
+        copied = _copy_model(library, path, folder, progress)
         kind, name, origin = "local", path.resolve().name, str(path.resolve())
         provenance = {"source": f"local folder {path.resolve()}"}
     elif hub.is_repository_id(source):
@@ -119,28 +186,43 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
     else:
         raise InvalidInput(
             "There is no such model",
-            f"{source!r} is neither a folder here nor a Hugging Face repository id.",
-            "Give the path of a model folder, an id such as EleutherAI/pythia-70m, or `sample`.",
+            f"{source!r} is neither a folder or file here nor a Hugging Face repository id.",
+            "Give the path of a model folder or GGUF file, an id such as EleutherAI/pythia-70m, or "
+            "`sample`.",
             field="source",
         )
     loading.check_folder(folder)
+    # Built without weights: numbers that fit no model, and a tokenizer of another one, show here.
+    found = architecture.read_architecture(folder)
+    checks.check_tokenizer(folder, found.vocab_size)
+    files = checks.check_weights(folder, progress)
+    checks.verify(folder, copied, files)
+    provenance["weights"] = [asdict(file) for file in files]
     return _commit_model(library, folder, kind, name, origin, precision, provenance)
 
 
-def _copy_model(library: Library, source: Path, folder: Path, progress: Progress) -> None:
-    """Only what a model needs: configuration, tokenizer, safetensors."""
+def _copy_model(
+    library: Library, source: Path, folder: Path, progress: Progress
+) -> dict[str, tuple[int, str]]:
+    """Only what a model needs: configuration, tokenizer, safetensors. Size and SHA-256 of each file
+    as it was read."""
     wanted = (".json", ".safetensors", ".model", ".txt", ".jinja")
     files = [f for f in sorted(source.iterdir()) if f.is_file() and f.suffix in wanted]
     total = sum(file.stat().st_size for file in files)
     library.require_space(total, f"Copying {source.name}")
     done = 0
+    read = {}
     for file in files:
+        digest = hashlib.sha256()
         with file.open("rb") as reader, (folder / file.name).open("wb") as writer:
             while block := reader.read(8 * 1024**2):
                 progress.check()
                 writer.write(block)
+                digest.update(block)
                 done += len(block)
                 progress.report(done, total, phase="Copying the model")
+        read[file.name] = file.stat().st_size, digest.hexdigest()
+    return read
 
 
 def _commit_model(
@@ -170,62 +252,3 @@ def _commit_model(
             summary=asdict(summary),
             provenance=provenance,
         )
-
-
-# --- the loaded model ---------------------------------------------------------------------------
-
-
-_lock = threading.Lock()
-_loaded: tuple[tuple[str, str], HookedDecoder] | None = None
-
-
-def loaded_model(library: Library, model_id: int, progress: Progress = SILENT) -> HookedDecoder:
-    """The model, kept in memory until another one is asked for. One at a time, as the compute
-    lane runs one job at a time."""
-    global _loaded
-    record: Model = library.models.get(model_id)
-    key = (str(library.path(record.folder)), record.precision)
-    with _lock:
-        if _loaded is None or _loaded[0] != key:
-            _loaded = None
-            gc.collect()
-            _loaded = (key, own_model(library, model_id, progress))
-        return _loaded[1]
-
-
-def loaded_bytes() -> int:
-    """What the weights of the loaded model take."""
-    with _lock:
-        if _loaded is None:
-            return 0
-        network = _loaded[1].model
-    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
-
-
-def own_model(library: Library, model_id: int, progress: Progress = SILENT) -> HookedDecoder:
-    """The model, freshly loaded for a caller who frees it by dropping it."""
-    from mistudio.engine.models import loading
-
-    record: Model = library.models.get(model_id)
-    return loading.load_model(
-        library.path(record.folder),
-        record.precision,  # type: ignore[arg-type]
-        device.current().kind,
-        progress,
-    )
-
-
-def unload_model() -> None:
-    """Free the model's memory."""
-    global _loaded
-    with _lock:
-        _loaded = None
-    gc.collect()
-    device.give_back()
-
-
-def precision_of(model: HookedDecoder) -> str:
-    """The precision a loaded model computes in, by our short names."""
-    return {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(
-        str(model.dtype), str(model.dtype)
-    )

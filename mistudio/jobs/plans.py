@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
-
-import psutil
-
 from mistudio import device
+from mistudio.engine.models.architecture import read_architecture
 from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.models.loading import ModelSummary, resolve_precision
+from mistudio.engine.models.loading import QUANTISED, ModelSummary
+from mistudio.engine.models.memory import plan_model, shape_of
 from mistudio.engine.training.config import TrainingConfig
-from mistudio.engine.training.cost import WEIGHT_BYTES, DeviceSpeed, model_shape, probe_device
-from mistudio.engine.training.footprint import Machine, RunShape
+from mistudio.engine.training.cost import (
+    WEIGHT_BYTES,
+    DeviceSpeed,
+    ModelShape,
+    model_shape,
+    probe_device,
+)
+from mistudio.engine.training.footprint import RunShape
 from mistudio.engine.training.planning import RunPlan, plan_run, planned_sites
-from mistudio.jobs.models import loaded_bytes
+from mistudio.jobs.loaded import chosen_precision, machine
 from mistudio.library.library import Library
 from mistudio.library.records import Model
 
@@ -36,21 +39,19 @@ def planned(
         summary = ModelSummary(**model.summary)
     except TypeError:
         return None
-    shape = model_shape(summary, WEIGHT_BYTES[_precision(model)])
+    shape = _shape(library, model, summary)
     places = [(point.layer, point.site) for point in points]
     run = RunShape(shape, planned_sites(config, places, model.d_model), source=source)
     speed: DeviceSpeed | None = probe_device(device.current().kind) if timed else None
     return plan_run(run, machine(library), speed)
 
 
-def machine(library: Library) -> Machine:
-    """This computer; what a model that is loaded already takes counts as free."""
-    found, memory = device.current(), psutil.virtual_memory()
-    disk = shutil.disk_usage(library.root).free
-    apart = found.kind == "cuda"
-    here = Machine(found.memory, found.free, disk, memory.available if apart else None)
-    return replace(here, memory_free=here.memory_free + loaded_bytes())
-
-
-def _precision(model: Model) -> str:
-    return resolve_precision(model.precision, device.current().kind)  # type: ignore[arg-type]
+def _shape(library: Library, model: Model, summary: ModelSummary) -> ModelShape:
+    precision = chosen_precision(library, model)
+    if precision not in QUANTISED:
+        return model_shape(summary, WEIGHT_BYTES[precision])
+    kind = device.current().kind
+    architecture = read_architecture(library.path(model.folder))
+    return shape_of(
+        architecture, plan_model(architecture, precision, machine(library), device=kind)
+    )

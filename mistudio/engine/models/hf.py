@@ -21,21 +21,32 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.core_model_loading import ConversionOps
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = [
     "CONFIG_MAPPING",
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "Conv1D",
+    "ConversionOps",
     "DynamicCache",
     "GenerationConfig",
+    "HfQuantizer",
     "LlamaConfig",
     "LlamaForCausalLM",
     "PreTrainedModel",
     "PreTrainedTokenizerBase",
     "PreTrainedTokenizerFast",
+    "QuantizationConfigMixin",
     "logging",
     "modeling_auto",
+    "register_quantization_config",
+    "register_quantizer",
 ]

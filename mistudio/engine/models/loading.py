@@ -26,12 +26,41 @@ if TYPE_CHECKING:
     from mistudio.engine.models.hf import PreTrainedTokenizerBase
     from mistudio.engine.models.hooks import HookedDecoder
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16")
+Precision = Literal["auto", "fp32", "bf16", "fp16", "q8", "q4", "q2"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16", "q8", "q4", "q2")
+QUANTISED = ("q8", "q4", "q2")
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
+_CONFIG_LIMIT = 16 * 1024**2  # bytes of config.json; real ones have a few thousand
+# Bits of an element. Types of less than a byte appear in files that are already quantised.
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# The largest of what a configuration may ask for. GPT-3 has 96 layers of 12,288 channels, and the
+# largest vocabularies have 262,144 entries: all limits leave room, and building the tree of modules
+# without weights stays a matter of seconds.
+_LIMITS = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 131_072,
+    "num_attention_heads": 4_096,
+    "num_key_value_heads": 4_096,
+    "head_dim": 65_536,
+    "vocab_size": 10_000_000,
+    "intermediate_size": 1_048_576,
+    "ffn_dim": 1_048_576,
+    "n_inner": 1_048_576,
+    "num_experts": 4_096,
+    "num_local_experts": 4_096,
+    "n_routed_experts": 4_096,
+    "max_position_embeddings": 1 << 31,
+}
 _OUTPUT_WEIGHTS = ("lm_head.weight", "embed_out.weight")
 # Separators of documents in pretraining, where the EOS of a chat model ends a turn instead.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -63,6 +92,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int = 0  # behind the header, in bytes
 
 
 # -------------------------------------------------------------------- headers
@@ -74,53 +104,86 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     Raises `CorruptFile` where the file is empty, cut off or not in the format.
     """
     size = path.stat().st_size
-    if size == 0:
-        raise _damaged(path, "it is empty (0 bytes)")
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(b"version "):
-            raise _damaged(path, "it is a Git LFS pointer, not the file it points to")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, _HEADER_LIMIT):
-            raise _damaged(
-                path, f"its header would take {length:,} bytes, but the file has {size:,}"
-            )
-        text = file.read(length)
+        # The longest header there can be; what it says of itself is judged below.
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        data = start + (b"" if start.startswith(b"version ") else file.read(min(length, size)))
+    return parse_safetensors_header(data, size, path.name)
+
+
+def header_length(start: bytes) -> int:
+    """How many bytes of a safetensors file must be read for its header, from its first eight."""
+    return 8 + int(struct.unpack("<Q", start[:8])[0])
+
+
+def parse_safetensors_header(data: bytes, size: int, name: str) -> dict[str, TensorInfo]:
+    """The header at the start of a safetensors file of `size` bytes, of which `data` are the first
+    (`header_length` of them at least): a file that is elsewhere can be described by a part of it.
+
+    Raises `CorruptFile` where the file is empty, cut off or not in the format.
+    """
+    if size == 0:
+        raise _damaged(name, "it is empty (0 bytes)")
+    if data.startswith(b"version "):
+        raise _damaged(name, "it is a Git LFS pointer, not the file it points to")
+    length = header_length(data) - 8 if len(data) >= 8 else size
+    if length > min(size - 8, _HEADER_LIMIT) or len(data) < 8 + length:
+        raise _damaged(name, f"its header would take {length:,} bytes, but the file has {size:,}")
     try:
-        entries: dict[str, Any] = json.loads(text)
+        entries: dict[str, Any] = json.loads(data[8 : 8 + length])
         entries.pop("__metadata__", None)
-        infos = {}
+        infos = {key: _tensor_info(key, entry) for key, entry in entries.items()}
+        ranges = sorted(entry["data_offsets"] for entry in entries.values())
         end = 0
-        for name, entry in entries.items():
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last:
-                raise ValueError(f"tensor {name} has offsets {first}, {last}")
-            shape = tuple(int(n) for n in entry["shape"])
-            infos[name] = TensorInfo(str(entry["dtype"]), shape, last - first)
-            end = max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise _damaged(path, f"its header is not valid ({exc})") from exc
+        for first, last in ranges:
+            if first != end:
+                raise ValueError("its tensors overlap or leave gaps")
+            end = last
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise _damaged(name, f"its header is not valid ({_short(exc)})") from exc
     if 8 + length + end != size:
         raise _damaged(
-            path, f"it has {size:,} bytes where its header promises {8 + length + end:,}"
+            name, f"it has {size:,} bytes where its header promises {8 + length + end:,}"
         )
     return infos
 
 
-def _damaged(path: Path, why: str) -> CorruptFile:
+def _tensor_info(name: str, entry: dict[str, Any]) -> TensorInfo:
+    first, last = entry["data_offsets"]
+    if not (type(first) is int and type(last) is int and 0 <= first <= last):
+        raise ValueError(f"tensor {name[:80]} has offsets that are no range of bytes")
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in shape) or len(shape) > 16:
+        raise ValueError(f"tensor {name[:80]} has a shape that no tensor has")
+    dtype = str(entry["dtype"])
+    if dtype in _BITS and (prod(shape) * _BITS[dtype] + 7) // 8 != last - first:
+        raise ValueError(f"tensor {name[:80]} does not have the bytes that its shape needs")
+    return TensorInfo(dtype, shape, last - first, first)
+
+
+def _short(exc: BaseException) -> str:
+    if isinstance(exc, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(exc).split())[:200]
+
+
+def _damaged(name: str, why: str) -> CorruptFile:
     return CorruptFile(
-        "The model's weights are damaged", f"{path.name}: {why}.", "Download the model again."
+        "The model's weights are damaged", f"{name}: {why}.", "Download the model again."
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the model, in the order of their names."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise _damaged(index, f"it is not a valid index ({exc})") from exc
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it names files outside the folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+            raise _damaged(index.name, f"it is not a valid index ({_short(exc)})") from exc
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CorruptFile(
@@ -157,19 +220,19 @@ def describe(folder: Path) -> ModelSummary:
 
     Raises what `check_folder` raises, except for missing tokenizer files.
     """
-    raw = _read_config(folder)
-    _refuse_foreign_code(raw)
+    raw = read_config(folder)
+    refuse_foreign_code(raw)
     config = _load_config(folder)
     text: Any = config.get_text_config()
     tensors: dict[str, TensorInfo] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         tensors |= read_safetensors_header(path)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     parameters = 0
     sizes: dict[str, int] = {}
     for name, info in tensors.items():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
-        if _is_parameter(name, info) and not (tied and name in _OUTPUT_WEIGHTS):
+        if is_parameter(name, info) and not (tied and name in _OUTPUT_WEIGHTS):
             parameters += prod(info.shape)
     d_model = int(text.hidden_size)
     n_heads = int(getattr(text, "num_attention_heads", 0) or 0)
@@ -199,11 +262,11 @@ def describe(folder: Path) -> ModelSummary:
 
 def check_folder(folder: Path) -> None:
     """Raise `NotFound`, `CorruptFile` or `UnsupportedModel` where `load_model` would fail."""
-    raw = _read_config(folder)
-    _refuse_foreign_code(raw)
-    _refuse_other_kinds(raw)
+    raw = read_config(folder)
+    refuse_foreign_code(raw)
+    refuse_other_kinds(raw)
     _load_config(folder)
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         read_safetensors_header(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UnsupportedModel(
@@ -213,7 +276,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise NotFound("Folder not found", f"{folder} is not a folder.", "Check the path.")
     if not any(folder.iterdir()):
@@ -227,20 +290,58 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder.name} has no config.json.",
             "Choose the folder of a Hugging Face model.",
         )
+    if path.stat().st_size > _CONFIG_LIMIT:
+        raise _bad_config(f"config.json has {path.stat().st_size:,} bytes")
+    return parse_config(path.read_bytes())
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """config.json as it was read or fetched. Raises `CorruptFile` where it is no JSON object, is
+    nested without end, or asks for what no model has: a billion layers would be built in memory
+    before anybody noticed."""
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(data)
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except ValueError as exc:
-        raise CorruptFile(
-            "The model's configuration is damaged",
-            f"config.json is not valid: {exc}.",
-            "Download the model again.",
-        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise _bad_config(f"config.json is not valid: {_short(exc)}") from exc
+    _refuse_bombs(config)
     return config
 
 
-def _refuse_foreign_code(raw: dict[str, Any]) -> None:
+def _refuse_bombs(config: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict) and "config" in key:
+            _refuse_bombs(value)
+        elif (limit := _LIMITS.get(_KEYS.get(key, key))) is not None and value is not None:
+            if isinstance(value, list):  # one for each layer
+                value = max((n for n in value if isinstance(n, int)), default=0)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise _bad_config(f"{key} is {str(value)[:40]!r}, not a number")
+            if not 0 <= value <= limit:
+                raise _bad_config(f"{key} is {value:,}, beyond the {limit:,} that are read")
+
+
+_KEYS = {
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
+
+
+def _bad_config(why: str) -> CorruptFile:
+    return CorruptFile(
+        "The model's configuration is damaged", f"{why}.", "Download the model again."
+    )
+
+
+def refuse_foreign_code(raw: dict[str, Any]) -> None:
     """Refuse models that need Python code of their own; many bring it and do not need it."""
     from mistudio.engine.models.hf import CONFIG_MAPPING
 
@@ -261,7 +362,7 @@ def _refuse_foreign_code(raw: dict[str, Any]) -> None:
     )
 
 
-def _refuse_other_kinds(raw: dict[str, Any]) -> None:
+def refuse_other_kinds(raw: dict[str, Any]) -> None:
     """Refuse everything but causal language models, by what transformers says of the class."""
     from mistudio.engine.models.hf import modeling_auto as auto
 
@@ -297,14 +398,10 @@ def _load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as exc:  # whatever the checks of some hundred configuration classes raise
-        raise CorruptFile(
-            "The model's configuration is damaged",
-            f"transformers says: {' '.join(str(exc).split())[:300]}",
-            "Download the model again.",
-        ) from exc
+        raise _bad_config(f"transformers says: {' '.join(str(exc).split())[:300]}") from exc
 
 
-def _is_parameter(name: str, info: TensorInfo) -> bool:
+def is_parameter(name: str, info: TensorInfo) -> bool:
     """False for buffers that older files carry: causal masks and rotary frequencies."""
     if name.endswith(("masked_bias", "inv_freq")) or info.dtype == "BOOL":
         return False
@@ -315,7 +412,7 @@ def _is_parameter(name: str, info: TensorInfo) -> bool:
 
 
 def resolve_precision(precision: Precision, device: str = "cpu") -> str:
-    """ "fp32", "bf16" or "fp16": what `precision` means on `device`.
+    """What `precision` means on `device`: "fp32", "bf16", "fp16", "q8", "q4" or "q2".
 
     "auto" on a CPU is bf16 where its matrix product measures over 1.2x as fast as fp32, else
     fp32; on a GPU it is bf16 where the device has it, else fp16.
@@ -336,6 +433,15 @@ def resolve_precision(precision: Precision, device: str = "cpu") -> str:
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp16"
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as torch names them
+
+
+def compute_precision(precision: str, device: str = "cpu") -> str:
+    """What a model of this (resolved) precision computes in: quantised ones, in what is best on
+    the device."""
+    return resolve_precision("auto", device) if precision in QUANTISED else precision
 
 
 @lru_cache(maxsize=1)
@@ -366,22 +472,28 @@ def load_model(
     """Load the causal language model in `folder`, ready to capture and intervene.
 
     Weights are read from safetensors only, no code of the model's is run, nothing is fetched.
-    The precision taken is reported as the metric `precision`. Raises what `check_folder` raises,
-    and `Incompatible` where the device is not there.
+    At "q8", "q4" and "q2" the matrices of the blocks are quantised one after another as they are
+    read (`quantise`), so that the whole model is never there unquantised; the rest is in the
+    precision that "auto" means on the device. The precision taken is reported as the metric
+    `precision`. Raises what `check_folder` raises, and `Incompatible` where the device or what
+    quantises is not there.
     """
     import torch
 
     from mistudio.engine.models.hf import AutoModelForCausalLM
     from mistudio.engine.models.hooks import HookedDecoder
+    from mistudio.engine.models.quantise import loading_config, require_backend
 
     check_folder(folder)
     _check_device(device)
     chosen = resolve_precision(precision, device)
+    require_backend(chosen, device)
     progress.check()
     progress.report(0, 1, "Loading the model", precision=chosen)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
+    dtype = getattr(torch, DTYPES[compute_precision(chosen, device)])
+    quantised = loading_config(chosen, device)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -389,6 +501,7 @@ def load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({"quantization_config": quantised} if quantised else {}),
             )
     except ImportError as exc:  # quantised formats with libraries of their own
         raise UnsupportedModel(
@@ -397,8 +510,9 @@ def load_model(
             "Choose the unquantised version of the model.",
         ) from exc
     except RuntimeError as exc:
-        if "size mismatch" not in str(exc) and "ignore_mismatched_sizes" not in str(exc):
-            raise
+        reason = quantised.failures[0] if quantised and quantised.failures else exc
+        if "size mismatch" not in str(reason) and "ignore_mismatched_sizes" not in str(reason):
+            raise reason from None
         raise CorruptFile(
             "The model's weights do not fit its configuration",
             "Tensors in the file have other sizes than config.json asks for.",
@@ -435,7 +549,7 @@ def _check_device(device: str) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice on the terminal while a model loads."""
     from mistudio.engine.models.hf import logging
 
@@ -465,7 +579,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     whole = (folder / "tokenizer.json").is_file()
     reader: Any = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = reader.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

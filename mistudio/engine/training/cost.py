@@ -33,7 +33,8 @@ class ModelShape:
     """Sizes of a decoder in channels, heads and tokens; parameters are counts.
 
     `block_parameters` is the mean over blocks, of which `mlp_parameters` belong to the MLP.
-    `weight_bytes` is per weight as the model is loaded.
+    `weight_bytes` is per number that the model computes with; `stored_bytes` is what all weights
+    take where they are quantised, else None.
     """
 
     n_layers: int
@@ -46,6 +47,7 @@ class ModelShape:
     block_parameters: int
     mlp_parameters: int
     weight_bytes: int
+    stored_bytes: int | None = None
 
     @property
     def gated_mlp(self) -> bool:
@@ -54,6 +56,8 @@ class ModelShape:
     @property
     def bytes(self) -> int:
         """Of the weights of the whole model: that is what is loaded."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return self.parameters * self.weight_bytes
 
     def parameters_up_to(self, layer: int, site: str) -> int:
@@ -92,6 +96,7 @@ def model_shape(summary: ModelSummary, weight_bytes: int) -> ModelShape:
 def shape_of_decoder(decoder: HookedDecoder) -> ModelShape:
     """The shape of a loaded model; its parameters are counted."""
     from mistudio.engine.models.hooks import HookPoint
+    from mistudio.engine.models.quantise import parameter_count, precision_of
 
     config: Any = decoder.model.config
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -106,7 +111,7 @@ def shape_of_decoder(decoder: HookedDecoder) -> ModelShape:
     in_blocks = 0
     for layer in range(decoder.n_layers):
         path = decoder.module_path(HookPoint("resid_pre", layer))
-        in_blocks += sum(p.numel() for p in decoder.model.get_submodule(path).parameters())
+        in_blocks += parameter_count(decoder.model.get_submodule(path))
     block = in_blocks // decoder.n_layers
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     return ModelShape(
@@ -116,10 +121,13 @@ def shape_of_decoder(decoder: HookedDecoder) -> ModelShape:
         n_heads=heads,
         n_kv_heads=kv_heads,
         vocab_size=decoder.vocab_size,
-        parameters=sum(p.numel() for p in decoder.model.parameters()),
+        parameters=parameter_count(decoder.model),
         block_parameters=block,
         mlp_parameters=_mlp_parameters(block, d_model, int(d_mlp), heads, kv_heads),
         weight_bytes=decoder.dtype.itemsize,
+        stored_bytes=sum(p.numel() * p.element_size() for p in decoder.model.parameters())
+        if precision_of(decoder.model).startswith("q")
+        else None,
     )
 
 

@@ -23,6 +23,7 @@ from hub_server import HubServer, Repo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mistudio.engine.hub import access, session
+from mistudio.engine.models import gguf as reader
 from mistudio.engine.models import sample
 from mistudio.engine.models.loading import (
     check_folder,
@@ -123,8 +124,8 @@ def write_gguf(
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
 
-    names = {long: short for short, long in sample._OUTER_TENSORS.items()}
-    layer_names = {long: short for short, long in sample._LAYER_TENSORS.items()}
+    names = {long: short for short, long in reader._OUTER_TENSORS.items()}
+    layer_names = {long: short for short, long in reader._LAYER_TENSORS.items()}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -152,7 +153,7 @@ def write_gguf(
 def test_converted_model_computes_what_the_original_does(tmp_path: Path, tied: bool) -> None:
     model = small_llama(tied)
     folder = tmp_path / "model"
-    sample.convert_gguf_llama(write_gguf(tmp_path / "model.gguf", model), folder)
+    reader.convert_gguf(write_gguf(tmp_path / "model.gguf", model), folder)
     check_folder(folder)
     decoder = load_model(folder, "fp32")
     ids = torch.arange(40).reshape(2, 20) * 7
@@ -170,7 +171,7 @@ def test_converted_model_computes_what_the_original_does(tmp_path: Path, tied: b
 
 def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
     model = small_llama(True)
-    sample.convert_gguf_llama(write_gguf(tmp_path / "q8.gguf", model, "Q8_0"), tmp_path / "model")
+    reader.convert_gguf(write_gguf(tmp_path / "q8.gguf", model, "Q8_0"), tmp_path / "model")
     decoder = load_model(tmp_path / "model", "fp32")
     for name, weight in model.state_dict().items():
         found = decoder.model.state_dict()[name]
@@ -179,7 +180,7 @@ def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
 
 def test_converted_tokenizer_splits_as_the_original_does(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    sample.convert_gguf_llama(write_gguf(tmp_path / "model.gguf", small_llama(True)), folder)
+    reader.convert_gguf(write_gguf(tmp_path / "model.gguf", small_llama(True)), folder)
     tokenizer: Any = load_tokenizer(folder)
     for text in ("the cat sat", "in 1984, 12 cats", "1  2", "naïve Ünïcode ☃", "<s>the</s>"):
         assert tokenizer(text)["input_ids"] == small_tokenizer().encode(text).ids, text
@@ -214,7 +215,7 @@ def test_files_that_are_no_plain_llama_are_refused(tmp_path: Path) -> None:
     }
     for words, path in files.items():
         with pytest.raises(UnsupportedModel, match=words):
-            sample.convert_gguf_llama(path, tmp_path / "out")
+            reader.convert_gguf(path, tmp_path / "out")
 
 
 def test_files_that_are_damaged_or_missing_are_refused(tmp_path: Path) -> None:
@@ -223,9 +224,9 @@ def test_files_that_are_damaged_or_missing_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"no model", whole[:100], whole[:3000], whole[:-5000]):
         damaged.write_bytes(content)
         with pytest.raises(CorruptFile, match=r"damaged\.gguf"):
-            sample.convert_gguf_llama(damaged, tmp_path / "out")
+            reader.convert_gguf(damaged, tmp_path / "out")
     with pytest.raises(NotFound):
-        sample.convert_gguf_llama(tmp_path / "nothing.gguf", tmp_path / "out")
+        reader.convert_gguf(tmp_path / "nothing.gguf", tmp_path / "out")
 
 
 class Watch:
@@ -250,13 +251,13 @@ class Watch:
 def test_conversion_reports_progress_and_can_be_stopped(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", small_llama(True))
     watch = Watch()
-    sample.convert_gguf_llama(path, tmp_path / "a", watch)
+    reader.convert_gguf(path, tmp_path / "a", watch)
     written = [(done, total) for done, total, phase in watch.reports if total]
     assert written == sorted(written) and written[-1][0] == written[-1][1]
     assert len(written) > 15
     watch = Watch(lambda phase, done: done > 0)
     with pytest.raises(Cancelled):
-        sample.convert_gguf_llama(path, tmp_path / "b", watch)
+        reader.convert_gguf(path, tmp_path / "b", watch)
     assert len([r for r in watch.reports if r[0] > 0]) == 1
 
 
@@ -492,9 +493,7 @@ def test_stopping_does_not_turn_to_the_hub(
 
 
 def test_model_that_does_not_know_paris_fails_the_check(tmp_path: Path) -> None:
-    sample.convert_gguf_llama(
-        write_gguf(tmp_path / "model.gguf", small_llama(True)), tmp_path / "model"
-    )
+    reader.convert_gguf(write_gguf(tmp_path / "model.gguf", small_llama(True)), tmp_path / "model")
     with pytest.raises(CorruptFile, match="The capital of France is"):
         sample.self_check(tmp_path / "model")
 
