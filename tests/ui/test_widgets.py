@@ -152,7 +152,7 @@ def test_tokens_wrap_and_an_over_long_one_is_elided(qtbot: Any) -> None:
 def test_token_tooltip_tells_token_id_and_activation(qtbot: Any) -> None:
     strip = shown_widget(qtbot, TokenStrip())
     strip.set_tokens([" cat", "\n"], [1.25, 0.0], 2.5, [2368, 198])
-    assert strip.describe(0) == "Token ' cat'\nid 2368\nactivation 1.250 (maximum 2.500)"
+    assert strip.describe(0) == "Token ' cat'\nToken ID: 2368\nactivation 1.250 (maximum 2.500)"
     qtbot.keyClick(strip, Qt.Key.Key_Right)
     qtbot.keyClick(strip, Qt.Key.Key_Right)
     assert "Token ID: 198" in strip.accessibleDescription()
