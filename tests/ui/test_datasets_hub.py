@@ -167,6 +167,24 @@ def test_no_match_and_offline_are_said(
     shot(page, "hub-offline")
 
 
+def test_the_text_column_can_be_given(
+    qtbot: Any, page: DatasetsPage, library: Library, hub: HubServer
+) -> None:
+    rows = b'{"text": "one", "story": "Once upon a time"}\n{"text": "two"}\n'
+    hub.add("ada/two-columns", {"train.jsonl": rows})
+    page.hub.repository.setText("ada/two-columns")
+    page.hub.limits.set_expanded(True)
+    page.hub.text_column.setText("story")
+    page.hub.bad_rows.set_value(True)
+    shot(page, "hub-limits")
+    assert nameless(page) == [] and cut_off(page) == []
+    click(qtbot, page.hub.download)
+    qtbot.waitUntil(lambda: library.datasets.count() == 1, timeout=20_000)
+    dataset = library.datasets.all()[0]
+    assert (dataset.documents, dataset.characters) == (1, len("Once upon a time"))
+    assert dataset.provenance["skipped_rows"] == 1 and page.hub.text_column.text() == ""
+
+
 def test_the_form_comes_back(page: DatasetsPage) -> None:
     page.hub.repository.setText("ada/stories")
     page.hub.max_documents.setValue(500)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mistudio.engine.hub import Found, HubDataset
 
 _MEGABYTE = 1024**2
+_GUESSED = "guessed from the rows"
 _GATED = {"": "", "auto": "Gated", "manual": "Gated (by request)"}
 Index = QModelIndex | QPersistentModelIndex
 _ROOT = QModelIndex()
@@ -201,6 +202,11 @@ class HubCard(Card):
         self.store = Choice(
             [(True, "Store it in the library"), (False, "Do not store, stream it each time")]
         )
+        self.text_column = QLineEdit()
+        self.text_column.setPlaceholderText(_GUESSED)
+        self.bad_rows = Choice(
+            [(False, "Stop and name the row"), (True, "Leave it out and count it")]
+        )
         self.download = Button("Download Dataset", "primary", "download")
         self.download.clicked.connect(self._on_download_clicked)
         self._build()
@@ -237,8 +243,17 @@ class HubCard(Card):
         for place in range(3):
             line.setStretch(place, 1)
         limits.setLayout(line)
-        self.limits = Collapsible("Limits and streaming")
-        self.limits.add(limits)
+        reading = QWidget()
+        second = row(
+            FormRow("Text column (optional)", self.text_column),
+            FormRow("A row that cannot be read", self.bad_rows),
+            spacing=16,
+        )
+        for place in range(2):
+            second.setStretch(place, 1)
+        reading.setLayout(second)
+        self.limits = Collapsible("Limits, streaming and text column")
+        self.limits.add(limits, reading)
         self.add(grid, self.limits, self.download)
 
     # --- asking the Hub -------------------------------------------------------------------------
@@ -293,6 +308,8 @@ class HubCard(Card):
         chosen = next((c for c in info.configs if c.name == info.default_config), None)
         chosen = chosen or (info.configs[0] if info.configs else None)
         self._suggest(self.split, [split.name for split in chosen.splits] if chosen else [])
+        self._suggest(self.text_column, [name for name, _ in chosen.columns] if chosen else [])
+        self.text_column.setPlaceholderText(_GUESSED)
         if info.problem:
             self._problem.addWidget(ErrorPanel("Nothing here can be read", info.problem))
 
@@ -340,7 +357,12 @@ class HubCard(Card):
         self._asked += 1
         self._say("")
         clear(self._problem)
-        for field, hint in ((self.split, "train, validation, test"), (self.config, "en, zh, etc.")):
+        hints = (
+            (self.split, "train, validation, test"),
+            (self.config, "en, zh, etc."),
+            (self.text_column, _GUESSED),
+        )
+        for field, hint in hints:
             field.setPlaceholderText(hint)
             field.setCompleter(None)
 
@@ -357,6 +379,8 @@ class HubCard(Card):
             max_documents=self.max_documents.value() or None,
             max_bytes=megabytes * _MEGABYTE if megabytes else None,
             store=bool(self.store.value),
+            text_column=self.text_column.text().strip() or None,
+            skip_bad_rows=bool(self.bad_rows.value),
         )
         self._token_row.set_error("")
         try:
@@ -378,8 +402,9 @@ class HubCard(Card):
         self._services.toasts.success("The access token is kept", place.sentence)
 
     def _clear_fields(self) -> None:
-        for field in (self.repository, self.token, self.split, self.config):
+        for field in (self.repository, self.token, self.split, self.config, self.text_column):
             field.clear()
+        self.bad_rows.set_value(False)
         self.max_documents.setValue(0)
         self.max_megabytes.setValue(0)
         self.store.set_value(True)
