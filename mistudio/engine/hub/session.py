@@ -35,6 +35,7 @@ WAITS = 6  # times that it may ask us to wait in one go
 MAX_REDIRECTS = 8
 MAX_ANSWER = 64 * 1024**2  # bytes of JSON
 MAX_PAGES = 10_000
+PIECE = 1024**2
 POLL = 0.05  # s between two looks at whether the user wants to stop
 
 
@@ -287,9 +288,19 @@ class Body:
         """What has come, at least a byte; nothing at the end. In the helper thread."""
         from huggingface_hub.utils import httpx
 
+        stream = self._response.extensions.get("network_stream")
+        got = bytearray()
         try:
-            return next(self._raw, b"")
+            while len(got) < PIECE:
+                chunk = next(self._raw, b"")
+                got += chunk
+                # More of it only where it is there already: what came is never held back.
+                if not chunk or stream is None or not stream.get_extra_info("is_readable"):
+                    break
+            return bytes(got)
         except (httpx.TransportError, httpx.StreamError) as exc:
+            if got:
+                return bytes(got)  # the next call meets the broken connection
             raise Cut(_reason(exc, "the Hub")) from None
 
     def close(self) -> None:
