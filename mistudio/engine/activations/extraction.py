@@ -509,7 +509,7 @@ class _Extraction:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=exc is not None)
+        self._thread.shutdown(wait=True)  # what was handed over is worth keeping: at most a block
         for writer in self._writers:
             writer.discard()
 
