@@ -137,7 +137,7 @@ def _wide(sample: bytes) -> str | None:
         candidates = ["utf-16-le"] if odd > 8 * even else ["utf-16-be"] if even > 8 * odd else []
     for codec in candidates:
         text = _decoded(sample, codec)
-        if text and _is_text(text):
+        if text and len(_CONTROL.findall(text)) <= 0.02 * len(text):
             return codec
     return None
 
