@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-import sqlite_utils
-
 from mistudio.errors import CorruptFile, Incompatible
+from mistudio.library import sqlite
 
 PATIENCE_SECONDS = 5.0
 
@@ -27,7 +26,7 @@ def migrations() -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def connect(path: Path) -> sqlite_utils.Database:
+def connect(path: Path) -> sqlite.Database:
     """A connection for one thread: WAL, foreign keys on, five seconds of patience for a writer.
 
     WAL with synchronous=FULL: a committed row survives a power cut, which the rule "rename the
@@ -42,7 +41,7 @@ def connect(path: Path) -> sqlite_utils.Database:
         except BaseException:
             connection.close()
             raise
-    return sqlite_utils.Database(connection)
+    return sqlite.Database(connection)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
@@ -75,7 +74,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
 
 
-def migrate(db: sqlite_utils.Database) -> int:
+def migrate(db: sqlite.Database) -> int:
     """Apply what is missing, each migration in one transaction; returns the schema's number."""
     steps = migrations()
     newest = steps[-1][0]
@@ -92,7 +91,7 @@ def migrate(db: sqlite_utils.Database) -> int:
     return newest
 
 
-def _apply(db: sqlite_utils.Database, number: int, sql: str) -> None:
+def _apply(db: sqlite.Database, number: int, sql: str) -> None:
     connection = db.conn
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -107,7 +106,7 @@ def _apply(db: sqlite_utils.Database, number: int, sql: str) -> None:
         raise
 
 
-def _version(db: sqlite_utils.Database) -> int:
+def _version(db: sqlite.Database) -> int:
     return int(db.conn.execute("PRAGMA user_version").fetchone()[0])
 
 

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import sqlite_utils
-
 from mistudio.errors import DiskFull, InUse, InvalidInput, UserError
 from mistudio.formatting import size
-from mistudio.library import database
+from mistudio.library import database, sqlite
 from mistudio.library.jobs import Jobs
 from mistudio.library.records import (
     Datasets,
@@ -100,7 +98,7 @@ class Library:
     # --- rows -------------------------------------------------------------------------------
 
     @property
-    def _db(self) -> sqlite_utils.Database:
+    def _db(self) -> sqlite.Database:
         db = getattr(self._local, "db", None)
         if db is None:
             db = database.connect(self.root / "library.db")
