@@ -8,14 +8,17 @@ it against measured peaks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mistudio.engine.models.architecture import FLOAT_BYTES, Architecture
 from mistudio.engine.models.loading import QUANTISED, resolve_precision
 from mistudio.engine.training.cost import FLOAT, ModelShape
-from mistudio.engine.training.footprint import RUNTIME, Machine, Part, Phase
+from mistudio.engine.training.footprint import Machine, Part, Phase
 from mistudio.errors import OutOfMemory
 
+# Resident once torch and transformers are imported and a model's classes with them (measured on
+# Linux, torch 2.13, CPU build).
+RUNTIME = 385 * 1024**2
 RESERVE = 0.1  # of what is needed must stay free on top, as for training
 # What solving for one piece of a matrix takes: about seven arrays of its size.
 SOLVING = 7 * FLOAT * (1 << 16)
@@ -43,14 +46,16 @@ class Use:
 @dataclass(frozen=True)
 class ModelPlan:
     """The memory of one precision. `memory` in bytes is that of the fullest phase; `weights` are
-    part of it. `compute` is the precision of the products. `training` is what a training beside
-    the model adds."""
+    part of it. `compute` is the precision of the products. `resident` counts also the pages of the
+    file that is being read, which the system takes back when something else needs them: it is what
+    a process list shows at most."""
 
     precision: str
     compute: str
     weights: int
     phases: tuple[Phase, ...]
     memory: float
+    resident: float
     free: int
     fits: bool
 
@@ -78,9 +83,11 @@ def plan_model(
     *,
     device: str = "cpu",
     training: float = 0.0,
+    file_bytes: int | None = None,
 ) -> ModelPlan:
     """The plan of loading `architecture` at `precision` ("fp32" to "q2") and using it.
 
+    `file_bytes` are those of the weight files; by default two for each parameter.
     `training` are the bytes that dictionaries take beside it (`footprint.memory_phases` without
     its model, or `beside`).
     """
@@ -96,15 +103,18 @@ def plan_model(
         Part("a matrix widened", _widened(architecture, precision, compute, device)),
         Part("dictionaries in training", training),
     ]
+    read = 2 * architecture.parameters if file_bytes is None else file_bytes
+    mapped = Part("file being read", read, place="cache")
+    solving = Part("quantising", _quantising(architecture, precision))
     phases = (
-        Phase("load", (*base, held, Part("quantising", _quantising(architecture, precision)))),
+        Phase("load", (*base, held, *((solving,) if solving.value else ()), mapped)),
         Phase("use", (*base, held, *(part for part in work if part.value))),
     )
     memory = max(phase.bytes("device") for phase in phases)
+    resident = max(phase.bytes("device") + phase.bytes("cache") for phase in phases)
     free = machine.memory_free
-    return ModelPlan(
-        precision, compute, weights, phases, memory, free, memory * (1 + RESERVE) <= free
-    )
+    fits = memory * (1 + RESERVE) <= free
+    return ModelPlan(precision, compute, weights, phases, memory, resident, free, fits)
 
 
 def plan_all(
@@ -203,11 +213,6 @@ def beside(phases: Sequence[Phase]) -> float:
         sum(part.value for part in phase.parts if part.place == "device" and part.name not in apart)
         for phase in phases
     )
-
-
-def with_free(machine: Machine, more: int) -> Machine:
-    """The machine once `more` bytes are given back."""
-    return replace(machine, memory_free=machine.memory_free + more)
 
 
 def _size(n_bytes: float) -> str:

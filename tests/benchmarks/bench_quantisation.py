@@ -1,0 +1,162 @@
+"""What each precision costs: loss beside fp32, seconds to load, memory beside the plan.
+
+Every measurement is a process of its own. MISTUDIO_SAMPLE_MODEL may name a model folder whose loss
+is measured; models with random weights (a small Llama, and a 3B one with fewer layers) measure
+memory alone. `--measure JSON` is one measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the app
+
+PRECISIONS = ("fp32", "bf16", "q8", "q4", "q2")
+MB = 1024**2
+# Llama 3.2 3B's matrices, fewer of its layers and a small vocabulary.
+THREE_B = {
+    "vocab_size": 8192,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+SMALL = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def measure(order: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from mistudio.engine.models.architecture import read_architecture
+    from mistudio.engine.models.loading import load_model, load_tokenizer, weight_files
+    from mistudio.engine.models.memory import Use, plan_model
+    from mistudio.engine.models.quality import document_losses
+    from mistudio.engine.training.footprint import Machine
+
+    folder, precision = Path(order["folder"]), order["precision"]
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    architecture = read_architecture(folder)
+    began, cpu = time.perf_counter(), time.process_time()
+    decoder = load_model(folder, precision)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    loaded = peak()
+    forget_peak()
+    ids = torch.randint(0, decoder.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder.model(ids, use_cache=False)
+    used = peak()
+    read = sum(path.stat().st_size for path in weight_files(folder))
+    machine = Machine(1 << 60, 1 << 60, 1 << 60, ready=False)
+    plan = plan_model(architecture, precision, machine, Use(8, 128), file_bytes=read)
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "cpu": cpu,
+        "weights": plan.weights,
+        "loaded": loaded,
+        "used": used,
+        "planned": [phase.bytes("device") + phase.bytes("cache") for phase in plan.phases],
+    }
+    if order.get("texts"):
+        losses = document_losses(decoder, load_tokenizer(folder), texts())
+        found |= {"losses": losses.losses, "tokens": losses.tokens, "vocab": decoder.vocab_size}
+    return found
+
+
+def texts() -> list[str]:
+    from mistudio.jobs.loaded import sample_texts
+
+    return sample_texts(72)
+
+
+def peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell the peak of a process")
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_a_process(order: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def bench(name: str, folder: Path, judged: bool) -> None:
+    from mistudio.engine.models.quality import DocumentLosses, compare
+
+    print(f"\n{name}\n")
+    print(
+        "precision  weights MB  load s (CPU s)  peak of load MB  plan  ratio  peak of use MB  plan"
+        "  ratio  CE      delta CE           verdict"
+    )
+    reference = None
+    for precision in PRECISIONS:
+        row = in_a_process({"folder": str(folder), "precision": precision, "texts": judged})
+        load, use = row["planned"]
+        line = (
+            f"{precision:<9}  {row['weights'] / MB:10.0f}  {row['seconds']:6.1f} "
+            f"({row['cpu']:5.1f})"
+            f"  {row['loaded'] / MB:15.0f}  {load / MB:4.0f}  {row['loaded'] / load:5.2f}"
+            f"  {row['used'] / MB:14.0f}  {use / MB:4.0f}  {row['used'] / use:5.2f}"
+        )
+        if judged:
+            losses = DocumentLosses(precision, tuple(row["losses"]), tuple(row["tokens"]))
+            reference = reference or losses
+            found = compare(losses, reference, row["vocab"])
+            line += f"  {found.ce:6.3f}  {found.delta:+.4f} ± {found.error:.4f}  {found.verdict}"
+        print(line, flush=True)
+
+
+def random_model(folder: Path, sizes: dict[str, Any]) -> Path:
+    import torch
+
+    from mistudio.engine.models.hf import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    (folder / "tokenizer.json").write_text("{}")  # not read here, but a folder needs one
+    return folder
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(json.loads(sys.argv[2]))))
+        return
+    sample = os.environ.get("MISTUDIO_SAMPLE_MODEL")
+    if sample:
+        bench("The model of MISTUDIO_SAMPLE_MODEL, 64 documents, at most 128 tokens of each",
+              Path(sample), judged=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for name, sizes in (("Random Llama, 8 layers of 1024", SMALL),
+                            ("Random Llama 3B, 3 of its 28 layers", THREE_B)):  # fmt: skip
+            bench(name, random_model(Path(folder) / str(sizes["hidden_size"]), sizes), judged=False)
+
+
+if __name__ == "__main__":
+    main()
