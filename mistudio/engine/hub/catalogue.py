@@ -1,4 +1,4 @@
-"""Datasets on the Hub: search, and what one of them holds."""
+"""What there is on the Hub: a search for datasets or models, and what a dataset holds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _EXPAND = (
     "author", "downloads", "likes", "gated", "private", "tags", "lastModified", "description",
     "mainSize", "usedStorage",
 )  # fmt: skip
+_EXPAND_MODEL = (
+    "author", "downloads", "likes", "gated", "private", "tags", "lastModified", "safetensors",
+)  # fmt: skip
+_TYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,24 @@ def search_datasets(
     progress: Progress = SILENT,
 ) -> list[Found]:
     """Datasets whose name holds the text, the most used first; one request."""
+    return search("dataset", {"search": text.strip()}, limit, sort, access, progress)
+
+
+def search(
+    kind: str,
+    filters: Mapping[str, str],
+    limit: int,
+    sort: str,
+    access: Access | None = None,
+    progress: Progress = SILENT,
+) -> list[Found]:
+    """What of a kind ("dataset", "model") fits the Hub's `filters`; one request."""
     if sort not in SORTS:
         raise InvalidInput("Unknown order", f"{sort!r} is not one of {', '.join(SORTS)}.")
-    params = {
-        "search": text.strip(),
-        "sort": sort,
-        "direction": "-1",
-        "limit": str(limit),
-        "expand": list(_EXPAND),
-    }
-    with Session(Subject("dataset"), access, progress) as session:
-        rows = session.json("/api/datasets", params)
+    fields = list(_EXPAND_MODEL if kind == "model" else _EXPAND)
+    params = {**filters, "sort": sort, "direction": "-1", "limit": str(limit), "expand": fields}
+    with Session(Subject(kind), access, progress) as session:
+        rows = session.json(f"/api/{kind}s", params)
         if not isinstance(rows, list):
             raise session.nonsense("a list was expected")
         return [_found(row) for row in rows[:limit] if isinstance(row, dict) and "id" in row]
@@ -143,11 +154,11 @@ def inspect(session: Session, revision: str | None = None) -> HubDataset:
         revision=record["sha"],
         configs=layout.configs,
         default_config=layout.default,
-        licence=_licence(record),
-        gated=_gated(record),
+        licence=licence_of(record),
+        gated=gated_of(record),
         private=bool(record.get("private")),
-        downloads=_int(record.get("downloads")) or 0,
-        likes=_int(record.get("likes")) or 0,
+        downloads=int_or_none(record.get("downloads")) or 0,
+        likes=int_or_none(record.get("likes")) or 0,
         description=_line(record.get("description")),
         page=session.subject.page(session.access),
         problem="" if layout.configs else _problem([file.name for file in files], layout),
@@ -179,31 +190,43 @@ def _suffix(name: str) -> str:
 
 
 def _found(row: Mapping[str, Any]) -> Found:
-    size = _int(row.get("mainSize"))
+    size = int_or_none(row.get("mainSize"))
     if size is None:
-        size = _int(row.get("usedStorage"))
+        size = _weight_bytes(row.get("safetensors"))
+    if size is None:
+        size = int_or_none(row.get("usedStorage"))
     rows = next((t for t in _tags(row) if t.startswith("size_categories:")), "")
     return Found(
         repository=str(row["id"]),
-        downloads=_int(row.get("downloads")) or 0,
-        likes=_int(row.get("likes")) or 0,
+        downloads=int_or_none(row.get("downloads")) or 0,
+        likes=int_or_none(row.get("likes")) or 0,
         bytes=size,
-        gated=_gated(row),
+        gated=gated_of(row),
         private=bool(row.get("private")),
-        licence=_licence(row),
+        licence=licence_of(row),
         description=_line(row.get("description")),
         rows=rows.partition(":")[2],
     )
 
 
-def _gated(row: Mapping[str, Any]) -> str:
+def _weight_bytes(told: object) -> int | None:
+    """Of a model, from the numbers of each type that the Hub counted in its safetensors files;
+    None where it tells none, or one whose size is not known here."""
+    counts = told.get("parameters") if isinstance(told, dict) else None
+    if not isinstance(counts, dict) or not counts or not counts.keys() <= _TYPE_BYTES.keys():
+        return None
+    numbers = {kind: int_or_none(count) for kind, count in counts.items()}
+    return sum(_TYPE_BYTES[kind] * (count or 0) for kind, count in numbers.items())
+
+
+def gated_of(row: Mapping[str, Any]) -> str:
     gated = row.get("gated")
     if isinstance(gated, str):
         return gated
     return "auto" if gated else ""
 
 
-def _licence(row: Mapping[str, Any]) -> str:
+def licence_of(row: Mapping[str, Any]) -> str:
     """By the card, else by the tags; several are named one after the other."""
     card = row.get("cardData")
     value = card.get("license") if isinstance(card, dict) else None
@@ -221,7 +244,7 @@ def _line(value: object) -> str:
     return " ".join(str(value).split())[:300] if value else ""
 
 
-def _int(value: object) -> int | None:
+def int_or_none(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

@@ -1,4 +1,4 @@
-"""Models from the Hub: which of a repository's files a model needs, and fetching them."""
+"""Models on the Hub: search, what one of them is, which of its files are needed, fetching them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,137 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mistudio.engine.hub.access import Access
+from mistudio.engine.hub.catalogue import Found, gated_of, int_or_none, licence_of, search
 from mistudio.engine.hub.download import download_files
 from mistudio.engine.hub.refusals import Subject
-from mistudio.engine.hub.repository import fetch_record, list_files
+from mistudio.engine.hub.repository import (
+    RemoteFile,
+    check_repository,
+    fetch_record,
+    file_url,
+    list_files,
+)
 from mistudio.engine.hub.session import Session
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import UnsupportedModel
+from mistudio.errors import CorruptFile, UnsupportedModel
 
 _WANTED = re.compile(
     r"(model.*\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json|"
     r"tokenizer.*|special_tokens_map\.json|vocab\.json|merges\.txt|chat_template\.jinja|.*\.model)"
 )
 PHASE = "Downloading the model"
+_CONFIG_BYTES = 4 * 1024**2
+_HEADER_BYTES = 32 * 1024**2
+_HEADERS = 4  # weight files whose headers are read; a model of more files is told by its config
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model before it is downloaded: `config` is its config.json, `bytes` what would be fetched.
+
+    `parameters` and `dtypes` (most numbers first) are from the headers of the weight files, None
+    and empty where they are too many to ask for. `problem`: why it cannot be used, else empty.
+    """
+
+    repository: str
+    revision: str
+    config: bytes
+    bytes: int
+    weight_bytes: int
+    parameters: int | None
+    dtypes: tuple[str, ...]
+    licence: str
+    gated: str
+    private: bool
+    downloads: int
+    likes: int
+    page: str
+    problem: str = ""
+
+
+def search_models(
+    text: str,
+    limit: int = 30,
+    sort: str = "downloads",
+    access: Access | None = None,
+    progress: Progress = SILENT,
+) -> list[Found]:
+    """Models that write text, have safetensors weights and hold `text` in their name."""
+    filters = {"search": text.strip(), "filter": "safetensors", "pipeline_tag": "text-generation"}
+    return search("model", filters, limit, sort, access, progress)
+
+
+def model_info(
+    repository: str,
+    revision: str | None = None,
+    access: Access | None = None,
+    progress: Progress = SILENT,
+) -> HubModel:
+    """What a model is, by its record, its config.json and the headers of its weight files: some
+    kilobytes, whatever its size."""
+    name = check_repository(repository)
+    with Session(Subject("model", name), access, progress) as session:
+        record = fetch_record(session, revision)
+        files = [f for f in list_files(session, record["sha"]) if _WANTED.fullmatch(f.name)]
+        weights = [file for file in files if file.name.endswith(".safetensors")]
+        config = _config(session, record["sha"], files)
+        counted = _headers(session, record["sha"], weights)
+        if not weights:
+            problem = "it has no safetensors weights, only formats that can run code when opened."
+        else:
+            problem = "" if config else "it has no config.json, so it is no transformers model."
+        return HubModel(
+            repository=name,
+            revision=record["sha"],
+            config=config,
+            bytes=sum(file.size or 0 for file in files),
+            weight_bytes=sum(file.size or 0 for file in weights),
+            parameters=sum(counted.values()) if counted else None,
+            dtypes=tuple(sorted(counted, key=lambda kind: -counted[kind])),
+            licence=licence_of(record),
+            gated=gated_of(record),
+            private=bool(record.get("private")),
+            downloads=int_or_none(record.get("downloads")) or 0,
+            likes=int_or_none(record.get("likes")) or 0,
+            page=session.subject.page(session.access),
+            problem=problem,
+        )
+
+
+def _config(session: Session, revision: str, files: list[RemoteFile]) -> bytes:
+    """config.json, empty where there is none."""
+    file = next((file for file in files if file.name == "config.json"), None)
+    if file is None or not file.size:
+        return b""
+    if file.size > _CONFIG_BYTES:
+        raise CorruptFile(
+            "The model's configuration is damaged",
+            f"config.json has {file.size:,} bytes.",
+            "Choose another model.",
+        )
+    return session.bytes(file_url(session, revision, file.name), 0, file.size, file.size)
+
+
+def _headers(session: Session, revision: str, weights: list[RemoteFile]) -> dict[str, int]:
+    """Numbers of each type in the weight files; empty where they are not read."""
+    from math import prod
+
+    from mistudio.engine.models.loading import header_length, parse_safetensors_header
+
+    found: dict[str, int] = {}
+    for file in weights if len(weights) <= _HEADERS else ():
+        url, size = file_url(session, revision, file.name), file.size or 0
+        data = session.bytes(url, 0, min(8, size), size)
+        if len(data) == 8 and (wanted := min(header_length(data), size)) <= _HEADER_BYTES:
+            data += session.bytes(url, 8, wanted, size)
+        for info in parse_safetensors_header(data, size, file.name).values():
+            found[info.dtype] = found.get(info.dtype, 0) + prod(info.shape)
+    return found
 
 
 def download_model(

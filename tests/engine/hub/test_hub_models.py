@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
 
-from mistudio.engine.hub import download_model
+from mistudio.engine.hub import download_model, model_info, search_models
+from mistudio.engine.hub.catalogue import _found
 from mistudio.errors import AccessDenied, CorruptFile, DiskFull, UnsupportedModel
 
 NAME = "owner/model"
@@ -64,3 +67,61 @@ def test_changed_weights_leave_nothing(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match="hash"):
         download_model(NAME, tmp_path, free)
     assert not list(tmp_path.iterdir())
+
+
+def weights(**tensors: int) -> bytes:
+    """A safetensors file of bf16 vectors of these lengths."""
+    header, end = {}, 0
+    for name, n in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": [n], "data_offsets": [end, end + 2 * n]}
+        end += 2 * n
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)
+
+
+def test_models_are_searched_among_those_that_write_text_and_are_safe(hub: HubServer) -> None:
+    hub.add("ada/small-lm", dict(FILES), kind="model", downloads=5, card={"license": "mit"})
+    hub.add("bob/small-lm", dict(FILES), kind="model", downloads=90, gated="manual", likes=3)
+    hub.add("ada/small-lm", {"a.txt": b"a dataset"})
+    first, second = search_models(" small-lm ")
+    assert (first.repository, first.gated, first.likes) == ("bob/small-lm", "manual", 3)
+    assert (second.repository, second.licence) == ("ada/small-lm", "mit")
+    asked = hub.asked("/api/models?")[0].path
+    assert "search=small-lm" in asked and "filter=safetensors" in asked
+    assert "pipeline_tag=text-generation" in asked and "expand=safetensors" in asked
+
+
+def test_the_size_of_a_found_model_is_that_of_its_weights() -> None:
+    def size_of(parameters: object) -> int | None:
+        row = {"id": "a/b", "usedStorage": 99, "safetensors": {"parameters": parameters}}
+        return _found(row).bytes
+
+    assert size_of({"BF16": 100, "F32": 10}) == 240
+    assert size_of({"BF16": 100, "Q7": 10}) == 99
+    assert size_of("nonsense") == 99
+
+
+def test_a_model_is_described_without_its_weights(hub: HubServer) -> None:
+    files = {**FILES, "model.safetensors": weights(a=70_000, b=30_000), "config.json": b'{"x": 1}'}
+    repo = hub.add(NAME, files, kind="model", gated="", card={"license": "mit"}, likes=4)
+    info = model_info(NAME)
+    assert (info.revision, info.config, info.licence, info.likes) == (
+        repo.sha, b'{"x": 1}', "mit", 4)  # fmt: skip
+    assert (info.parameters, info.dtypes, info.problem) == (100_000, ("BF16",), "")
+    assert info.weight_bytes == len(files["model.safetensors"])
+    assert info.bytes == info.weight_bytes + len(files["config.json"]) + 2
+    assert all(0 < int(r.rpartition("-")[2]) < 300 for r in hub.ranges("model.safetensors"))
+
+
+def test_what_a_model_lacks_is_said(hub: HubServer) -> None:
+    hub.add("a/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"}, kind="model")
+    assert "safetensors" in model_info("a/pickled").problem
+    hub.add("a/bare", {"model.safetensors": weights(a=1)}, kind="model")
+    assert "config.json" in model_info("a/bare").problem
+    many = {f"model-{n}.safetensors": b"not read" for n in range(5)}
+    hub.add("a/large", {"config.json": b"{}", **many}, kind="model")
+    large = model_info("a/large")
+    assert (large.parameters, large.dtypes, large.weight_bytes) == (None, (), 40)
+    hub.add("a/lie", {"config.json": b"{}", "model.safetensors": b"weights" * 99}, kind="model")
+    with pytest.raises(CorruptFile, match="header"):
+        model_info("a/lie")
