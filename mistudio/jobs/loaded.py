@@ -21,6 +21,7 @@ import psutil
 
 from mistudio import device
 from mistudio.engine.progress import SILENT, Progress
+from mistudio.formatting import size
 from mistudio.library.library import Library
 from mistudio.library.records import Model
 from mistudio.resources import resource
@@ -187,8 +188,8 @@ def _make_room(library: Library, record: Model, precision: str) -> None:
         device.give_back()
     other = best_fit(architecture, here, least, device=kind)
     plan.require(
-        f"Choose {other.precision.upper()}, which needs {other.memory / 1024**3:.1f} GB, or close "
-        "other programs."
+        f"Choose {other.precision.upper()}, which needs {size(other.memory)}, or close other "
+        "programs."
         if other.fits
         else "Not even Q4 fits: choose a smaller model, or close other programs."
     )

@@ -186,7 +186,7 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
     else:
         raise InvalidInput(
             "There is no such model",
-            f"{source!r} is neither a folder or file here nor a Hugging Face repository id.",
+            f"{source!r} is neither a folder here nor a GGUF file nor a Hugging Face id.",
             "Give the path of a model folder or GGUF file, an id such as EleutherAI/pythia-70m, or "
             "`sample`.",
             field="source",

@@ -528,9 +528,25 @@ def load_model(
         )
     progress.check()
     model.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        _let_go_of_the_file(model)
     decoder = HookedDecoder(model.to(device))
     progress.report(1, 1, "Loading the model", precision=chosen)
     return decoder
+
+
+def _let_go_of_the_file(model: Any) -> None:
+    """Weights that were read at the precision they are stored in may lie in the mapped file: it
+    could not be deleted on Windows, its pages would count as ours, and were it cut off the process
+    would end. Copied one after another."""
+    from mistudio.engine.models.quantise import QuantisedLinear
+
+    own = {
+        id(p) for m in model.modules() if isinstance(m, QuantisedLinear) for p in m.packed.values()
+    }
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in own:
+            tensor.data = tensor.data.clone()
 
 
 def _check_device(device: str) -> None:

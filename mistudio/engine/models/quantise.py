@@ -33,7 +33,7 @@ from mistudio.errors import Incompatible, InvalidInput
 
 _CHUNK = 1 << 16  # weights that are fitted at a time: what a core keeps beside it
 _METHOD = "mistudio"
-_SHARES, _ROUNDS = (1.0, 0.9, 0.8, 0.65), 3  # ranges that least squares start from, and its rounds
+_SHARES, _ROUNDS = (1.0, 0.8), 2  # ranges that least squares start from, and its rounds
 
 
 @dataclass(frozen=True)

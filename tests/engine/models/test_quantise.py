@@ -192,3 +192,15 @@ def test_devices_that_cannot_unpack_are_refused_with_their_own_words(
     with pytest.raises(Incompatible, match="shift is not there"):
         require_backend("q4", "cpu")
     require_backend("bf16", "cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mappings")
+@pytest.mark.parametrize("precision", ["bf16", "q8"])
+def test_loaded_models_hold_their_file_no_more(precision: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny.build("llama").to(torch.bfloat16).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    decoder = load_model(folder, precision)  # type: ignore[arg-type]
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(folder) not in mapped
+    assert decoder.n_layers == 3
