@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import QAbstractTableModel, QModelIndex, QPersistentModelIndex, Qt, QUrl, Signal
-from PySide6.QtGui import QDesktopServices, QKeyEvent
+from PySide6.QtCore import Qt, QUrl
+from PySide6.QtGui import QDesktopServices
 from PySide6.QtWidgets import (
-    QAbstractItemView,
-    QCheckBox,
     QCompleter,
     QGridLayout,
-    QHeaderView,
     QLineEdit,
-    QTableView,
     QWidget,
 )
 
 from mistudio import formatting
 from mistudio.errors import UserError
 from mistudio.ui.datasets.detail import problem_of
+from mistudio.ui.hub.asking import Answer, ask
+from mistudio.ui.hub.results import Results
+from mistudio.ui.hub.token import TokenRow
 from mistudio.ui.services import Services
-from mistudio.ui.theme import fonts
 from mistudio.ui.widgets import (
     Button,
     Card,
@@ -43,121 +40,6 @@ if TYPE_CHECKING:
 
 _MEGABYTE = 1024**2
 _GUESSED = "guessed from the rows"
-_GATED = {"": "", "auto": "Gated", "manual": "Gated (by request)"}
-Index = QModelIndex | QPersistentModelIndex
-_ROOT = QModelIndex()
-_COLUMNS = ("Name", "Downloads", "Likes", "Size", "Access", "Licence")
-
-
-class ResultsModel(QAbstractTableModel):
-    """What a search found."""
-
-    def __init__(self, parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        self.found: list[Found] = []
-
-    def show_found(self, found: list[Found]) -> None:
-        self.beginResetModel()
-        self.found = found
-        self.endResetModel()
-
-    def rowCount(self, parent: Index = _ROOT) -> int:
-        return 0 if parent.isValid() else len(self.found)
-
-    def columnCount(self, parent: Index = _ROOT) -> int:
-        return len(_COLUMNS)
-
-    def headerData(
-        self, section: int, orientation: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole
-    ) -> Any:
-        if orientation == Qt.Orientation.Horizontal:
-            if role == Qt.ItemDataRole.DisplayRole:
-                return _COLUMNS[section]
-            if role == Qt.ItemDataRole.TextAlignmentRole:
-                return _alignment(section)
-        return None
-
-    def data(
-        self,
-        index: QModelIndex | QPersistentModelIndex,
-        role: int = Qt.ItemDataRole.DisplayRole,
-    ) -> Any:
-        one = self.found[index.row()]
-        if role == Qt.ItemDataRole.DisplayRole:
-            return _cells(one)[index.column()]
-        if role == Qt.ItemDataRole.TextAlignmentRole:
-            return _alignment(index.column())
-        if role == Qt.ItemDataRole.ToolTipRole:
-            return "\n".join(part for part in (one.repository, one.description) if part)
-        return None
-
-
-def _cells(one: Found) -> tuple[str, ...]:
-    size = formatting.size(one.bytes) if one.bytes else (f"{one.rows} rows" if one.rows else "—")
-    access = "Private" if one.private else _GATED.get(one.gated, "Gated") or "Open"
-    return (
-        one.repository,
-        formatting.short_count(one.downloads),
-        formatting.short_count(one.likes),
-        size,
-        access,
-        one.licence or "—",
-    )
-
-
-def _alignment(section: int) -> int:
-    right = Qt.AlignmentFlag.AlignRight if section in (1, 2, 3) else Qt.AlignmentFlag.AlignLeft
-    return int(right | Qt.AlignmentFlag.AlignVCenter)
-
-
-class Results(QTableView):
-    """The found datasets; Enter or a click chooses one."""
-
-    chosen = Signal(object)
-
-    def __init__(self, parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        self.found = ResultsModel(self)
-        self.setModel(self.found)
-        self.setAccessibleName("Datasets found on the Hub")
-        self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        self.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
-        self.setTabKeyNavigation(False)
-        self.setShowGrid(False)
-        self.setWordWrap(False)
-        self.verticalHeader().hide()
-        self.verticalHeader().setDefaultSectionSize(fonts.px(36))
-        header = self.horizontalHeader()
-        header.setSectionResizeMode(QHeaderView.ResizeMode.Fixed)
-        header.setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
-        header.setHighlightSections(False)
-        for section, width in enumerate((0, 110, 84, 130, 150, 150)):
-            if width:
-                self.setColumnWidth(section, fonts.px(width))
-        self.clicked.connect(self._on_clicked)
-
-    def show_found(self, found: list[Found]) -> None:
-        self.found.show_found(found)
-        rows = min(max(len(found), 1), 7)
-        self.setFixedHeight(fonts.px(36) * rows + self.horizontalHeader().sizeHint().height() + 4)
-
-    def keyPressEvent(self, event: QKeyEvent) -> None:
-        if event.key() in (Qt.Key.Key_Return, Qt.Key.Key_Enter, Qt.Key.Key_Space):
-            self._on_clicked(self.currentIndex())
-        else:
-            super().keyPressEvent(event)
-
-    def _on_clicked(self, index: QModelIndex) -> None:
-        if index.isValid():
-            self.chosen.emit(self.found.found[index.row()])
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the Hub said to question `number`."""
-
-    number: int
-    value: Any
 
 
 class HubCard(Card):
@@ -176,7 +58,7 @@ class HubCard(Card):
         self.search = Button("Search", "secondary", "search")
         self.search.setToolTip("Look for datasets on the Hub whose name holds this text")
         self.search.clicked.connect(self._on_search_clicked)
-        self.results = Results()
+        self.results = Results("Datasets found on the Hub")
         self.results.chosen.connect(self._on_result_chosen)
         self.results.hide()
         self.said = Text("", "helper", wrap=True)
@@ -185,12 +67,10 @@ class HubCard(Card):
         self.terms.clicked.connect(self._on_terms_clicked)
         self.terms.hide()
         self._problem = column(0)
-        self.token = QLineEdit()
-        self.token.setEchoMode(QLineEdit.EchoMode.Password)
-        self.token.setPlaceholderText("hf_...")
-        self.token.setProperty("role", "mono")
-        self.remember = QCheckBox("Keep it for next time")
-        self.remember.setToolTip("In your system's keyring, or in a file that only you can read")
+        self._token_row = TokenRow(
+            services, "Access Token (optional)", "Required for private or gated datasets", "hf_..."
+        )
+        self.token, self.remember = self._token_row.field, self._token_row.remember
         self.split = QLineEdit()
         self.split.setPlaceholderText("train, validation, test")
         self.config = QLineEdit()
@@ -222,10 +102,6 @@ class HubCard(Card):
         about.setStretch(0, 1)
         grid.addLayout(about, 2, 0, 1, 6)
         grid.addLayout(self._problem, 3, 0, 1, 6)
-        self._token_row = FormRow(
-            "Access Token (optional)", self.token, "Required for private or gated datasets",
-            beside=self.remember,
-        )  # fmt: skip
         grid.addWidget(self._token_row, 4, 0, 1, 6)
         split = FormRow("Split (optional)", self.split, "Dataset split to download")
         config = FormRow("Config (optional)", self.config, "Dataset configuration")
@@ -263,8 +139,8 @@ class HubCard(Card):
         self._asked += 1
         clear(self._problem)
         self._say(what)
-        name, token = self.repository.text().strip(), self.token.text().strip()
-        work = functools.partial(_with_access, self._asked, name, token, function)
+        name = self.repository.text().strip()
+        work = functools.partial(ask, self._asked, name, self._token_row.text, function)
         self._services.background.run(work, self._on_answer, self._on_failed)
 
     def _on_search_clicked(self, checked: bool = False) -> None:
@@ -280,7 +156,7 @@ class HubCard(Card):
     def _look_up(self, repository: str) -> None:
         self._ask("Looking what it holds…", functools.partial(_look, repository))
 
-    def _on_answer(self, answer: _Answer) -> None:
+    def _on_answer(self, answer: Answer) -> None:
         if answer.number != self._asked:
             return
         if isinstance(answer.value, list):
@@ -367,7 +243,6 @@ class HubCard(Card):
             field.setCompleter(None)
 
     def _on_download_clicked(self, checked: bool = False) -> None:
-        from mistudio import credentials
         from mistudio.jobs.hub_datasets import DownloadDataset
 
         name = self.repository.text().strip().strip("/")
@@ -382,24 +257,14 @@ class HubCard(Card):
             text_column=self.text_column.text().strip() or None,
             skip_bad_rows=bool(self.bad_rows.value),
         )
-        self._token_row.set_error("")
+        if not self._token_row.apply(name):
+            return
         try:
-            if token := self.token.text().strip():
-                credentials.use_for(name, token)
-                if self.remember.isChecked():
-                    work = functools.partial(credentials.remember, token)
-                    self._services.background.run(work, self._on_remembered, self._on_failed)
             self._services.jobs.submit(job)
         except UserError as exc:
-            if exc.field == "token":
-                self._token_row.set_error(f"{exc.title}. {exc.what}")
-            else:
-                self._services.toasts.error(exc)
+            self._services.toasts.error(exc)
             return
         self._clear_fields()
-
-    def _on_remembered(self, place: Any) -> None:
-        self._services.toasts.success("The access token is kept", place.sentence)
 
     def _clear_fields(self) -> None:
         for field in (self.repository, self.token, self.split, self.config, self.text_column):
@@ -437,16 +302,6 @@ class HubCard(Card):
             box.setValue(value if isinstance(value, int) else 0)
         self.store.set_value(bool(state.get("store", True)))
         self.limits.set_expanded(bool(state.get("limits", False)))
-
-
-def _with_access(number: int, repository: str, token: str, function: Any) -> _Answer:
-    """A token that stands in the form is used at once, and kept nowhere."""
-    from mistudio import credentials
-
-    access = credentials.access_for(repository)
-    if token and not access.offline:
-        access = replace(access, token=credentials.checked(token))
-    return _Answer(number, function(access))
 
 
 def _search(text: str, access: Any) -> list[Found]:
