@@ -228,9 +228,20 @@ def _parser() -> argparse.ArgumentParser:
     add("logout", _logout, "forget the access token")
 
     model = commands.add_parser("model", help="models").add_subparsers(required=True)
-    sub = add("add", _model_add, "add a model folder, a Hub id or `sample`", model)
+    sub = add("add", _model_add, "add a model folder, a GGUF file, a Hub id or `sample`", model)
     sub.add_argument("source", metavar="PATH_OR_ID")
-    sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    sub.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16", "q8", "q4", "q2"),
+        help="auto: the best that fits this computer's memory; q8 to q2 are quantised",
+    )
+    sub = add("show", _model_show, "what a model is made of and needs at each precision", model)
+    sub.add_argument("model", metavar="MODEL", help="name or number, or a model's folder")
+    sub.add_argument("--batch", type=int, default=8, help="texts at a time (default 8)")
+    sub.add_argument("--context", type=int, default=128, help="tokens of each (default 128)")
+    sub = add("check", _model_check, "what quantising costs: loss on sample text", model)
+    sub.add_argument("model", metavar="MODEL")
     sub = add("remove", _model_remove, "move a model to the trash", model)
     sub.add_argument("model", metavar="MODEL")
 
@@ -756,7 +767,69 @@ def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         f"Model {model.id}: {model.name}, {short_count(model.parameters)} parameters, "
         f"{model.n_layers} layers, width {model.d_model}, {size(model.bytes)}"
     )
-    return {**result, "name": model.name, "parameters": model.parameters}
+    found = {**result, "name": model.name, "parameters": model.parameters}
+    if model.precision in ("q8", "q4", "q2"):
+        found["quality"] = _checked(library, model.id)
+    return found
+
+
+def _model_check(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    model = _find(library.models, options.model)
+    return {"model_id": model.id, "quality": _checked(library, model.id)}
+
+
+def _checked(library: Library, model_id: int) -> dict[str, Any]:
+    """Measure what quantising costs a model, and say it."""
+    from mistudio.jobs.kinds import CheckQuality
+
+    found: dict[str, Any] = _run(library, CheckQuality(model_id))["quality"]
+    print(f"{found['verdict'].upper()}: {found['sentence']}")
+    if "delta" in found:
+        print(
+            f"  {found['precision']} {number(found['ce'], 3)}, {found['reference']} "
+            f"{number(found['ce_reference'], 3)} nats per token; difference "
+            f"{number(found['delta'], 3)} ± {number(found['error'], 3)} over "
+            f"{count(found['tokens'])} tokens of {found['documents']} documents"
+        )
+    return found
+
+
+def _model_show(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.engine.models.architecture import read_architecture
+    from mistudio.engine.models.memory import Use
+    from mistudio.jobs.loaded import model_plans
+    from mistudio.terminal import table
+
+    path = Path(options.model).expanduser()
+    folder = path if path.is_dir() else library.path(_find(library.models, options.model).folder)
+    found = read_architecture(folder)
+    kind = "gated " if found.gated_mlp else ""
+    print(
+        f"{found.architecture}: {count(found.parameters)} parameters, {found.n_layers} layers of "
+        f"{found.d_model} channels\n"
+        f"  attention: {found.n_heads} heads of {found.head_dim}, {found.n_kv_heads} of them for "
+        f"keys and values; positions: {found.positions}\n"
+        f"  MLP: {kind}{found.activation}, {count(found.d_mlp)} wide"
+        f"{f', {found.experts} experts' if found.experts else ''}; norm: {found.norm}\n"
+        f"  vocabulary: {count(found.vocab_size)}"
+        f"{', embeddings tied' if found.tied_embeddings else ''}; context: "
+        f"{count(found.context_length) if found.context_length else 'unbounded'}\n"
+        f"  a block: {count(found.blocks[0].parameters)} parameters (attention "
+        f"{count(found.blocks[0].attention)}, MLP {count(found.blocks[0].mlp)}, norms "
+        f"{count(found.blocks[0].norms)})"
+    )
+    rows = [
+        {
+            "precision": plan.precision,
+            "weights": size(plan.weights),
+            "in use": size(plan.memory),
+            "free": size(plan.free),
+            "fits": "yes" if plan.fits else "no",
+        }
+        for plan in model_plans(library, folder, Use(options.batch, options.context))
+    ]
+    print(table(rows, {key: key for key in rows[0]}))
+    return {"architecture": asdict(found), "plans": rows}
 
 
 def _model_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]:

@@ -540,7 +540,7 @@ def _a_file_as_model(folder: Path) -> tuple[object, ...]:
         (_bert, ("BertForMaskedLM is an encoder", "decoder-only language models")),
         (_no_tokenizer, ("No tokenizer in this folder", "Download")),
         (_empty_folder, ("The folder is empty", "Choose a model's folder")),
-        (_a_file_as_model, ("is not a folder", "Check the path")),
+        (_a_file_as_model, ("is not readable as GGUF", "Fetch it again")),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
 )
@@ -785,3 +785,16 @@ def test_dataset_is_renamed_and_its_provenance_written(
     assert result.code == 0 and json.loads(target.read_text(encoding="utf-8")) == result.json
     assert result.json["provenance"]["sha256"] and result.json["tokenizations"]
     refused(run, root, "name is empty", "dataset", "rename", "Another name", "  ")
+
+
+def test_model_show_and_check_tell_what_a_model_needs_and_what_quantising_costs(run: Run) -> None:
+    shown = run("model", "show", road.MODEL)
+    assert "857,216 parameters, 4 layers of 128 channels" in shown.out
+    assert [row["precision"] for row in shown.json["plans"]] == [
+        "fp32", "bf16", "fp16", "q8", "q4", "q2"
+    ]  # fmt: skip
+    added = run("model", "add", road.MODEL, "--precision", "q4")
+    quality = added.json["quality"]
+    assert quality["precision"] == "q4" and f"{quality['verdict'].upper()}: Q4" in added.out
+    assert "nats per token; difference" in added.out
+    assert run("model", "check", added.json["model_id"]).json["quality"] == quality

@@ -529,23 +529,29 @@ def load_model(
     progress.check()
     model.eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
-        _let_go_of_the_file(model)
+        _let_go_of_the_file(model, folder)
     decoder = HookedDecoder(model.to(device))
     progress.report(1, 1, "Loading the model", precision=chosen)
     return decoder
 
 
-def _let_go_of_the_file(model: Any) -> None:
+def _let_go_of_the_file(model: Any, folder: Path) -> None:
     """Weights that were read at the precision they are stored in may lie in the mapped file: it
     could not be deleted on Windows, its pages would count as ours, and were it cut off the process
     would end. Copied one after another."""
+    import torch
+
     from mistudio.engine.models.quantise import QuantisedLinear
 
     own = {
         id(p) for m in model.modules() if isinstance(m, QuantisedLinear) for p in m.packed.values()
     }
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    headers = map(read_safetensors_header, weight_files(folder))
+    stored = {names.get(info.dtype) for header in headers for info in header.values()}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in own:
+        # What was converted is ours already; a second copy would only leave a hole behind.
+        if id(tensor) not in own and tensor.dtype in stored:
             tensor.data = tensor.data.clone()
 
 
