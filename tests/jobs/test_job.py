@@ -470,13 +470,13 @@ def test_a_kind_that_is_not_known_is_refused() -> None:
 
 
 def test_a_title_says_what_the_job_works_on(library: Library) -> None:
-    titles = {
-        AddDataset("/a/book.txt"): "Add book.txt",
-        Tokenize(1, 1): "Tokenize small for tiny-llama-0.9m",
-        Discover(1): "Discover features of blocks.1.hook_resid_post (128 latents)",
-        Export(1, "/x"): "Export first as saelens",
-    }
-    for job, title in titles.items():
+    titles = [
+        (AddDataset("/a/book.txt"), "Add book.txt"),
+        (Tokenize(1, 1), "Tokenize small for tiny-llama-0.9m"),
+        (Discover(1), "Discover features of blocks.1.hook_resid_post (128 latents)"),
+        (Export(1, "/x"), "Export first as saelens"),
+    ]
+    for job, title in titles:
         assert library.jobs.get(submit(library, job)).title == title
     train = Train(1, 1, ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"])
     assert train.title(library) == "Train on tiny-llama-0.9m + small, layer 1, 2"
