@@ -162,21 +162,21 @@ def test_answers_go_to_stdout_and_progress_to_stderr(
 def test_list_shows_what_the_library_holds(run: Run) -> None:
     result = run("list")
     assert result.code == 0
-    assert set(result.json) == {"models", "datasets", "runs", "imported", "jobs"}
+    assert set(result.json) == {"models", "datasets", "tokenizers", "runs", "imported", "jobs"}
     assert result.json["models"][0]["name"] == road.MODEL.name
     assert result.json["datasets"][0]["documents"] == "120"
     (row,) = result.json["runs"]
     assert (row["name"], row["layer"], row["latents"]) == ("first", 1, 128)
     assert (row["status"], row["features"]) == ("completed", "yes")
-    for heading in ("Models", "Datasets", "Runs", "Imported", "Jobs"):
+    for heading in ("Models", "Datasets", "Tokenizers", "Runs", "Imported", "Jobs"):
         assert f"\n{heading}\n" in result.out
 
 
 def test_list_of_an_empty_library_says_none(run: Run, tmp_path: Path) -> None:
     result = run("list", library=tmp_path / "new")
-    assert result.out.count("none") == 5
-    empty = {"models": [], "datasets": [], "runs": [], "imported": [], "jobs": []}
-    assert result.json == empty
+    kinds = ("models", "datasets", "tokenizers", "runs", "imported", "jobs")
+    assert result.out.count("none") == len(kinds)
+    assert result.json == {kind: [] for kind in kinds}
 
 
 def test_dataset_add_and_remove(run: Run, root: Path, tmp_path: Path) -> None:
@@ -533,7 +533,7 @@ def _a_file_as_model(folder: Path) -> tuple[object, ...]:
     [
         (_empty_file, ("a.txt has 0 bytes", "Choose a file with text")),
         (_binary_file, ("This is not a text file", "Choose a text file")),
-        (_broken_line, ("a.jsonl, line 401, column 10", "--skip-bad-rows")),
+        (_broken_line, ("a.jsonl, line 401: column 10", "--skip-bad-rows")),
         (_empty_texts, ("Every row or paragraph is empty", "another text column")),
         (_empty_weights, ("model.safetensors: it is empty (0 bytes)", "Download")),
         (_cut_weights, ("model.safetensors: it has", "Download")),

@@ -14,7 +14,7 @@ from mistudio.engine.datasets import encoding
 from mistudio.engine.datasets.token_settings import TokenSettings
 from mistudio.engine.datasets.tokenizers import CHOICES, piece, preview
 from mistudio.engine.datasets.tokens import TokenStore
-from mistudio.jobs.control import Control, Snapshot
+from mistudio.jobs.control import Control
 from mistudio.jobs.job import can_go_on, run_job, submit
 from mistudio.jobs.kinds import AddDataset, AddTokenizer, AnalyseDataset, Tokenize, job_from_row
 from mistudio.jobs.statistics import warnings_of
@@ -97,15 +97,17 @@ def test_a_tokenisation_that_is_interrupted_goes_on_under_its_own_number(
     monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 8)
     job = Tokenize(1, 1, settings={"padding": "none", "max_length": 32})
     number = submit(library, job)
-    control = Control()
 
-    def stop(snapshot: Snapshot) -> None:
-        if snapshot.metrics.get("documents", 0) >= 24:
-            control.interrupt()
+    class Interrupting(Control):
+        looks = 0
 
-    row = run_job(library, job, number, control, listener=stop)
-    if row.status == "finished":
-        pytest.fail("it was too quick to be interrupted")
+        def check(self) -> float:
+            self.looks += 1
+            if self.looks == 12:  # in the midst of the documents
+                self.interrupt()
+            return super().check()
+
+    row = run_job(library, job, number, Interrupting())
     assert row.status == "interrupted"
     assert can_go_on(library, row)
     library.recover()  # as the next start does

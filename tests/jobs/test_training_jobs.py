@@ -15,7 +15,7 @@ from mistudio.engine.sae.files import load_sae
 from mistudio.engine.training import checkpoints
 from mistudio.engine.training.config import TrainingConfig
 from mistudio.engine.training.step import SiteTrainer
-from mistudio.jobs import plans, sources
+from mistudio.jobs import loaded, plans, sources
 from mistudio.jobs.control import Control
 from mistudio.jobs.job import JobContext, can_go_on, run_job, submit
 from mistudio.jobs.kinds import Train, job_from_row
@@ -259,9 +259,7 @@ def test_where_model_and_training_do_not_fit_together_they_take_turns(
     tried: list[int] = []
 
     def step(self: SiteTrainer, *args: Any, **options: Any) -> Any:
-        from mistudio.jobs import models
-
-        if self.step_number == 10 and models._loaded is not None:
+        if self.step_number == 10 and loaded.loaded_models():
             tried.append(self.parts)
             raise MemoryError
         return real(self, *args, **options)

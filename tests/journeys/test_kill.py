@@ -103,7 +103,9 @@ WORK = "copied/work/job-*"
 MOMENTS = (
     Moment("add_dataset", "read", _add_dataset, half=f"{WORK}/dataset/documents.jsonl"),
     Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes.txt"),
-    Moment("tokenize", "tokenize", _tokenize, half=f"{WORK}/tokens/train.ids"),
+    Moment(
+        "tokenize", "tokenize", _tokenize, half="copied/checkpoints/job-*/step-tokens/train.ids"
+    ),
     Moment(
         "extract", "extract", _extract, half="copied/checkpoints/job-*/extraction/train/*/*.f16"
     ),
@@ -145,9 +147,9 @@ def test_a_kill_costs_only_the_unfinished_work_which_can_be_run_again(
     assert [(row["id"], row["status"]) for row in shown] == [(job["id"], "interrupted")]
     again = mistudio.run("--library", root, "job", "retry", job["id"])
     assert again.wait() == 0, again.err
-    # What had been learnt already is gone on with, in the same job.
-    learnt = (moment.kind, moment.phase) == ("train", "evaluate")
-    (new,) = road.rows(root, "SELECT * FROM jobs WHERE id > ? - ?", job["id"], int(learnt))
+    # What had been learnt or tokenized already is gone on with, in the same job.
+    kept = (moment.kind, moment.phase) in (("train", "evaluate"), ("tokenize", "tokenize"))
+    (new,) = road.rows(root, "SELECT * FROM jobs WHERE id > ? - ?", job["id"], int(kept))
     assert (new["kind"], new["params"]) == (moment.kind, job["params"])
     assert new["status"] == "finished"
     road.check_whole(root)
