@@ -71,6 +71,12 @@ def import_gguf(
     }
 
 
+def write_gguf_config(path: Path, folder: Path) -> None:
+    """Only the configuration of a GGUF file's model, so that it can be planned for before it is
+    converted. Raises what `convert_gguf` raises."""
+    _write_config(_open_gguf(path), folder)
+
+
 def _sha256(path: Path, progress: Progress) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

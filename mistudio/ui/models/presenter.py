@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PySide6.QtCore import QObject, Signal
 
@@ -16,28 +14,22 @@ from mistudio import formatting
 from mistudio.errors import InvalidInput, UserError, explain
 from mistudio.library.jobs import JobRecord
 from mistudio.library.library import Library
-from mistudio.library.records import Dataset, Extraction, Model
+from mistudio.library.records import Extraction, Model
 from mistudio.ui.services import Services
-from mistudio.ui.times import seconds_between
 
-PRECISIONS = (
-    ("auto", "Auto (best for this machine)"),
-    ("fp32", "FP32"),
-    ("bf16", "BF16"),
-    ("fp16", "FP16"),
-    ("q8", "Q8 (8-bit)"),
-    ("q4", "Q4 (4-bit)"),
-    ("q2", "Q2 (2-bit)"),
-)
+log = logging.getLogger(__name__)
+
+SAMPLE_ABOUT = "SmolLM2-135M-Instruct: 93 MB download, 260 MB on disk"
 QUANTISED = ("q8", "q4", "q2")
-QUANTISED_REASON = "Quantised loading is not in this version"
 
 # Sites as the form offers them; their names come from `engine.models.hooks`, which needs torch.
 EXTRACTED_SITES = (
     ("resid_post", "Residual Stream"),
     ("mlp_out", "MLP Output"),
     ("attn_out", "Attention Output"),
+    ("mlp_in", "MLP Input"),
 )
+SITE_SUFFIXES = {"mlp_in": "mlp.hook_in"}
 HOOK_POINTS = (
     ("hook_resid_pre", "Residual stream before the block"),
     ("hook_attn_out", "What attention adds"),
@@ -53,8 +45,7 @@ _SITE_TITLES = {
     "hook_mlp_out": "MLP Output",
     "hook_attn_out": "Attention Output",
 }
-KINDS = ("add_model", "extract")
-MOST_BLOCKS = 40  # lines of the architecture viewer; more would be one widget too many each
+KINDS = ("add_model", "extract", "check_quality")
 _FAILED_SHOWN = 3
 
 
@@ -63,12 +54,17 @@ _FAILED_SHOWN = 3
 
 def point_name(site: str, layer: int) -> str:
     """`blocks.3.hook_resid_post`; only for the sites that can be extracted here."""
-    return f"blocks.{layer}.hook_{site}"
+    return f"blocks.{layer}.{SITE_SUFFIXES.get(site, f'hook_{site}')}"
 
 
 def layer_of(point: str) -> int:
     match = _POINT.fullmatch(point)
     return int(match[1]) if match else -1
+
+
+def site_title(point: str) -> str:
+    match = _POINT.fullmatch(point)
+    return _SITE_TITLES.get(match[2], match[2]) if match else point
 
 
 def points_text(points: Sequence[str]) -> str:
@@ -87,62 +83,6 @@ def precision_text(precision: str) -> str:
     return "auto precision" if precision == "auto" else precision.upper()
 
 
-def heads_text(summary: dict[str, Any]) -> str:
-    """`9 (3 KV)`; without the second number where every head has keys of its own."""
-    heads, kv = summary.get("n_heads") or 0, summary.get("n_kv_heads") or 0
-    if not heads:
-        return "—"
-    return f"{heads}" if kv in (0, heads) else f"{heads} ({kv} KV)"
-
-
-@dataclass(frozen=True)
-class Module:
-    """One line of the architecture viewer."""
-
-    index: str
-    kind: str
-    details: str
-
-
-def modules(summary: dict[str, Any], head_dim: int | None) -> list[Module]:
-    """The parts of a decoder in the order of its forward pass, from what its files say."""
-    width, vocabulary = summary["d_model"], summary["vocab_size"]
-    heads, kv = summary["n_heads"], summary["n_kv_heads"]
-    attention = f"Attention: {heads} heads"
-    if kv != heads:
-        attention += f", {kv} key/value heads"
-    if head_dim:
-        attention += f" × {head_dim} dims"
-    block = f"{attention} | MLP: {width} → {summary['d_mlp']} → {width}"
-    output = f"Shape {width} × {vocabulary}"
-    if summary["tied_embeddings"]:
-        output += ", tied to the embedding (counted once)"
-    count = summary["n_layers"]
-    lines = [Module("0", "Embedding", f"Shape {vocabulary} × {width}")]
-    if count <= MOST_BLOCKS:
-        lines += [Module(str(i + 1), f"TransformerBlock_{i}", block) for i in range(count)]
-    else:
-        lines.append(Module("1", "TransformerBlock_0", block))
-        lines.append(Module("…", f"_1 to _{count - 2}", "The same"))
-        lines.append(Module(str(count), f"TransformerBlock_{count - 1}", block))
-    lines.append(Module(str(count + 1), "FinalNorm", f"Shape {width}"))
-    lines.append(Module(str(count + 2), "Output", output))
-    return lines
-
-
-def read_head_dim(folder: Path, summary: dict[str, Any]) -> int | None:
-    """Width of one attention head: what config.json says, else the usual share of the model's."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        stated = config.get("head_dim") or (config.get("text_config") or {}).get("head_dim")
-    except (OSError, ValueError, AttributeError):
-        stated = None
-    if isinstance(stated, int):
-        return stated
-    heads = summary.get("n_heads") or 0
-    return summary["d_model"] // heads if heads and summary["d_model"] % heads == 0 else None
-
-
 # --- the page's state -----------------------------------------------------------------------------
 
 
@@ -155,11 +95,82 @@ class ModelItem:
     datasets: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a model's precision means here, and its memory at that precision in bytes."""
+
+    precision: str
+    weights: int
+    in_use: float
+    fits: bool
+
+
+def memory_of(library: Library, models: Sequence[Model]) -> dict[int, Memory]:
+    """By model; imports torch, so never in the window's thread. One that cannot be read is left
+    out: what is wrong with it is said where it is used."""
+    from mistudio import device
+    from mistudio.engine.models.architecture import read_architecture
+    from mistudio.engine.models.memory import plan_model
+    from mistudio.jobs.loaded import chosen_precision, machine
+
+    found, kind = {}, device.current().kind
+    for model in models:
+        try:
+            architecture = read_architecture(library.path(model.folder))
+            precision = chosen_precision(library, model)
+        except (UserError, OSError) as exc:
+            log.warning("%s cannot be planned for: %s", model.name, exc)
+            continue
+        plan = plan_model(architecture, precision, machine(library), device=kind)
+        found[model.id] = Memory(precision, plan.weights, plan.memory, plan.fits)
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What quantising did to a model, in words; `about` tells how it was measured."""
+
+    text: str
+    tone: str
+    about: str
+
+
+_TONES = {"faithful": "emerald", "usable": "blue", "degraded": "yellow", "destroyed": "red"}
+
+
+def verdict_of(model: Model, precision: str) -> Verdict | None:
+    """None where the precision is not a quantised one; an em dash where nothing was measured."""
+    if precision not in QUANTISED:
+        return None
+    found = model.provenance.get("quality", {}).get(precision)
+    if not found:
+        return Verdict(
+            "Quality: —",
+            "slate",
+            f"What {precision.upper()} costs this model has not been measured yet. It is measured "
+            "when the model is first loaded, or now with Measure.",
+        )
+    about = [found.get("sentence", "")]
+    if isinstance(found.get("delta"), int | float):
+        text = f"Quality: {found['verdict']} (ΔCE {found['delta']:+.3f} ± {found['error']:.3f})"
+        about.append(
+            f"Cross-entropy {found['ce']:.3f} against {found['ce_reference']:.3f} nats per token "
+            f"of the model at {found['reference'].upper()}; n = "
+            f"{formatting.count(found['tokens'])} tokens in {found['documents']} documents; "
+            f"± is the standard error by document."
+        )
+    else:
+        text = f"Quality: {found.get('verdict', '—')}"
+    return Verdict(text, _TONES.get(str(found.get("verdict")), "slate"), "\n".join(about))
+
+
 class ModelsPresenter(QObject):
     """The list of models, their extractions, and the jobs that make either."""
 
     models_changed = Signal()
     jobs_changed = Signal()
+    loaded_changed = Signal()
+    memory_known = Signal(object)
 
     def __init__(self, services: Services, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -190,9 +201,13 @@ class ModelsPresenter(QObject):
         """Active jobs of this tab, and the last ones that ended badly and were neither run again
         nor dismissed; oldest first."""
         library = self._services.library
-        active = [job for job in self._services.jobs.active() if job.kind in KINDS]
+        active = [
+            job
+            for job in self._services.jobs.active()
+            if job.kind in KINDS and not job.params.get("plan_only")
+        ]
         ended = library.jobs.all(
-            "kind IN ('add_model', 'extract') "
+            "kind IN ('add_model', 'extract', 'check_quality') "
             "AND id > (SELECT COALESCE(MAX(id), 0) - 100 FROM jobs)"
         )
         failed, seen = [], []
@@ -200,7 +215,8 @@ class ModelsPresenter(QObject):
             bad = job.status in ("failed", "interrupted")
             again = (job.kind, job.params) in seen
             seen.append((job.kind, job.params))
-            if bad and not again and job.id not in self.dismissed:
+            told = job.params.get("plan_only")  # by the dialog that asked for it
+            if bad and not again and not told and job.id not in self.dismissed:
                 failed.append(job)
         return sorted([*active, *failed[:_FAILED_SHOWN]], key=lambda job: job.id)
 
@@ -218,13 +234,57 @@ class ModelsPresenter(QObject):
         return self._services.jobs.submit(AddModel("sample"))
 
     def run_again(self, job: JobRecord) -> int:
+        """An extraction that kept finished blocks goes on with them, under its own number."""
+        if self._services.jobs.can_go_on(job):
+            return self._services.jobs.go_on(job)
         job_id = self._services.jobs.retry(job)
         self.dismiss(job.id)
         return job_id
 
     def dismiss(self, job_id: int) -> None:
+        """Put away; what an interrupted extraction kept is freed."""
         self.dismissed.add(job_id)
+        self._services.library.drop_checkpoints(job_id)
         self.jobs_changed.emit()
+
+    # --- memory and quality ---------------------------------------------------------------------
+
+    def loaded(self) -> dict[int, int]:
+        """Bytes of the weights that are in memory, by model."""
+        from mistudio.jobs.loaded import loaded_models
+
+        found: dict[int, int] = {}
+        for entry in loaded_models():
+            found[entry.model_id] = found.get(entry.model_id, 0) + entry.bytes
+        return found
+
+    def unload(self, model_id: int) -> None:
+        """Free a model's memory; one that a job uses goes when that job lets go of it."""
+        from mistudio.jobs.loaded import unload_model
+
+        self._services.background.run(lambda: unload_model(model_id), self._on_unloaded)
+
+    def _on_unloaded(self, result: object) -> None:
+        self.loaded_changed.emit()
+
+    def measure_quality(self, model_id: int) -> int:
+        """Queue the job that compares a quantised model with the unquantised one."""
+        from mistudio.jobs.kinds import CheckQuality
+
+        return self._services.jobs.submit(CheckQuality(model_id))
+
+    def ask_memory(self, models: Sequence[Model]) -> None:
+        """Work out what these models take here; `memory_known` brings {model id: Memory}."""
+        library = self._services.library
+        self._services.background.run(
+            lambda: memory_of(library, models), self._on_memory_known, self._on_memory_failed
+        )
+
+    def _on_memory_known(self, found: dict[int, Memory]) -> None:
+        self.memory_known.emit(found)
+
+    def _on_memory_failed(self, error: Exception) -> None:
+        log.warning("What the models take of memory is not known: %s", error)
 
     def delete_refusal(self, model_id: int) -> str:
         """Why a model cannot be deleted; empty where it can."""
@@ -278,8 +338,15 @@ def counted(n: int, noun: str) -> str:
     return f"{formatting.count(n)} {noun}{'' if n == 1 else 's'}"
 
 
+def is_local(text: str) -> bool:
+    """Whether a text names a folder or a file here rather than a repository."""
+    local = bool(text) and (text[0] in "/~.\\" or re.match(r"[A-Za-z]:[\\/]", text) is not None)
+    return local or text.lower().endswith(".gguf") or (bool(text) and Path(text).is_dir())
+
+
 def checked_source(text: str) -> str:
-    """A folder's absolute path or a repository id; InvalidInput with a sentence for the form."""
+    """The absolute path of a folder or GGUF file, or a repository id; InvalidInput with a sentence
+    for the form."""
     from mistudio.engine.hub import is_repository_id
 
     text = text.strip()
@@ -289,170 +356,25 @@ def checked_source(text: str) -> str:
     if path.is_dir():
         return str(path.resolve())
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return str(path.resolve())
         raise InvalidInput(
-            "This is a file",
-            f"{path.name} is a file.",
+            "This is no model",
+            f"{path.name} is neither a model's folder nor a GGUF file.",
             "Choose the folder that holds it: config.json, tokenizer and weights lie together.",
             field="source",
         )
-    local = text[0] in "/~.\\" or re.match(r"[A-Za-z]:[\\/]", text)
+    local = is_local(text)
     if local or not is_repository_id(text):
         raise InvalidInput(
             "There is no such model",
-            f"There is no folder {text}." if local else f"“{text}” names no folder here.",
+            f"There is nothing at {text}."
+            if local
+            else f"“{text}” names nothing on this computer.",
             "Check the path." if local else "A repository is written owner/name.",
             field="source",
         )
     return text
-
-
-# --- extraction -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExtractionPlan:
-    """What an extraction would take. `exact` is False where the dataset has not been tokenised for
-    the model yet: tokens and bytes are upper bounds then. `refusal` says why it cannot start."""
-
-    tokens: int
-    exact: bool
-    bytes: int
-    free: int
-    seconds: float | None = None
-    refusal: str = ""
-
-
-@dataclass(frozen=True)
-class ExtractionForm:
-    """What the dialog asks for."""
-
-    dataset_id: int
-    hook_points: tuple[str, ...]
-    max_tokens: int = 500_000
-    context: int = 128
-    batch_windows: int = 8
-
-
-class ExtractPresenter(QObject):
-    """The plan of an extraction of one model, and starting it."""
-
-    plan_ready = Signal(object)
-    plan_failed = Signal(object)
-
-    def __init__(self, services: Services, model: Model, parent: QObject | None = None) -> None:
-        super().__init__(parent)
-        self._services = services
-        self.model = model
-        self._wanted: ExtractionForm | None = None
-        self._busy = False
-
-    def exists(self) -> bool:
-        return self._services.library.models.find(self.model.id) is not None
-
-    def datasets(self) -> list[Dataset]:
-        return self._services.library.datasets.all()
-
-    def running_job(self) -> JobRecord | None:
-        """An extraction of this model that this process runs or queues."""
-        for job in self._services.jobs.active():
-            if job.kind == "extract" and job.params.get("model_id") == self.model.id:
-                return job if self._services.jobs.owns(job.id) else None
-        return None
-
-    def plan(self, form: ExtractionForm) -> None:
-        """Work the plan out in the background; `plan_ready` brings (form, plan). While one is
-        worked out, only the newest of later forms is kept."""
-        self._wanted = form
-        if not self._busy:
-            self._next_plan()
-
-    def _next_plan(self) -> None:
-        form, self._wanted = self._wanted, None
-        if form is None:
-            return
-        self._busy = True
-        library, model = self._services.library, self.model
-        self._services.background.run(
-            lambda: (form, plan_extraction(library, model, form)), self._on_planned, self._on_failed
-        )
-
-    def _on_planned(self, result: tuple[ExtractionForm, ExtractionPlan]) -> None:
-        self._busy = False
-        if self._wanted is None:
-            self.plan_ready.emit(result)
-        else:
-            self._next_plan()
-
-    def _on_failed(self, error: Exception) -> None:
-        self._busy = False
-        if self._wanted is None:
-            self.plan_failed.emit(error)
-        else:
-            self._next_plan()
-
-    def start(self, form: ExtractionForm) -> int:
-        from mistudio.jobs.kinds import Extract
-
-        return self._services.jobs.submit(
-            Extract(
-                model_id=self.model.id,
-                dataset_id=form.dataset_id,
-                hook_points=list(form.hook_points),
-                max_tokens=form.max_tokens,
-                context=form.context,
-                batch_windows=form.batch_windows,
-            )
-        )
-
-
-def plan_extraction(library: Library, model: Model, form: ExtractionForm) -> ExtractionPlan:
-    """Tokens, disk and time of an extraction; imports torch, so never in the GUI thread."""
-    from mistudio.engine.activations.store import estimate_bytes
-    from mistudio.engine.datasets.tokenizers import hash_tokenizer
-    from mistudio.engine.datasets.tokens import TokenStore
-    from mistudio.jobs.tokenizing import PACKED
-
-    dataset = library.datasets.get(form.dataset_id)
-    wanted = hash_tokenizer(library.path(model.folder))
-    found = [
-        tokenization
-        for tokenization in library.tokenizations.of_dataset(dataset.id)
-        if tokenization.tokenizer_hash == wanted and tokenization.settings == PACKED.key()
-    ]
-    refusal = ""
-    if found:
-        tokens = min(form.max_tokens, found[0].tokens)
-        store = TokenStore(library.path(found[0].folder))
-        try:
-            store.train.require_windows(form.context, 8, "Extraction")
-            store.heldout.require_windows(form.context, 2, "Judging the result")
-        except InvalidInput as exc:
-            refusal = f"{exc.what} {exc.next_step}"
-    else:
-        tokens = min(form.max_tokens, dataset.bytes)  # a token is at least a byte
-    needed = estimate_bytes(tokens, [model.d_model] * len(form.hook_points))
-    free = shutil.disk_usage(library.root).free
-    if free < needed * 1.1:  # as Library.require_space will judge
-        refusal = (
-            f"Not enough disk space: {formatting.size(needed)} are needed and a tenth more as "
-            f"headroom, {formatting.size(free)} are free where the library lies. Choose fewer "
-            "tokens or layers, or free some space."
-        )
-    return ExtractionPlan(
-        tokens, bool(found), needed, free, _seconds(library, model, form, tokens), refusal
-    )
-
-
-def _seconds(library: Library, model: Model, form: ExtractionForm, tokens: int) -> float | None:
-    """By the speed of this model's last extraction; a forward pass ends at the deepest layer."""
-    for job in library.jobs.all("kind = 'extract' AND status = 'finished'"):
-        took = seconds_between(job.started_at, job.ended_at)
-        if job.params.get("model_id") != model.id or not took or not job.result.get("tokens"):
-            continue
-        before = 1 + max(layer_of(point) for point in job.params["hook_points"])
-        now = 1 + max((layer_of(point) for point in form.hook_points), default=0)
-        return took * tokens / job.result["tokens"] * now / before
-    return None
 
 
 def problem_of(error: Exception) -> UserError:
