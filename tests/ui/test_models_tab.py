@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,21 @@ def test_browse_fills_the_field(
     answer_dialogs("QFileDialog.getExistingDirectory", str(tmp_path))
     page.form.browse.click()
     assert page.form.source.text() == str(tmp_path)
+
+
+def test_gguf_file_is_taken_by_its_own_button(
+    qtbot: Any, empty: Services, library: Library, answer_dialogs: Any, tmp_path: Path
+) -> None:
+    page = open_page(qtbot, empty)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF is what it only says it is")
+    answer_dialogs("QFileDialog.getOpenFileName", (str(file), ""))
+    qtbot.mouseClick(page.form.browse_file, Qt.MouseButton.LeftButton)
+    assert page.form.source.text() == str(file)
+    assert page.form.add_button.text() == "Add Model from This Computer"
+    qtbot.waitUntil(lambda: page.form._problem.count() == 1, timeout=20_000)
+    assert "model.gguf" in page.form._problem.itemAt(0).widget().accessibleName()
+    assert library.jobs.count() == 0
 
 
 @pytest.mark.parametrize(
@@ -350,18 +365,25 @@ def test_verdict_tells_delta_sample_and_error(trained: Services) -> None:
     model = library.models.all()[0]
     assert verdict_of(model, "bf16") is None
     unknown = verdict_of(model, "q4")
-    assert unknown.text == "Quality: —" and "not been measured" in unknown.about
+    assert (
+        unknown.text == "Q4 quality: —"
+        and not unknown.measured
+        and "not been measured" in unknown.about
+    )
     found = {
         "precision": "q4", "reference": "fp32", "ce": 3.0, "ce_reference": 2.866, "delta": 0.134,
         "error": 0.0123, "tokens": 7321, "documents": 64, "verdict": "usable", "sentence": "Words.",
     }  # fmt: skip
     model = replace(model, provenance={"quality": {"q4": found}})
     verdict = verdict_of(model, "q4")
-    assert (verdict.text, verdict.tone) == ("Quality: usable (ΔCE +0.134 ± 0.012)", "blue")
+    assert (verdict.text, verdict.tone) == (
+        "Q4: a little worse than unquantised (ΔCE +0.134)", "blue")  # fmt: skip
     assert "Words." in verdict.about and "n = 7,321 tokens in 64 documents" in verdict.about
+    assert "+0.1340 ± 0.0123 (standard error" in verdict.about and verdict.warning == ""
     found.update(delta=None, error=None, ce=None, verdict="destroyed")  # as JSON keeps what is NaN
     model = replace(model, provenance={"quality": {"q4": found}})
-    assert verdict_of(model, "q4").text == "Quality: destroyed"
+    worst = verdict_of(model, "q4")
+    assert (worst.text, worst.warning) == ("Q4: destroyed by quantising", "⚠ Words.")
 
 
 def test_quantised_model_is_measured_loaded_and_unloaded(qtbot: Any, trained: Services) -> None:
@@ -370,14 +392,14 @@ def test_quantised_model_is_measured_loaded_and_unloaded(qtbot: Any, trained: Se
     library.models.update(model.id, precision="q8")
     page = open_page(qtbot, trained)
     card = page.cards()[0]
-    assert card.quality.text() == "Quality: —" and not card.loaded.isVisible()
+    assert card.quality.text() == "Q8 quality: —" and not card.loaded.isVisible()
     with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
         qtbot.mouseClick(card.measure, Qt.MouseButton.LeftButton)
         qtbot.waitUntil(lambda: bool(page.job_cards()), timeout=10_000)
     assert ended.args[1] == "finished"
     qtbot.waitUntil(lambda: "ΔCE" in page.cards()[0].quality.text(), timeout=10_000)
     card = page.cards()[0]
-    assert card.measure.text() == "Measure again" and "±" in card.quality.text()
+    assert card.measure.text() == "Measure again" and "±" in card.quality.toolTip()
     qtbot.waitUntil(lambda: card.loaded.isVisible(), timeout=5000)
     assert card.loaded.text().startswith("Loaded: ")
     shot(page, "models-quantised")
@@ -662,7 +684,7 @@ def test_extraction_is_paused_and_goes_on(qtbot: Any, trained: Services) -> None
     page = open_page(qtbot, trained)
     dialog = open_extract(qtbot, page)
     dialog.batch.setValue(1)
-    dialog.layers.set_selected([3])
+    dialog.max_samples.setValue(40)
     qtbot.waitUntil(dialog.start.isEnabled, timeout=10_000)
     dialog.start.click()
     job_id = dialog.job_id
@@ -710,6 +732,57 @@ def test_templates_are_saved_and_fit_the_model(qtbot: Any, trained: Services) ->
     assert fitted_layers([0, 6, 11], 30) == [0, 16, 29]
     assert nameless(dialog) == [] and too_small(dialog) == [] and cut_off(dialog) == []
     shot(dialog, "extract-templates")
+    dialog.close()
+
+
+def interrupted(library: Library) -> int:
+    """The row of an extraction that was killed after its first block."""
+    model, dataset = library.models.all()[0], library.datasets.all()[0]
+    form = ExtractionForm(dataset.id, (point_name("resid_post", 1),), max_tokens=4000)
+    params = asdict(form.job(model.id))
+    job_id = library.jobs.submit("extract", "Extract", "compute", params)
+    library.jobs.move(job_id, ("queued",), "interrupted")
+    (library.checkpoint_folder(job_id) / "extraction" / "train" / "00000").mkdir(parents=True)
+    return job_id
+
+
+def test_interrupted_extraction_goes_on_under_its_own_number(qtbot: Any, trained: Services) -> None:
+    library = trained.library
+    job_id = interrupted(library)
+    page = open_page(qtbot, trained)
+    card = page.job_cards()[job_id]
+    assert card.again.text() == "Go on" and "can go on" in card.note.text()
+    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+        qtbot.mouseClick(card.again, Qt.MouseButton.LeftButton)
+    assert ended.args == [job_id, "finished"] and library.extractions.count() == 1
+    qtbot.waitUntil(lambda: page.job_cards() == {})
+
+
+def test_dismissing_frees_what_an_interrupted_extraction_kept(
+    qtbot: Any, trained: Services
+) -> None:
+    library = trained.library
+    job_id = interrupted(library)
+    page = open_page(qtbot, trained)
+    qtbot.mouseClick(page.job_cards()[job_id].dismiss, Qt.MouseButton.LeftButton)
+    assert page.job_cards() == {} and not library.has_checkpoints(job_id)
+
+
+def test_a_broken_model_is_not_extracted_unknowingly(qtbot: Any, trained: Services) -> None:
+    library = trained.library
+    model = library.models.all()[0]
+    found = {"verdict": "destroyed", "sentence": "Q2 has destroyed this model.", "delta": None}
+    quality = {**model.provenance, "quality": {"q2": found}}
+    library.models.update(model.id, precision="q2", provenance=quality)
+    page = open_page(qtbot, trained)
+    card = page.cards()[0]
+    assert card.warning.isVisible() and "destroyed" in card.warning.text()
+    dialog = open_extract(qtbot, page)
+    assert dialog.warning.isVisible() and "destroyed" in dialog.warning.text()
+    assert dialog.memory_note.text().startswith("At Q2")
+    shot(dialog, "extract-broken")
+    assert cut_off(dialog) == [] and cut_off(page) == []
+    shot(page, "models-broken")
     dialog.close()
 
 

@@ -133,6 +133,7 @@ class ModelCard(QFrame):
         layout = column(12, 20)
         layout.addLayout(top)
         layout.addLayout(self._state)
+        layout.addWidget(self.warning)
         self.setLayout(layout)
         self.history = Collapsible("Extractions", len(item.extractions), expanded)
         used = sum(extraction.bytes for extraction in item.extractions)
@@ -163,6 +164,7 @@ class ModelCard(QFrame):
         )
         self.measure.setAccessibleName(f"Measure what quantising costs {name}")
         self.measure.clicked.connect(self._on_measure_clicked)
+        self.warning = Text("", "small", wrap=True)
         self._state = row(46, self.loaded, self.unload, self.quality, self.measure, None, spacing=8)
 
     def show_memory(self, memory: Memory | None) -> None:
@@ -189,7 +191,11 @@ class ModelCard(QFrame):
             self.quality.set_status("quality", verdict.text, verdict.tone)
             self.quality.setToolTip(verdict.about)
             self.quality.setAccessibleDescription(verdict.about)
-            self.measure.setText("Measure" if verdict.text.endswith("—") else "Measure again")
+            self.measure.setText("Measure again" if verdict.measured else "Measure")
+        self.warning.setText(verdict.warning if verdict else "")
+        self.warning.setVisible(bool(self.warning.text()))
+        if verdict is not None:
+            self.warning.set_tone(verdict.tone)
 
     def show_loaded(self, n_bytes: int | None) -> None:
         """`n_bytes` of weights are in memory; None: it is not loaded."""

@@ -20,7 +20,7 @@ from mistudio.jobs.templates import (
 from mistudio.library.records import Model, Template
 from mistudio.ui.models.parts import head_of, room_of, scrolling
 from mistudio.ui.models.planning import ExtractionForm, ExtractionPlan, ExtractPresenter
-from mistudio.ui.models.presenter import EXTRACTED_SITES, point_name, problem_of
+from mistudio.ui.models.presenter import EXTRACTED_SITES, point_name, problem_of, verdict_of
 from mistudio.ui.services import Services
 from mistudio.ui.templates.section import TemplateSection
 from mistudio.ui.widgets import (
@@ -127,6 +127,8 @@ class ExtractDialog(QDialog):
         self.refusal_text = Text("", "small", wrap=True)
         self.refusal.add(self.refusal_text)
         self.refusal.hide()
+        self.warning = Text("", "small", "yellow", wrap=True)
+        self.warning.hide()
         self.error_place = column(0)
         self.progress = ProgressRow("Extracting Activations…", "purple")
         self.waiting = Text("", "helper", wrap=True)
@@ -141,6 +143,7 @@ class ExtractDialog(QDialog):
             template_meta,
         )
         self.templates.load_wanted.connect(self._on_templates_load_wanted)
+        self.templates.expanded_changed.connect(self._on_templates_expanded_changed)
         self._body = body = QWidget()
         inside = column(16)
         inside.setContentsMargins(24, 0, 24, 16)
@@ -166,6 +169,7 @@ class ExtractDialog(QDialog):
         below = column(12)
         below.setContentsMargins(24, 4, 24, 0)
         below.addWidget(self.numbers)
+        below.addWidget(self.warning)
         below.addWidget(self.refusal)
         below.addLayout(self.error_place)
         below.addWidget(self.progress_box)
@@ -182,7 +186,8 @@ class ExtractDialog(QDialog):
             wrap=True,
         )
         layout.addLayout(head_of(self, "Extract Activations", about))
-        layout.addWidget(scrolling(body), 1)
+        self._area = scrolling(body)
+        layout.addWidget(self._area, 1)
         layout.addLayout(below)
         layout.addLayout(self._make_footer())
 
@@ -311,6 +316,14 @@ class ExtractDialog(QDialog):
     def _on_templates_load_wanted(self, template: Template) -> None:
         self.load_template(template)
 
+    def _on_templates_expanded_changed(self, expanded: bool) -> None:
+        """Into sight, once the layout has settled."""
+        if expanded:
+            QTimer.singleShot(0, self, self._show_templates)
+
+    def _show_templates(self) -> None:
+        self._area.ensureWidgetVisible(self.templates, 0, 16)
+
     def load_template(self, template: Template) -> None:
         """Take a template into the form. One that names no model is written for one of
         `SEED_LAYERS` layers and is spread over those that this model has."""
@@ -418,7 +431,12 @@ class ExtractDialog(QDialog):
         self.memory_text.setToolTip(
             "\n".join(f"{name}: {formatting.size(value)}" for name, value in plan.parts.items())
         )
-        self.memory_note.setText(f"{formatting.size(plan.memory_free)} free")
+        self.memory_note.setText(
+            f"At {plan.precision.upper()}, {formatting.size(plan.memory_free)} free"
+        )
+        verdict = verdict_of(self.presenter.model, plan.precision)
+        self.warning.setText(verdict.warning if verdict else "")
+        self.warning.setVisible(bool(self.warning.text()))
         if plan.seconds is None:
             self.time_text.setText("—")
             self.time_note.setText("Not measured yet")

@@ -59,8 +59,8 @@ class ExtractionForm:
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What an extraction would take. `exact` is False where the dataset has not been tokenised for
-    the model yet: tokens, disk and memory are upper bounds then. `parts` are those of `memory`.
+    """What an extraction would take of a model at `precision`. `exact` is False where the dataset
+    has not been tokenised for the model yet: all are estimates then. `parts` are those of `memory`.
     `measured`: `seconds` come of a batch that was run, not of an earlier extraction. `refusal`
     says why it cannot start."""
 
@@ -72,6 +72,7 @@ class ExtractionPlan:
     memory: int
     parts: dict[str, int]
     memory_free: int
+    precision: str
     seconds: float | None = None
     measured: bool = False
     refusal: str = ""
@@ -204,6 +205,7 @@ def plan_extraction(library: Library, model: Model, form: ExtractionForm) -> Ext
         memory=memory,
         parts=parts,
         memory_free=here_free,
+        precision=precision,
         seconds=_seconds(library, model, form, found.tokens),
         refusal=refusal,
     )

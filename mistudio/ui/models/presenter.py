@@ -128,14 +128,23 @@ def memory_of(library: Library, models: Sequence[Model]) -> dict[int, Memory]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What quantising did to a model, in words; `about` tells how it was measured."""
+    """What quantising did to a model, in words; `about` tells how it was measured. `warning` is
+    for verdicts that must not be overlooked, else empty."""
 
     text: str
     tone: str
     about: str
+    measured: bool = True
+    warning: str = ""
 
 
-_TONES = {"faithful": "emerald", "usable": "blue", "degraded": "yellow", "destroyed": "red"}
+_WORDS = {
+    "faithful": ("as good as unquantised", "emerald"),
+    "usable": ("a little worse than unquantised", "blue"),
+    "degraded": ("clearly worse than unquantised", "yellow"),
+    "destroyed": ("destroyed by quantising", "red"),
+    "unreadable": ("cannot be judged", "yellow"),
+}
 
 
 def verdict_of(model: Model, precision: str) -> Verdict | None:
@@ -143,25 +152,28 @@ def verdict_of(model: Model, precision: str) -> Verdict | None:
     if precision not in QUANTISED:
         return None
     found = model.provenance.get("quality", {}).get(precision)
+    name = precision.upper()
     if not found:
         return Verdict(
-            "Quality: —",
+            f"{name} quality: —",
             "slate",
-            f"What {precision.upper()} costs this model has not been measured yet. It is measured "
-            "when the model is first loaded, or now with Measure.",
+            f"What {name} costs this model has not been measured yet. It is measured when the "
+            "model is first loaded, or now with Measure.",
+            False,
         )
-    about = [found.get("sentence", "")]
+    sentence, verdict = str(found.get("sentence", "")), str(found.get("verdict", ""))
+    words, tone = _WORDS.get(verdict, ("not measured", "slate"))
+    about, text = [sentence], f"{name}: {words}"
     if isinstance(found.get("delta"), int | float):
-        text = f"Quality: {found['verdict']} (ΔCE {found['delta']:+.3f} ± {found['error']:.3f})"
+        text += f" (ΔCE {found['delta']:+.3f})"
         about.append(
-            f"Cross-entropy {found['ce']:.3f} against {found['ce_reference']:.3f} nats per token "
+            f"ΔCE {found['delta']:+.4f} ± {found['error']:.4f} (standard error by document): "
+            f"cross-entropy {found['ce']:.3f} against {found['ce_reference']:.3f} nats per token "
             f"of the model at {found['reference'].upper()}; n = "
-            f"{formatting.count(found['tokens'])} tokens in {found['documents']} documents; "
-            f"± is the standard error by document."
+            f"{formatting.count(found['tokens'])} tokens in {found['documents']} documents."
         )
-    else:
-        text = f"Quality: {found.get('verdict', '—')}"
-    return Verdict(text, _TONES.get(str(found.get("verdict")), "slate"), "\n".join(about))
+    bad = verdict in ("degraded", "destroyed", "unreadable")
+    return Verdict(text, tone, "\n".join(about), verdict in _WORDS, f"⚠ {sentence}" if bad else "")
 
 
 class ModelsPresenter(QObject):

@@ -169,6 +169,18 @@ def test_converted_model_computes_what_the_original_does(tmp_path: Path, tied: b
     assert decoder.model.generation_config.eos_token_id == 2
 
 
+def test_configuration_alone_is_that_of_the_converted_model(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", small_llama(True))
+    reader.convert_gguf(file, tmp_path / "model")
+    (tmp_path / "alone").mkdir()
+    reader.write_gguf_config(file, tmp_path / "alone")
+    written = (tmp_path / "alone" / "config.json").read_bytes()
+    assert written == (tmp_path / "model" / "config.json").read_bytes()
+    assert {path.name for path in (tmp_path / "alone").iterdir()} <= {
+        path.name for path in (tmp_path / "model").iterdir() if path.suffix == ".json"
+    }
+
+
 def test_quantised_weights_are_dequantised(tmp_path: Path) -> None:
     model = small_llama(True)
     reader.convert_gguf(write_gguf(tmp_path / "q8.gguf", model, "Q8_0"), tmp_path / "model")
