@@ -6,31 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PySide6.QtCore import QAbstractTableModel, QModelIndex, QPersistentModelIndex, Qt
-from PySide6.QtWidgets import (
-    QAbstractItemView,
-    QDialog,
-    QHeaderView,
-    QTableView,
-    QVBoxLayout,
-    QWidget,
-)
+from PySide6.QtCore import Qt
+from PySide6.QtWidgets import QDialog, QVBoxLayout, QWidget
 
 from mistudio import formatting
-from mistudio.ui.models.parts import head_of, room_of, scrolling, tiles
+from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of, scrolling, tiles
 from mistudio.ui.models.plan_table import PlanTable
 from mistudio.ui.models.presenter import HOOK_POINTS, problem_of
 from mistudio.ui.services import Services
-from mistudio.ui.theme import fonts
 from mistudio.ui.widgets import ErrorPanel, StatTile, Surface, Text, clear, column, row
 
 if TYPE_CHECKING:
     from mistudio.engine.models.architecture import Architecture
     from mistudio.ui.models.candidate import Fit
-
-Index = QModelIndex | QPersistentModelIndex
-_ROOT = QModelIndex()
-_MOST_LINES = 14  # of the table that are seen at once
 
 
 @dataclass(frozen=True)
@@ -84,70 +72,17 @@ def block_text(made: Architecture) -> str:
     return f"{whose}: {formatting.count(block.parameters)} parameters = {told}"
 
 
-class ModulesModel(QAbstractTableModel):
-    """The list of layers as a table."""
-
-    TITLES = ("#", "Part", "Details", "Parameters")
-
-    def __init__(self, lines: list[Module], parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        self.lines = lines
-
-    def rowCount(self, parent: Index = _ROOT) -> int:
-        return 0 if parent.isValid() else len(self.lines)
-
-    def columnCount(self, parent: Index = _ROOT) -> int:
-        return len(self.TITLES)
-
-    def headerData(
-        self, section: int, orientation: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole
-    ) -> object:
-        if orientation == Qt.Orientation.Horizontal:
-            if role == Qt.ItemDataRole.DisplayRole:
-                return self.TITLES[section]
-            if role == Qt.ItemDataRole.TextAlignmentRole:
-                return _alignment(section)
-        return None
-
-    def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> object:
-        line = self.lines[index.row()]
-        cells = (line.index, line.kind, line.details, formatting.count(line.parameters))
-        if role == Qt.ItemDataRole.DisplayRole:
-            return cells[index.column()]
-        if role == Qt.ItemDataRole.ToolTipRole:
-            return f"{line.kind}: {line.details}"
-        if role == Qt.ItemDataRole.TextAlignmentRole:
-            return _alignment(index.column())
-        if role == Qt.ItemDataRole.FontRole:
-            return fonts.sans(14) if index.column() == 2 else fonts.mono(14)
-        return None
-
-
-def _alignment(section: int) -> int:
-    right = Qt.AlignmentFlag.AlignRight if section == 3 else Qt.AlignmentFlag.AlignLeft
-    return int(right | Qt.AlignmentFlag.AlignVCenter)
-
-
-class ModulesTable(QTableView):
-    def __init__(self, lines: list[Module], parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        self.setModel(ModulesModel(lines, self))
-        self.setAccessibleName("Model layers")
-        self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        self.setTabKeyNavigation(False)
-        self.setShowGrid(False)
-        self.setWordWrap(False)
-        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.verticalHeader().hide()
-        self.verticalHeader().setDefaultSectionSize(fonts.px(32))
-        header = self.horizontalHeader()
-        header.setHighlightSections(False)
-        header.setSectionResizeMode(QHeaderView.ResizeMode.Fixed)
-        header.setSectionResizeMode(2, QHeaderView.ResizeMode.Stretch)
-        for section, width in ((0, 44), (1, 184), (3, 112)):
-            self.setColumnWidth(section, fonts.px(width))
-        shown = min(len(lines), _MOST_LINES)
-        self.setFixedHeight(fonts.px(32) * shown + header.sizeHint().height() + 4)
+def modules_table(lines: list[Module]) -> FactsTable:
+    columns = (
+        Column("#", 44, mono=True),
+        Column("Part", 184, mono=True),
+        Column("Details"),
+        Column("Parameters", 112, right=True, mono=True),
+    )
+    cells = [
+        (line.index, line.kind, line.details, formatting.count(line.parameters)) for line in lines
+    ]
+    return FactsTable("Model layers", columns, cells, [f"{m.kind}: {m.details}" for m in lines])
 
 
 class ArchitectureDialog(QDialog):
@@ -214,7 +149,7 @@ class ArchitectureDialog(QDialog):
         inside = self._inside
         inside.addLayout(tiles(list(self.tiles.values()), 4))
         inside.addWidget(Text("Model Layers", "card"))
-        inside.addWidget(ModulesTable(self.modules))
+        inside.addWidget(modules_table(self.modules))
         self.block_text = Text(block_text(made), "helper", wrap=True)
         inside.addWidget(self.block_text)
         inside.addWidget(Text("Model Configuration", "card"))

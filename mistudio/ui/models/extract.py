@@ -423,7 +423,7 @@ class ExtractDialog(QDialog):
         self.tokens_note.setText(
             f"{formatting.count(plan.batches)} batches"
             if plan.exact
-            else "By the dataset's size: not tokenized for this model yet"
+            else "Estimate: not tokenized yet"
         )
         self.disk_text.setText(f"{about or '≤ '}{formatting.size(plan.bytes)}")
         self.disk_note.setText(f"{formatting.size(plan.free)} free")

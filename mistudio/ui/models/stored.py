@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PySide6.QtCore import Qt
-from PySide6.QtWidgets import QDialog, QGridLayout, QTabWidget, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QDialog, QTabWidget, QVBoxLayout, QWidget
 
 from mistudio import formatting
 from mistudio.errors import UserError
 from mistudio.library.library import Library
 from mistudio.library.records import Extraction
-from mistudio.ui.models.parts import head_of, room_of, scrolling
+from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of, scrolling
 from mistudio.ui.models.presenter import layer_of, points_text, problem_of, site_title
 from mistudio.ui.services import Services
 from mistudio.ui.widgets import (
@@ -241,27 +241,23 @@ class ExtractionDialog(QDialog):
         self._ask_stretch()
 
     def _table(self, figures: Figures) -> QWidget:
-        titles = (
-            ("Site", ""),
-            ("Mean norm", "Mean L2 norm of the stored rows of the training split"),
-            ("Outlier share", "Tokens of a norm over ten times the median; they are not stored"),
-            ("Total variance", "Sum of the variances of all dimensions"),
-            ("Largest dimension", "Share of the total variance that the most varied dimension has"),
-            ("Outlier dims", "Dimensions whose root mean square is over six times the median's"),
+        columns = (
+            Column("Site"),
+            Column("Mean norm", 110, True,
+                   tip="Mean L2 norm of the stored rows of the training split"),
+            Column("Outlier share", 130, True,
+                   tip="Tokens of a norm over ten times the median; they are not stored"),
+            Column("Total variance", 130, True, tip="Sum of the variances of all dimensions"),
+            Column("Largest dimension", 160, True,
+                   tip="Share of the total variance that the most varied dimension has"),
+            Column("Outlier dims", 120, True,
+                   tip="Dimensions whose root mean square is over six times the median's"),
         )  # fmt: skip
-        box = Surface("tile", None, 16)
-        grid = QGridLayout()
-        grid.setHorizontalSpacing(20)
-        grid.setVerticalSpacing(8)
-        grid.setColumnStretch(0, 1)
-        for place, (title, tip) in enumerate(titles):
-            head = Text(title, "helper")
-            head.setToolTip(tip)
-            grid.addWidget(head, 0, place, _side(place))
         self.cells: dict[str, tuple[str, ...]] = {}
-        for line, (point, one) in enumerate(figures.summaries.items(), 1):
+        tips = []
+        for point, one in figures.summaries.items():
             dimensions = one.get("outlier_dimensions")
-            cells = (
+            self.cells[point] = (
                 _short(point),
                 formatting.number(one.get("mean_norm")),
                 formatting.percent(one.get("outlier_share"), 2),
@@ -269,17 +265,10 @@ class ExtractionDialog(QDialog):
                 formatting.percent(one.get("largest_dimension_share")),
                 "—" if dimensions is None else str(len(dimensions)),
             )
-            self.cells[point] = cells
-            for place, cell in enumerate(cells):
-                label = Text(cell, "small" if place else "label")
-                if place == 5 and dimensions:
-                    label.setToolTip(
-                        "\n".join(f"dimension {d}: {ratio:.1f} times" for d, ratio in dimensions)
-                    )
-                grid.addWidget(label, line, place, _side(place))
-        box.add(grid)
-        box.setAccessibleName(f"Statistics of {len(self.cells)} sites")
-        return box
+            beyond = (f"dimension {d}: {ratio:.1f} times" for d, ratio in dimensions or ())
+            tips.append("\n".join([point, *beyond]))
+        name = f"Statistics of {len(self.cells)} sites"
+        return FactsTable(name, columns, list(self.cells.values()), tips)
 
     # --- activations over text ------------------------------------------------------------------
 
@@ -412,10 +401,6 @@ def _wide(figures: Figures, points: Sequence[str]) -> bool:
     shows them all."""
     norms = [n for point in points for n in figures.by_position[point].tolist() if n > 0]
     return bool(norms) and max(norms) > 10 * min(norms)
-
-
-def _side(place: int) -> Qt.AlignmentFlag:
-    return Qt.AlignmentFlag.AlignRight if place else Qt.AlignmentFlag.AlignLeft
 
 
 def _short(point: str) -> str:
