@@ -49,6 +49,7 @@ def empty(services_of: Callable[[Library], Services], library: Library) -> Servi
 
 @pytest.fixture
 def trained(services_of: Callable[[Library], Services], trained_library: Library) -> Services:
+    unload_model()  # what the making of the library left in memory
     return services_of(trained_library)
 
 

@@ -133,7 +133,7 @@ class ModelCard(QFrame):
         layout = column(12, 20)
         layout.addLayout(top)
         layout.addLayout(self._state)
-        layout.addWidget(self.warning)
+        layout.addLayout(row(46, self.warning, spacing=0))
         self.setLayout(layout)
         self.history = Collapsible("Extractions", len(item.extractions), expanded)
         used = sum(extraction.bytes for extraction in item.extractions)
