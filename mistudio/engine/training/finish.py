@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mistudio.engine.activations.source import ActivationSource
 from mistudio.engine.activations.stream import Batch
 from mistudio.engine.progress import Progress
 from mistudio.engine.sae.activation import JumpReLU
-from mistudio.engine.sae.dictionary import CHUNK_CELLS, Dictionary
+from mistudio.engine.sae.dictionary import CHUNK_CELLS, Codes, Dictionary
 from mistudio.engine.sae.metrics import (
     ReconstructionMeter,
     ReconstructionQuality,
@@ -22,12 +23,16 @@ from mistudio.engine.sae.site import Site
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.distributed import ALONE, World, together
 from mistudio.engine.training.step import SiteTrainer
+from mistudio.errors import is_out_of_memory
+
+T = TypeVar("T")
 
 # L0 differs from token to token by about its own size and neighbours are alike, so that so many
 # tell the mean to half a percent.
 CALIBRATION_TOKENS = 65_536
 ALL_TOKENS = 2**62  # the whole held-out split, however long
 ROWS = 2048  # of a batch
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -139,10 +144,14 @@ class Margins:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        for rows in x.split(max(1, CHUNK_CELLS // 4 // self._dictionary.d_sae)):
-            above = self._dictionary.pre_activations(rows).sub_(self._thresholds)
-            self._kept.append(above[above > self._floor].cpu())
-            self._count += len(self._kept[-1])
+        def above_floor(part: slice) -> Tensor:
+            above = self._dictionary.pre_activations(x[part]).sub_(self._thresholds)
+            return above[above > self._floor].cpu()
+
+        rows = max(1, CHUNK_CELLS // 4 // self._dictionary.d_sae)
+        for _, kept in in_parts(above_floor, len(x), rows):
+            self._kept.append(kept)
+            self._count += len(kept)
         self.tokens += len(x)
         most = 2 * self.tokens * self._k
         if self._count > 2 * most:  # far more than can be chosen: keep the candidates few
@@ -156,6 +165,35 @@ class Margins:
         # The entry that decides must itself stay active.
         moved = self._thresholds + shift - 1e-6 * self._thresholds.abs()
         return replace(self._dictionary, activation=JumpReLU(moved.clamp_min(0.0)))
+
+
+def in_parts(compute: Callable[[slice], T], n: int, rows: int) -> Iterator[tuple[slice, T]]:
+    """`compute` of at most `rows` of n rows at a time, of half as many where memory runs out."""
+    start = 0
+    while start < n:
+        part = slice(start, min(start + rows, n))
+        try:
+            found = compute(part)
+        except (MemoryError, RuntimeError) as exc:
+            if rows <= LEAST_ROWS or not is_out_of_memory(exc):
+                raise
+            rows = max(LEAST_ROWS, rows // 2)
+            continue
+        yield part, found
+        start = part.stop
+
+
+def _reconstructing(
+    dictionary: Dictionary, x: Tensor
+) -> Callable[[slice], tuple[Tensor, Codes, Tensor | None]]:
+    """Rows of x -> reconstruction, codes, and what the skip alone gives where there is one."""
+
+    def reconstruct(part: slice) -> tuple[Tensor, Codes, Tensor | None]:
+        codes = dictionary.encode(x[part])
+        skip_only = None if dictionary.skip is None else without_latents(dictionary, x[part])
+        return dictionary.decode(codes, x[part]), codes, skip_only
+
+    return reconstruct
 
 
 @torch.no_grad()
@@ -175,10 +213,9 @@ def judge(
     for batch in source.heldout(rows, tokens, progress):
         progress.check()
         for site, dictionary in dictionaries.items():
-            x = batch[site.input]
-            codes = dictionary.encode(x)
-            skip_only = None if dictionary.skip is None else without_latents(dictionary, x)
-            meters[site].add(batch[site.output], dictionary.decode(codes, x), codes, skip_only)
+            x, target = batch[site.input], batch[site.output]
+            for part, found in in_parts(_reconstructing(dictionary, x), len(x), rows):
+                meters[site].add(target[part], *found)
         seen += len(x)
         progress.report(seen, tokens if tokens < ALL_TOKENS else None, phase="judge")
     return meters

@@ -56,7 +56,7 @@ source = StoredActivations(stored)
 # that needs room for whole batches.
 train(source, TrainingConfig(steps=2, batch_size=64, width=128, k=4, context=64))
 begun = taken()
-for extra in (120, 100, 85, 72, 61, 52, 44, 38):
+for extra in (120, 100, 85, 72, 61, 52, 44, 38, 33, 29):
     limit(begun + extra * 2**20)
     if run("limited", extra):
         break
