@@ -841,7 +841,8 @@ def run_test(arguments: list[str]) -> int:
             MISTUDIO_HOME=home,
         )
         # The whole suite shares the cores; a few tests are there sooner without helpers.
-        spread = () if arguments else ("-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal")
+        cores = str(min(os.cpu_count() or 1, 8))
+        spread = () if arguments else ("-n", cores, "--dist", "worksteal")
         tested = call([str(PYTHON), "-m", "pytest", *spread, *arguments], environment)
     say(f"checks {'failed' if checked else 'passed'}, tests {'failed' if tested else 'passed'}")
     return tested or checked
