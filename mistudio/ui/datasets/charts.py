@@ -8,21 +8,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyqtgraph as pg
 from PySide6.QtCore import Qt
-from PySide6.QtGui import QColor, QPainter
-from PySide6.QtSvg import QSvgGenerator
-from PySide6.QtWidgets import QApplication, QFileDialog, QMenu, QWidget
+from PySide6.QtGui import QColor
+from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
 from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import IconButton, Text, column, row
+from mistudio.ui.widgets.chart_export import ExportedChart
 
 
-class StatisticsChart(QWidget):
+class StatisticsChart(ExportedChart):
     """A plot with a title, a definition as its tooltip, and a menu to take it along."""
 
     def __init__(
@@ -47,12 +46,7 @@ class StatisticsChart(QWidget):
             axis.setPen(QColor(tokens.RAISED_HOVER))
             axis.enableAutoSIPrefix(False)
         button = IconButton("ellipsis", f"{title}: copy or save", size=18)
-        menu = QMenu(self)
-        menu.addAction("Copy values as CSV", self.copy_csv)
-        menu.addAction("Save values as CSV…", self._on_save_csv)
-        menu.addAction("Save picture as PNG…", self._on_save_png)
-        menu.addAction("Save picture as SVG…", self._on_save_svg)
-        button.setMenu(menu)
+        button.setMenu(self.export_menu())
         button.setPopupMode(IconButton.ToolButtonPopupMode.InstantPopup)
         heading = Text(title, "card")
         heading.setToolTip(tooltip)
@@ -70,22 +64,8 @@ class StatisticsChart(QWidget):
         writer.writerows(self._rows)
         return text.getvalue()
 
-    def copy_csv(self) -> None:
-        QApplication.clipboard().setText(self.csv())
-
-    def save_picture(self, path: Path) -> None:
-        """PNG or SVG by the name's ending."""
-        if path.suffix.lower() != ".svg":
-            self.plot.grab().save(str(path))
-            return
-        generator = QSvgGenerator()
-        generator.setFileName(str(path))
-        generator.setSize(self.plot.size())
-        generator.setViewBox(self.plot.rect())
-        generator.setTitle(self._title)
-        painter = QPainter(generator)
-        self.plot.render(painter)
-        painter.end()
+    def drawing(self) -> QWidget:
+        return self.plot
 
     def _label(self, side: str, text: str) -> None:
         style = {"color": tokens.LABEL, "font-size": f"{fonts.px(14)}px"}
@@ -96,23 +76,6 @@ class StatisticsChart(QWidget):
         said = "; ".join(" ".join(str(value) for value in entry) for entry in rows[:12])
         self.setAccessibleDescription(said)
         self.plot.setAccessibleDescription(said)
-
-    def _ask_path(self, ending: str) -> Path | None:
-        name = self._title.lower().replace(" ", "-")
-        path, _ = QFileDialog.getSaveFileName(self, f"Save {self._title}", f"{name}.{ending}")
-        return Path(path) if path else None
-
-    def _on_save_csv(self) -> None:
-        if path := self._ask_path("csv"):
-            path.write_text(self.csv(), encoding="utf-8")
-
-    def _on_save_png(self) -> None:
-        if path := self._ask_path("png"):
-            self.save_picture(path)
-
-    def _on_save_svg(self) -> None:
-        if path := self._ask_path("svg"):
-            self.save_picture(path)
 
 
 class BarChart(StatisticsChart):

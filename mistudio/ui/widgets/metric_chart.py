@@ -11,17 +11,16 @@ import io
 import math
 from array import array
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyqtgraph as pg
 from PySide6.QtCore import QSize, Qt
-from PySide6.QtGui import QColor, QFont, QPainter
-from PySide6.QtSvg import QSvgGenerator
-from PySide6.QtWidgets import QApplication, QCheckBox, QFileDialog, QMenu, QStackedLayout, QWidget
+from PySide6.QtGui import QColor, QFont
+from PySide6.QtWidgets import QCheckBox, QStackedLayout, QWidget
 
 from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets.buttons import IconButton
+from mistudio.ui.widgets.chart_export import ExportedChart
 from mistudio.ui.widgets.containers import column, row
 from mistudio.ui.widgets.text import Text
 
@@ -52,7 +51,7 @@ class _Series:
         self.curve.setData(x.copy(), y.copy(), skipFiniteCheck=True)
 
 
-class MetricChart(QWidget):
+class MetricChart(ExportedChart):
     """Curves over steps.
 
     `series` maps a key of the rows to its label in the legend. `append` takes metric rows as a job
@@ -100,11 +99,7 @@ class MetricChart(QWidget):
         self._log_box.setChecked(log_y)
         self._log_box.toggled.connect(self._on_log_box_toggled)
         self._menu_button = IconButton("ellipsis", f"{title}: copy or save", size=18)
-        self._menu = QMenu(self)
-        self._menu.addAction("Copy values as CSV", self.copy_csv)
-        self._menu.addAction("Save values as CSV…", self._on_save_csv)
-        self._menu.addAction("Save picture as PNG…", self._on_save_png)
-        self._menu.addAction("Save picture as SVG…", self._on_save_svg)
+        self._menu = self.export_menu()
         self._menu.addAction("Show everything", self.show_all)
         self._menu_button.setMenu(self._menu)
         self._menu_button.setPopupMode(IconButton.ToolButtonPopupMode.InstantPopup)
@@ -204,22 +199,8 @@ class MetricChart(QWidget):
                 writer.writerow([series.label, f"{x:g}", repr(y)])
         return text.getvalue()
 
-    def copy_csv(self) -> None:
-        QApplication.clipboard().setText(self.csv())
-
-    def save_picture(self, path: Path) -> None:
-        """PNG or SVG by the name's ending."""
-        if path.suffix.lower() == ".svg":
-            generator = QSvgGenerator()
-            generator.setFileName(str(path))
-            generator.setSize(self._plot.size())
-            generator.setViewBox(self._plot.rect())
-            generator.setTitle(self._title)
-            painter = QPainter(generator)
-            self._plot.render(painter)
-            painter.end()
-        else:
-            self._plot.grab().save(str(path))
+    def drawing(self) -> QWidget:
+        return self._plot
 
     def _style_axes(self, y_label: str) -> None:
         font: QFont = fonts.sans(14)
@@ -261,20 +242,3 @@ class MetricChart(QWidget):
     def _on_log_box_toggled(self, checked: bool) -> None:
         self._plot.setLogMode(y=checked)
         self._draw()
-
-    def _ask_path(self, ending: str) -> Path | None:
-        name = self._title.lower().replace(" ", "-")
-        path, _ = QFileDialog.getSaveFileName(self, f"Save {self._title}", f"{name}.{ending}")
-        return Path(path) if path else None
-
-    def _on_save_csv(self) -> None:
-        if path := self._ask_path("csv"):
-            path.write_text(self.csv(), encoding="utf-8")
-
-    def _on_save_png(self) -> None:
-        if path := self._ask_path("png"):
-            self.save_picture(path)
-
-    def _on_save_svg(self) -> None:
-        if path := self._ask_path("svg"):
-            self.save_picture(path)
