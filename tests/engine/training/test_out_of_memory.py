@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mistudio.engine.training import step as steps
 from mistudio.engine.training.config import TrainingConfig, derive
+from mistudio.engine.training.finish import in_parts
 from mistudio.engine.training.step import SiteTrainer
 from mistudio.errors import explain, is_out_of_memory
 
@@ -104,6 +105,28 @@ def test_a_run_short_of_memory_goes_on_in_parts_and_gives_the_same(
     for name, value in theirs.items():
         difference = (ours[name] - value).norm() / value.norm()
         assert float(difference) < 1e-3, name
+
+
+def test_finishing_takes_fewer_rows_where_memory_runs_out() -> None:
+    seen: list[int] = []
+
+    def compute(part: slice) -> list[int]:
+        seen.append(part.stop - part.start)
+        if part.stop - part.start > 150:
+            raise MemoryError
+        return list(range(part.start, part.stop))
+
+    found = [row for _, rows in in_parts(compute, 1000, 600) for row in rows]
+    assert found == list(range(1000))  # every row once, in order
+    assert seen[:4] == [600, 300, 150, 150]
+    with pytest.raises(MemoryError):
+        list(in_parts(lambda part: compute(slice(0, 999)), 1000, 600))
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(in_parts(_bug, 1000, 600))
+
+
+def _bug(part: slice) -> None:
+    raise RuntimeError("a bug")
 
 
 def test_parts_are_halved_down_to_64_rows() -> None:
