@@ -89,7 +89,8 @@ def files(library: Library, training_id: int) -> dict[str, bytes]:
 def history(library: Library, training_id: int) -> list[dict[str, Any]]:
     folder = library.path(library.trainings.get(training_id).folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    timed = ("tokens_per_second", "time")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def left(library: Library) -> list[str]:

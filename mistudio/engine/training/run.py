@@ -92,7 +92,8 @@ def train(
     """Train, calibrate and judge one dictionary per site of `source`.
 
     `record` gets a row of metrics per site at even steps and at the first and last one, with
-    `heldout_...` values every 5 % of the steps. When `wants_finish` turns true the run ends with
+    `heldout_...` values and the `density` of firings since the last such row every 5 % of the
+    steps. When `wants_finish` turns true the run ends with
     the next step and keeps what it has. Told to quit (`Interrupted`), it is saved first.
 
     With `resume` it goes on from a checkpoint. `new_stream` then begins the stream of activations
@@ -283,7 +284,7 @@ class _Run:
         if judge:
             self._judge()
         if log:
-            self._log(self._judged if judge else {})
+            self._log(judge)
         self._report(steps, show)
 
     def _learn_from(self, batch: Batch, site: Site, measure: bool) -> StepMetrics | None:
@@ -337,19 +338,24 @@ class _Run:
         self.notes.append(f"Step {self.step:,}: {text}.")
         self._progress.report(self.step, self._plan.steps, phase="train", note=self.notes[-1])
 
-    def _log(self, judged: Mapping[Site, Mapping[str, Any]]) -> None:
+    def _log(self, judge: bool) -> None:
+        """A row of each site; where the held-out text was judged, also how often latents fired on
+        the training tokens since that was last told."""
         for site, metrics in self.last.items():
-            values = {f"heldout_{name}": value for name, value in judged.get(site, {}).items()}
-            self._record(
-                {
-                    "site": site.name,
-                    "step": self.step - 1,
-                    "tokens": self.tokens,
-                    **asdict(metrics),
-                    "tokens_per_second": self._speed,
-                    **values,
-                }
-            )
+            row = {
+                "site": site.name,
+                "step": self.step - 1,
+                "tokens": self.tokens,
+                "time": time.time(),
+                **asdict(metrics),
+                "tokens_per_second": self._speed,
+            }
+            if judge:
+                judged = self._judged.get(site, {})
+                row |= {f"heldout_{name}": value for name, value in judged.items()}
+                found, tokens = self.trainers[site].density()
+                row["density"] = {**asdict(found), "tokens": tokens}
+            self._record(row)
 
     @property
     def _speed(self) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.sae.dictionary import CHUNK_CELLS, Codes, Dictionary, weighted_rows
+from mistudio.engine.sae.metrics import Density, density
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.distributed import ALONE, World
 from mistudio.engine.training.objectives import OBJECTIVES, Entries, Weights
@@ -93,6 +94,9 @@ class SiteTrainer:
         self.step_number = 0
         self.parts = plan.config.gradient_accumulation
         self.tokens_since_fired = torch.zeros(plan.d_sae, dtype=torch.int64, device=sample.device)
+        # Tokens each latent fired on since the last `density`, and out of how many.
+        self.firings = torch.zeros_like(self.tokens_since_fired)
+        self.firings_tokens = 0
         self.revived = 0
         self._optimizer = optimizer(plan, self.parameters())
         _make_moments(self._optimizer)
@@ -159,7 +163,9 @@ class SiteTrainer:
         self._update(batch.gradients)
         # The weights have moved: from here on nothing takes memory worth mentioning.
         self.tokens_since_fired += batch.tokens
-        self.tokens_since_fired.masked_fill_(batch.fired, 0)
+        self.tokens_since_fired.masked_fill_(batch.firings > 0, 0)
+        self.firings += batch.firings
+        self.firings_tokens += batch.tokens
         metrics = self._metrics(batch) if measure else None
         self.objective.follow(batch.l0, k, self.step_number)
         self.step_number += 1
@@ -172,6 +178,14 @@ class SiteTrainer:
             return False
         self.parts *= 2
         return True
+
+    def density(self) -> tuple[Density, int]:
+        """How often latents fired on the training tokens since this was last asked, and how many
+        tokens those are; the window then begins anew."""
+        found, tokens = density(self.firings.cpu(), self.firings_tokens), self.firings_tokens
+        self.firings.zero_()
+        self.firings_tokens = 0
+        return found, tokens
 
     @property
     def finite(self) -> bool:
@@ -202,7 +216,7 @@ class SiteTrainer:
         tokens = len(x) * world.size
         factor = 2.0 / (tokens * self.variance)
         gradients = Gradients({})
-        fired, active = torch.zeros_like(self.b_enc), 0
+        firings = torch.zeros_like(self.b_enc)  # exact in float32: no batch has 16 million tokens
         errors: list[Tensor] = []
         penalty: Tensor | float = 0.0
         for rows, entries in self._entries(centred, k, world):
@@ -215,14 +229,14 @@ class SiteTrainer:
             errors.append(part.error)
             penalty = penalty + part.penalty
             alive = entries.codes.values > 0
-            active += int(alive.sum())
-            fired[entries.codes.latents[alive]] = 1.0
+            latents = entries.codes.latents[alive]
+            firings.scatter_add_(0, latents, torch.ones_like(latents, dtype=firings.dtype))
             del part, entries  # as large as the batch: not needed beside the optimiser
         error = torch.cat(errors)
         if self.plan.config.auxk and self.step_number % AUX_EVERY == 0:
             self._add_aux_gradients(gradients.values, error, centred)
-        counts = world.add(torch.cat([fired, fired.new_tensor([float(active)])]))
-        batch = _Batch(gradients.values, tokens, float(counts[-1]) / tokens, counts[:-1] > 0)
+        firings = world.add(firings).long()
+        batch = _Batch(gradients.values, tokens, int(firings.sum()) / tokens, firings)
         if measure:
             sums = torch.stack([error.square().sum(), torch.as_tensor(penalty).to(error)])
             squares, batch.penalty = world.add(sums).tolist()
@@ -463,6 +477,8 @@ class SiteTrainer:
         if self.wiring.skip is not None and not self.wiring.learns_skip:
             tensors["wiring.skip"] = self.wiring.skip
         tensors["tokens_since_fired"] = self.tokens_since_fired
+        tensors["firings"] = self.firings
+        tensors["firings_tokens"] = torch.tensor(self.firings_tokens)
         tensors["generator"] = self._generator.get_state()
         tensors["numbers"] = torch.tensor(
             [
@@ -501,6 +517,9 @@ class SiteTrainer:
             }
         )
         self.tokens_since_fired = tensors["tokens_since_fired"].to(self.b_enc.device, copy=True)
+        if "firings" in tensors:  # an older checkpoint's window begins where it goes on
+            self.firings = tensors["firings"].to(self.b_enc.device, copy=True)
+            self.firings_tokens = int(tensors["firings_tokens"])
         self._generator.set_state(tensors["generator"].cpu())
         scale, out_scale, variance, step, revived, parts = tensors["numbers"].tolist()
         self.wiring.scale, self.wiring.out_scale, self.variance = scale, out_scale, variance
@@ -509,13 +528,13 @@ class SiteTrainer:
 
 @dataclass
 class _Batch:
-    """What a batch gave, over all processes but for the gradients: `fired` bool [d_sae]; `fvu`
-    and `penalty` only where they were measured."""
+    """What a batch gave, over all processes but for the gradients: `firings` int64 [d_sae], the
+    tokens each latent fired on; `fvu` and `penalty` only where they were measured."""
 
     gradients: dict[str, Tensor]
     tokens: int
     l0: float
-    fired: Tensor
+    firings: Tensor
     fvu: float = math.nan
     penalty: float = math.nan
 
