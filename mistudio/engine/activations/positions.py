@@ -25,11 +25,6 @@ def countable(ids: Tensor, special_ids: Sequence[int]) -> Tensor:
     return mask
 
 
-def median_norm(activations: Tensor, mask: Tensor) -> float:
-    """Median L2 norm over the positions in `mask`. `activations` is [batch, seq, d]."""
-    return float(activations[mask].float().norm(dim=-1).median())
-
-
 def within_norm(activations: Tensor, median: float) -> Tensor:
     """Bool [...]: the norm is at most `OUTLIER_MULTIPLE` times the site's median norm."""
     return activations.float().norm(dim=-1) <= OUTLIER_MULTIPLE * median

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mistudio.engine.activations.positions import countable, counted, median_norm
+from mistudio.engine.activations.positions import countable, counted
 from mistudio.engine.activations.ring import Devices, Layout, RingStream, Rows
 from mistudio.engine.activations.stream import Batch, BatchStream, Dropped, State
 from mistudio.engine.datasets.tokens import TokenSplit, TokenStore
@@ -26,6 +26,7 @@ from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.training.distributed import ALONE, World
 
 CALIBRATION_WINDOWS = 16
+CALIBRATION_BATCH = 4  # windows of a forward pass: less memory than any pass that follows
 
 
 class ActivationSource(Protocol):
@@ -133,10 +134,14 @@ def calibrate_medians(
     """Median norm per site on windows spread over the split."""
     total = tokens.n_windows(context)
     chosen = np.unique(np.linspace(0, total - 1, min(CALIBRATION_WINDOWS, total)).astype(np.int64))
-    ids = tokens.windows(chosen, context)
-    captured = model.capture(ids.to(model.device), points)
-    mask = countable(ids, tokens.meta.special_ids).to(model.device)
-    return {point: median_norm(captured[point], mask) for point in points}
+    norms: dict[HookPoint, list[Tensor]] = {point: [] for point in points}
+    for start in range(0, len(chosen), CALIBRATION_BATCH):
+        ids = tokens.windows(chosen[start : start + CALIBRATION_BATCH], context)
+        captured = model.capture(ids.to(model.device), points)
+        mask = countable(ids, tokens.meta.special_ids).to(model.device)
+        for point in points:
+            norms[point].append(captured[point][mask].float().norm(dim=-1))
+    return {point: float(torch.cat(norms[point]).median()) for point in points}
 
 
 def capture_windows(

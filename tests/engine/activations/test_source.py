@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from mistudio.engine.activations.positions import OUTLIER_MULTIPLE, countable, within_norm
-from mistudio.engine.activations.source import LiveActivations, calibrate_medians, token_rows
+from mistudio.engine.activations.source import (
+    CALIBRATION_BATCH,
+    CALIBRATION_WINDOWS,
+    LiveActivations,
+    calibrate_medians,
+    token_rows,
+)
 from mistudio.engine.activations.store import READ_BLOCK, StoredActivations, extract
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.errors import InvalidInput
@@ -194,3 +200,14 @@ def test_a_limit_leaves_enough_to_judge_by(tokens):
         assert len(orders["heldout"]) >= min(counts["heldout"], total // 4)
         assert len(set(orders["train"].tolist())) == len(orders["train"])
         assert orders["heldout"].tolist() == list(range(len(orders["heldout"])))
+
+
+def test_the_calibration_sees_each_of_its_windows_once(tiny, tokens):
+    n = tokens.train.n_windows(CONTEXT)
+    chosen = np.unique(np.linspace(0, n - 1, min(CALIBRATION_WINDOWS, n)).astype(np.int64))
+    assert len(chosen) > CALIBRATION_BATCH
+    ids = tokens.train.windows(chosen, CONTEXT)
+    rows = tiny.capture(ids, [A])[A][countable(ids, tokens.train.meta.special_ids)]
+    expected = float(rows.float().norm(dim=-1).median())
+    found = calibrate_medians(tiny, tokens.train, (A,), CONTEXT)[A]
+    assert found == pytest.approx(expected, rel=1e-5)
