@@ -7,16 +7,20 @@ meta device, which holds shapes and no numbers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistudio.engine.models.custom_code import needs_code
 from mistudio.engine.models.loading import (
     QUANTISED,
+    TensorInfo,
     parse_config,
     quiet_transformers,
     read_config,
+    read_headers,
     refuse_foreign_code,
     refuse_other_kinds,
 )
@@ -112,14 +116,28 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Of a model folder; its weights are not looked at. Raises as `describe_architecture`."""
-    return _from_config(read_config(folder))
+    """Of a model folder; its weights are not looked at, except the headers of a model that brings
+    its own program, which is never run for this. Raises as `describe_architecture`."""
+    raw = read_config(folder)
+    if needs_code(raw):
+        from mistudio.engine.models.from_headers import describe_from_headers
+
+        return describe_from_headers(raw, read_headers(folder))
+    return _from_config(raw)
 
 
-def describe_architecture(config: bytes) -> Architecture:
+def describe_architecture(
+    config: bytes, tensors: Mapping[str, TensorInfo] | None = None
+) -> Architecture:
     """Of a `config.json` as fetched. Raises `CorruptFile` or `UnsupportedModel` where no model can
-    be built from it."""
-    return _from_config(parse_config(config))
+    be built from it: `NeedsConsent` for one that brings its own program, unless `tensors` tells
+    its names and shapes."""
+    raw = parse_config(config)
+    if tensors and needs_code(raw):
+        from mistudio.engine.models.from_headers import describe_from_headers
+
+        return describe_from_headers(raw, tensors)
+    return _from_config(raw)
 
 
 def _from_config(raw: dict[str, Any]) -> Architecture:

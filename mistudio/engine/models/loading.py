@@ -1,7 +1,8 @@
 """Model folders: described and checked without loading, then loaded at a chosen precision.
 
-Only local folders with safetensors weights are read, and no code that comes with a model is ever
-run. Where tensors are read inside the loaded model is `hooks`' matter.
+Only local folders with safetensors weights are read. Code that comes with a model is run by
+`load_model` alone, where somebody has consented to exactly this code (`custom_code`). Where tensors
+are read inside the loaded model is `hooks`' matter.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mistudio.engine.models import custom_code
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import CorruptFile, Incompatible, InvalidInput, NotFound, UnsupportedModel
 
@@ -218,15 +220,16 @@ def weight_files(folder: Path) -> list[Path]:
 def describe(folder: Path) -> ModelSummary:
     """Summary of a model folder from its configuration and weight headers; loads no weights.
 
-    Raises what `check_folder` raises, except for missing tokenizer files.
+    Models that bring their own program are described too, without running it. Raises what
+    `check_folder` raises, except for missing tokenizer files and consent.
     """
     raw = read_config(folder)
+    if custom_code.needs_code(raw):
+        return _describe_own(folder, raw)
     refuse_foreign_code(raw)
     config = _load_config(folder)
     text: Any = config.get_text_config()
-    tensors: dict[str, TensorInfo] = {}
-    for path in weight_files(folder):
-        tensors |= read_safetensors_header(path)
+    tensors = read_headers(folder)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     parameters = 0
     sizes: dict[str, int] = {}
@@ -255,19 +258,58 @@ def describe(folder: Path) -> ModelSummary:
         context_length=None if context is None else int(context),
         tied_embeddings=tied,
         parameters=parameters,
-        bytes_on_disk=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        bytes_on_disk=_bytes_of(folder),
         dtypes=tuple(sorted(sizes, key=lambda dtype: -sizes[dtype])),
     )
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `NotFound`, `CorruptFile` or `UnsupportedModel` where `load_model` would fail."""
-    raw = read_config(folder)
-    refuse_foreign_code(raw)
-    refuse_other_kinds(raw)
-    _load_config(folder)
+def _describe_own(folder: Path, raw: dict[str, Any]) -> ModelSummary:
+    from mistudio.engine.models.from_headers import describe_from_headers
+
+    tensors = read_headers(folder)
+    made = describe_from_headers(raw, tensors)
+    sizes: dict[str, int] = {}
+    for info in tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+    return ModelSummary(
+        architecture=made.architecture,
+        model_type=made.model_type,
+        n_layers=made.n_layers,
+        d_model=made.d_model,
+        n_heads=made.n_heads,
+        n_kv_heads=made.n_kv_heads,
+        d_mlp=made.d_mlp,
+        vocab_size=made.vocab_size,
+        context_length=made.context_length,
+        tied_embeddings=made.tied_embeddings,
+        parameters=made.parameters,
+        bytes_on_disk=_bytes_of(folder),
+        dtypes=tuple(sorted(sizes, key=lambda dtype: -sizes[dtype])),
+    )
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of all weight files of a folder."""
+    tensors: dict[str, TensorInfo] = {}
     for path in weight_files(folder):
-        read_safetensors_header(path)
+        tensors |= read_safetensors_header(path)
+    return tensors
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def check_folder(folder: Path, own_code: bool = False) -> None:
+    """Raise `NotFound`, `CorruptFile` or `UnsupportedModel` where `load_model` would fail;
+    `custom_code.NeedsConsent` for a model that brings its own program, unless `own_code` says that
+    somebody has consented to it."""
+    raw = read_config(folder)
+    if not (own_code and custom_code.needs_code(raw)):
+        refuse_foreign_code(raw)
+        refuse_other_kinds(raw)
+        _load_config(folder)
+    read_headers(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UnsupportedModel(
             "No tokenizer in this folder",
@@ -306,7 +348,39 @@ def parse_config(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         raise _bad_config(f"config.json is not valid: {_short(exc)}") from exc
     _refuse_bombs(config)
+    _refuse_other_types(config)
     return config
+
+
+def _refuse_other_types(config: dict[str, Any]) -> None:
+    """What decides which code reads the model must be plain text, and no name of a repository:
+    transformers would fetch attention code (kernels) from there."""
+    names = config.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise _bad_config("architectures is no list of names")
+    if not isinstance(config.get("model_type", ""), str | None):
+        raise _bad_config("model_type is no text")
+    for key, value in config.items():
+        if isinstance(value, dict) and "config" in key:
+            _refuse_other_types(value)
+        elif key.strip("_").startswith(("attn_implementation", "experts_implementation")) and (
+            "/" in str(value)
+        ):
+            raise UnsupportedModel(
+                "The model asks for code from elsewhere",
+                f"config.json asks for {str(value)[:80]!r} as its {key}: that is compiled code of "
+                "another repository, which miStudio never fetches.",
+                f"Take {key} out of config.json, or choose another model.",
+            )
+
+
+def plain_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration under Llama's names for them (`n_embd` is `hidden_size`)."""
+    text = config.get("text_config")
+    told = {**config, **text} if isinstance(text, dict) else dict(config)
+    return told | {_KEYS[key]: value for key, value in told.items() if key in _KEYS}
 
 
 def _refuse_bombs(config: dict[str, Any]) -> None:
@@ -345,21 +419,15 @@ def refuse_foreign_code(raw: dict[str, Any]) -> None:
     """Refuse models that need Python code of their own; many bring it and do not need it."""
     from mistudio.engine.models.hf import CONFIG_MAPPING
 
+    if custom_code.needs_code(raw):
+        raise custom_code.needs_consent(raw)
     model_type = raw.get("model_type")
-    if model_type in CONFIG_MAPPING:
-        return
-    if raw.get("auto_map"):
+    if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
-            "The model needs its own program code",
-            f'Models of type "{model_type}" run Python code that comes with the download. '
-            "miStudio never runs such code: it could do anything on this computer.",
-            "Choose a model that transformers supports itself.",
+            "Unknown kind of model",
+            f'The installed transformers does not know models of type "{str(model_type)[:80]}".',
+            "Update miStudio, or choose another model.",
         )
-    raise UnsupportedModel(
-        "Unknown kind of model",
-        f'The installed transformers does not know models of type "{model_type}".',
-        "Update miStudio, or choose another model.",
-    )
 
 
 def refuse_other_kinds(raw: dict[str, Any]) -> None:
@@ -380,13 +448,6 @@ def refuse_other_kinds(raw: dict[str, Any]) -> None:
         return
     if name in set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
         raise UnsupportedModel("Not a decoder-only model", f"{name} is an encoder.", supported)
-    if raw.get("auto_map"):
-        raise UnsupportedModel(
-            "The model needs its own program code",
-            f"{name} is Python code that comes with the download. miStudio never runs such code: "
-            "it could do anything on this computer.",
-            "Choose a model that transformers supports itself.",
-        )
     raise UnsupportedModel(
         "Not a causal language model", f"{name} does not predict the next token.", supported
     )
@@ -468,10 +529,13 @@ def load_model(
     precision: Precision = "auto",
     device: str = "cpu",
     progress: Progress = SILENT,
+    consent: custom_code.Consent | None = None,
 ) -> HookedDecoder:
     """Load the causal language model in `folder`, ready to capture and intervene.
 
-    Weights are read from safetensors only, no code of the model's is run, nothing is fetched.
+    Weights are read from safetensors only, nothing is fetched. A program that comes with the model
+    is run only where it is needed and is what `consent` was given to (`custom_code`); else it is
+    refused.
     At "q8", "q4" and "q2" the matrices of the blocks are quantised one after another as they are
     read (`quantise`), so that the whole model is never there unquantised; the rest is in the
     precision that "auto" means on the device. The precision taken is reported as the metric
@@ -484,7 +548,7 @@ def load_model(
     from mistudio.engine.models.hooks import HookedDecoder
     from mistudio.engine.models.quantise import loading_config, require_backend
 
-    check_folder(folder)
+    check_folder(folder, own_code=consent is not None)
     _check_device(device)
     chosen = resolve_precision(precision, device)
     require_backend(chosen, device)
@@ -492,15 +556,45 @@ def load_model(
     progress.report(0, 1, "Loading the model", precision=chosen)
     dtype = getattr(torch, DTYPES[compute_precision(chosen, device)])
     quantised = loading_config(chosen, device)
+    reader: Any = AutoModelForCausalLM
+    more: dict[str, Any] = {"trust_remote_code": False}
+    own = custom_code.needs_code(read_config(folder))
+    if own and consent is not None:
+        program = custom_code.load_classes(folder, consent)
+        reader, more = program.model, {"config": program.config}
+    with custom_code.own_words() if own else nullcontext():
+        model, found = _read_model(reader, folder, dtype, quantised, more)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise CorruptFile(
+            "The model's weights are incomplete",
+            f"{len(missing)} tensors are missing, the first is {missing[0]}.",
+            "Download the model again.",
+        )
+    progress.check()
+    model.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        _let_go_of_the_file(model, folder)
+    with custom_code.own_words() if own else nullcontext():
+        decoder = HookedDecoder(model.to(device))
+    progress.report(1, 1, "Loading the model", precision=chosen)
+    return decoder
+
+
+def _read_model(
+    reader: Any, folder: Path, dtype: torch.dtype, quantised: Any, more: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of missing and unexpected tensors."""
     try:
         with quiet_transformers():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = reader.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **more,
                 **({"quantization_config": quantised} if quantised else {}),
             )
     except ImportError as exc:  # quantised formats with libraries of their own
@@ -518,21 +612,7 @@ def load_model(
             "Tensors in the file have other sizes than config.json asks for.",
             "Download the model again.",
         ) from exc
-    missing = sorted(found["missing_keys"])
-    if missing:
-        # transformers would go on with random numbers in their place.
-        raise CorruptFile(
-            "The model's weights are incomplete",
-            f"{len(missing)} tensors are missing, the first is {missing[0]}.",
-            "Download the model again.",
-        )
-    progress.check()
-    model.eval().requires_grad_(False)
-    if torch.device(device).type == "cpu":
-        _let_go_of_the_file(model, folder)
-    decoder = HookedDecoder(model.to(device))
-    progress.report(1, 1, "Loading the model", precision=chosen)
-    return decoder
+    return model, found
 
 
 def _let_go_of_the_file(model: Any, folder: Path) -> None:
