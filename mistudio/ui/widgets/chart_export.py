@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+from PySide6.QtCore import QBuffer, QIODevice
 from PySide6.QtGui import QPainter
 from PySide6.QtSvg import QSvgGenerator
-from PySide6.QtWidgets import QApplication, QFileDialog, QMenu, QWidget
+from PySide6.QtWidgets import QApplication, QFileDialog, QMenu, QMessageBox, QWidget
+
+from mistudio.errors import explain
 
 
 class ExportedChart(QWidget):
@@ -32,33 +37,62 @@ class ExportedChart(QWidget):
         QApplication.clipboard().setText(self.csv())
 
     def save_picture(self, path: Path) -> None:
-        """PNG or SVG by the name's ending."""
-        drawing = self.drawing()
-        if path.suffix.lower() != ".svg":
-            drawing.grab().save(str(path))
-            return
+        """PNG or SVG by the name's ending. Raises OSError; what was there before then stays."""
+        _replace(path, self._svg() if path.suffix.lower() == ".svg" else self._png())
+
+    def save_csv(self, path: Path) -> None:
+        """Raises OSError; what was there before then stays."""
+        _replace(path, self.csv().encode())
+
+    def _png(self) -> bytes:
+        buffer = QBuffer()
+        buffer.open(QIODevice.OpenModeFlag.WriteOnly)
+        self.drawing().grab().save(buffer, "PNG")
+        return bytes(buffer.data().data())
+
+    def _svg(self) -> bytes:
+        drawing, buffer = self.drawing(), QBuffer()
+        buffer.open(QIODevice.OpenModeFlag.WriteOnly)
         generator = QSvgGenerator()
-        generator.setFileName(str(path))
+        generator.setOutputDevice(buffer)
         generator.setSize(drawing.size())
         generator.setViewBox(drawing.rect())
         generator.setTitle(self._title)
         painter = QPainter(generator)
         drawing.render(painter)
         painter.end()
+        return bytes(buffer.data().data())
 
-    def _ask_path(self, ending: str) -> Path | None:
+    def _save(self, ending: str, save: Callable[[Path], None]) -> None:
+        """Ask where, save there; where that cannot be, say so in a sentence."""
         name = self._title.lower().replace(" ", "-")
         path, _ = QFileDialog.getSaveFileName(self, f"Save {self._title}", f"{name}.{ending}")
-        return Path(path) if path else None
+        if not path:
+            return
+        try:
+            save(Path(path))
+        except OSError as exc:
+            known = explain(exc)
+            why = known.title if known else exc.strerror or str(exc)
+            text = f"{path} could not be written ({why}). Choose another place."
+            QMessageBox.warning(self, "The chart was not saved", text)
 
     def _on_save_csv(self) -> None:
-        if path := self._ask_path("csv"):
-            path.write_text(self.csv(), encoding="utf-8")
+        self._save("csv", self.save_csv)
 
     def _on_save_png(self) -> None:
-        if path := self._ask_path("png"):
-            self.save_picture(path)
+        self._save("png", self.save_picture)
 
     def _on_save_svg(self) -> None:
-        if path := self._ask_path("svg"):
-            self.save_picture(path)
+        self._save("svg", self.save_picture)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a full disk leaves no half file in place of a whole one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -115,7 +115,7 @@ class Curve:
         level = 0
         while (last - first) >> level > 2 * columns:
             level += 1
-        if level == 0:
+        if level < 2:  # two points of every two are all of them
             return slice(first, last)
         lows, highs = (part.view for part in self._levels[level - 1])
         # Whole blocks inside; what is left at both ends counts as a block of its own.
