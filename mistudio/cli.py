@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -235,6 +236,17 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16", "q8", "q4", "q2"),
         help="auto: the best that fits this computer's memory; q8 to q2 are quantised",
+    )
+    sub.add_argument(
+        "--show-code",
+        action="store_true",
+        help="print the Python program that the model brings and needs, and end; runs nothing",
+    )
+    sub.add_argument(
+        "--trust-code",
+        metavar="SHA256",
+        help="run the model's own program, if it is the one with this hash (see --show-code): it "
+        "runs with all your rights",
     )
     sub = add("show", _model_show, "what a model is made of and needs at each precision", model)
     sub.add_argument("model", metavar="MODEL", help="name or number, or a model's folder")
@@ -761,7 +773,10 @@ def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
 
     path = Path(options.source).expanduser()
     source = str(path.resolve()) if path.exists() else options.source
-    result = _run(library, AddModel(source, options.precision))
+    if options.show_code:
+        return _show_code(source)
+    code = _trusted_code(source, options.trust_code) if options.trust_code else {}
+    result = _run(library, AddModel(source, options.precision, code))
     model = library.models.get(result["model_id"])
     print(
         f"Model {model.id}: {model.name}, {short_count(model.parameters)} parameters, "
@@ -774,6 +789,53 @@ def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
 
 
 def _model_check(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+def _show_code(source: str) -> dict[str, Any]:
+    """Print every file that would run, and the one hash that stands for them all."""
+    from mistudio.engine.models.custom_code import MEANING
+    from mistudio.jobs.models import code_of
+
+    code = code_of(source)
+    if code is None:
+        print("transformers knows this architecture itself: no program of the model's is run.")
+        return {"digest": None, "files": []}
+    for file in code.files:
+        print(f"=== {file.name}: {count(file.bytes)} bytes, SHA-256 {file.sha256}")
+        print(file.text)
+    consent = code.consent()
+    where = f"{code.origin} at commit {code.revision}" if code.revision else code.origin
+    print(f"=== {len(code.files)} files from {where}")
+    print(f"{MEANING}\nHash of them all: {consent.digest}")
+    print("If you have read them and trust where they come from:")
+    print(f"  mistudio model add {source} --trust-code {consent.digest[:16]}")
+    return {**consent.as_dict(), "files": [[f.name, f.bytes, f.sha256] for f in code.files]}
+
+
+def _trusted_code(source: str, prefix: str) -> dict[str, Any]:
+    """The consent that `--trust-code` gives: only to a program with this very hash."""
+    from mistudio.jobs.models import code_of
+
+    wanted = prefix.strip().lower()
+    if not re.fullmatch(r"[0-9a-f]{12,64}", wanted):
+        raise InvalidInput(
+            "This is no hash of a program",
+            f"{prefix!r} is not 12 to 64 hexadecimal digits.",
+            "Read the program with --show-code: its hash stands at the end.",
+            field="trust_code",
+        )
+    code = code_of(source)
+    if code is None:
+        return {}
+    consent = code.consent()
+    if not consent.digest.startswith(wanted):
+        raise InvalidInput(
+            "The model's program is not the one you named",
+            f"Its hash is {consent.digest[:16]}..., not {wanted}.",
+            "It may have changed since you read it: read it again with --show-code.",
+            field="trust_code",
+        )
+    return consent.as_dict()
+
+
     model = _find(library.models, options.model)
     return {"model_id": model.id, "quality": _checked(library, model.id)}
 

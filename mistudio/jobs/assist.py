@@ -21,6 +21,7 @@ from mistudio.engine.progress import Cancelled
 from mistudio.engine.training import distributed
 from mistudio.engine.training.distributed import Processes, World
 from mistudio.errors import InvalidInput, ProcessLost, explain
+from mistudio.jobs.loaded import consent_of
 
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
@@ -34,7 +35,8 @@ DONE, FAILED = 0, 1
 class Order:
     """A training that all processes take part in, as JSON. Folders must be where all of them can
     read: on several machines, on a shared disk. `stored` is empty where activations are streamed,
-    `resume` where the training begins."""
+    `resume` where the training begins. `code` is the consent to run the model's own program, empty
+    where it has none."""
 
     config: dict[str, Any]
     points: list[str]
@@ -44,6 +46,7 @@ class Order:
     stored: str
     resume: str
     new_stream: bool
+    code: dict[str, Any]
 
 
 def call(
@@ -83,6 +86,7 @@ def call(
         stored,
         str(resume.folder) if resume else "",
         new_stream,
+        consent.as_dict() if (consent := consent_of(model)) else {},
     )
     world.told(asdict(order))
     return world
@@ -125,6 +129,7 @@ def _source(order: Order) -> ActivationSource:
     from mistudio.engine.activations.source import LiveActivations
     from mistudio.engine.activations.store import StoredActivations
     from mistudio.engine.datasets.tokens import TokenStore
+    from mistudio.engine.models.custom_code import Consent
     from mistudio.engine.models.hooks import HookPoint
     from mistudio.engine.models.loading import load_model
 
@@ -132,7 +137,12 @@ def _source(order: Order) -> ActivationSource:
     points = tuple(HookPoint.parse(name) for name in order.points)
     if order.stored:
         return StoredActivations(Path(order.stored), kind).select(points)
-    model = load_model(Path(order.model), order.precision, kind)  # type: ignore[arg-type]
+    model = load_model(
+        Path(order.model),
+        order.precision,  # type: ignore[arg-type]
+        kind,
+        consent=Consent.from_dict(order.code),
+    )
     context = int(order.config["context"])
     return LiveActivations(model, TokenStore(Path(order.tokens)), points, context)
 

@@ -27,6 +27,7 @@ from mistudio.library.records import Model
 from mistudio.resources import resource
 
 if TYPE_CHECKING:
+    from mistudio.engine.models.custom_code import Consent
     from mistudio.engine.models.hooks import HookedDecoder
     from mistudio.engine.models.memory import ModelPlan, Use
     from mistudio.engine.models.quality import DocumentLosses
@@ -203,7 +204,15 @@ def _load(library: Library, record: Model, precision: str, progress: Progress) -
         precision,  # type: ignore[arg-type]
         device.current().kind,
         progress,
+        consent_of(record),
     )
+
+
+def consent_of(record: Model) -> Consent | None:
+    """What was consented to when the model was added, where it brings its own program."""
+    from mistudio.engine.models.custom_code import Consent
+
+    return Consent.from_dict(record.provenance.get("code"))
 
 
 def _weight_bytes(decoder: HookedDecoder) -> int:
@@ -261,7 +270,13 @@ def reference_losses(
             free = device.current("cpu").free if kind == "cpu" else device.current().free
             here = replace(machine(library), memory_free=free)
             if plan_model(architecture, precision, here, use, device=kind).fits:
-                decoder = loading.load_model(folder, precision, kind, progress)  # type: ignore[arg-type]
+                decoder = loading.load_model(
+                    folder,
+                    precision,  # type: ignore[arg-type]
+                    kind,
+                    progress,
+                    consent_of(record),
+                )
                 try:
                     return _losses(decoder, folder, progress)
                 finally:

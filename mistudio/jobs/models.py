@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,9 @@ from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
 
 if TYPE_CHECKING:
+    from mistudio.engine.hub import Access
+    from mistudio.engine.models.architecture import Architecture
+    from mistudio.engine.models.custom_code import Consent, OwnCode
     from mistudio.engine.models.hooks import HookPoint
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "CheckQuality",
     "add_model",
     "check_layers",
+    "code_of",
     "loaded_bytes",
     "loaded_model",
     "loaded_models",
@@ -60,6 +64,9 @@ class AddModel:
 
     source: str
     precision: str = "auto"
+    code: dict[str, Any] = field(default_factory=dict)
+    """What was consented to (`custom_code.Consent`) of a model that brings its own program; empty:
+    such a model is refused."""
 
     kind: ClassVar[str] = "add_model"
     lane: ClassVar[str] = "disk"
@@ -72,7 +79,7 @@ class AddModel:
     def run(self, context: JobContext) -> dict[str, Any]:
         stage = Stage(context, "import", IMPORT_PARTS)
         model_id = add_model(
-            context.library, context.work_folder, self.source, self.precision, stage
+            context.library, context.work_folder, self.source, self.precision, stage, self.code
         )
         return {"model_id": model_id}
 
@@ -148,10 +155,19 @@ def check_layers(library: Library, model_id: int, names: list[str]) -> None:
             )
 
 
-def add_model(library: Library, work: Path, source: str, precision: str, progress: Progress) -> int:
-    """Check, copy or make, then commit. The sample is added only once."""
+def add_model(
+    library: Library,
+    work: Path,
+    source: str,
+    precision: str,
+    progress: Progress,
+    code: dict[str, Any] | None = None,
+) -> int:
+    """Check, copy or make, then commit. The sample is added only once. `code` is the consent to run
+    the model's own program, where it brings one and needs it."""
     from mistudio.engine import hub
     from mistudio.engine.models import architecture, checks, gguf, loading, sample
+    from mistudio.engine.models.custom_code import Consent
 
     if precision not in PRECISIONS:
         raise InvalidInput(
@@ -164,6 +180,7 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
     folder.mkdir(parents=True)
     path = Path(source).expanduser()
     copied: dict[str, tuple[int, str]] = {}
+    consent = Consent.from_dict(code)
     if source == SAMPLE:
         for model in library.models.all("source = 'sample'"):
             return model.id
@@ -176,12 +193,14 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
         kind, name, origin = "local", path.stem, str(path.resolve())
         provenance = gguf.import_gguf(path, folder, library.require_space, progress)
     elif path.exists():
-        loading.check_folder(path)
-        copied = _copy_model(library, path, folder, progress)
+        loading.check_folder(path, own_code=consent is not None)
+        copied = _copy_model(library, path, folder, progress, consent)
         kind, name, origin = "local", path.resolve().name, str(path.resolve())
         provenance = {"source": f"local folder {path.resolve()}"}
     elif hub.is_repository_id(source):
-        provenance = hub.download_model(source, folder, library.require_space, progress)
+        provenance = hub.download_model(
+            source, folder, library.require_space, progress, consent=consent
+        )
         kind, name, origin = "hub", source.split("/")[-1], source
     else:
         raise InvalidInput(
@@ -191,23 +210,63 @@ def add_model(library: Library, work: Path, source: str, precision: str, progres
             "`sample`.",
             field="source",
         )
-    loading.check_folder(folder)
+    loading.check_folder(folder, own_code=consent is not None)
     # Built without weights: numbers that fit no model, and a tokenizer of another one, show here.
     found = architecture.read_architecture(folder)
     checks.check_tokenizer(folder, found.vocab_size)
     files = checks.check_weights(folder, progress)
     checks.verify(folder, copied, files)
     provenance["weights"] = [asdict(file) for file in files]
+    if consent is not None and _try_program(folder, consent, found):
+        provenance["code"] = consent.as_dict()
     return _commit_model(library, folder, kind, name, origin, precision, provenance)
 
 
+def code_of(source: str, access: Access | None = None) -> OwnCode | None:
+    """The Python program that a folder or a repository brings and needs, to be looked at; nothing
+    is kept or run. None where it needs none. Raises `UnsupportedModel` where it cannot be used."""
+    from mistudio.engine import hub
+    from mistudio.engine.models import custom_code, loading
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not custom_code.needs_code(loading.read_config(path)):
+            return None
+        return custom_code.read_folder(path, f"folder {path.resolve()}")
+    if source == SAMPLE or path.is_file():
+        return None
+    info = hub.model_info(source, access=access)
+    if not info.config or not custom_code.needs_code(loading.parse_config(info.config)):
+        return None
+    return hub.model_code(source, info.revision, access)
+
+
+def _try_program(folder: Path, consent: Consent, found: Architecture) -> bool:
+    """Whether the model in the work folder needs its own program: then it is the one that was
+    consented to, it builds here (without weights), and what it builds is what the files hold."""
+    from mistudio.engine.models import custom_code, loading
+
+    if not custom_code.needs_code(loading.read_config(folder)):
+        for name in consent.files:  # transformers has its own: these would only lie there
+            (folder / name).unlink(missing_ok=True)
+        return False
+    custom_code.try_building(folder, consent, found.n_layers, found.vocab_size)
+    return True
+
+
 def _copy_model(
-    library: Library, source: Path, folder: Path, progress: Progress
+    library: Library, source: Path, folder: Path, progress: Progress, consent: Consent | None
 ) -> dict[str, tuple[int, str]]:
-    """Only what a model needs: configuration, tokenizer, safetensors. Size and SHA-256 of each file
-    as it was read."""
+    """Only what a model needs: configuration, tokenizer, safetensors, and the Python files that
+    were consented to. Size and SHA-256 of each file as it was read."""
+    from mistudio.engine.models.custom_code import check_link
+
     wanted = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    files = [f for f in sorted(source.iterdir()) if f.is_file() and f.suffix in wanted]
+    program = consent.files if consent else {}
+    files = [f for f in sorted(source.iterdir()) if f.suffix in wanted or f.name in program]
+    for file in files:
+        check_link(source, file)
+    files = [f for f in files if f.is_file()]
     total = sum(file.stat().st_size for file in files)
     library.require_space(total, f"Copying {source.name}")
     done = 0

@@ -16,7 +16,13 @@ from mistudio.engine.hub.catalogue import (
 )
 from mistudio.engine.hub.download import FetchedFile, download_files
 from mistudio.engine.hub.layout import Config, Split
-from mistudio.engine.hub.models import HubModel, download_model, model_info, search_models
+from mistudio.engine.hub.models import (
+    HubModel,
+    download_model,
+    model_code,
+    model_info,
+    search_models,
+)
 from mistudio.engine.hub.refusals import Subject
 from mistudio.engine.hub.repository import RemoteFile, check_repository, is_repository_id
 from mistudio.engine.hub.session import Session
@@ -41,6 +47,7 @@ __all__ = [
     "download_model",
     "inspect",
     "is_repository_id",
+    "model_code",
     "model_info",
     "read_fetched",
     "read_splits",

@@ -75,6 +75,16 @@ def download_files(
     return fetched
 
 
+def fetch_bytes(session: Session, revision: str, file: RemoteFile) -> bytes:
+    """A small file into memory, checked against the listed size and hash."""
+    size = file.size or 0
+    data = session.bytes(file_url(session, revision, file.name), 0, size, size)
+    sums = _Sums(file)
+    sums.add(data)
+    _verify(session, file, sums)
+    return data
+
+
 def is_fetched(folder: Path, file: RemoteFile) -> bool:
     """Whether a file lies in the folder, verified."""
     return _finished(folder, file) is not None

@@ -35,6 +35,10 @@ MAX_FILE = 512 * 1024  # bytes; transformers' longest model file has 200,000
 MAX_ALL = 2 * 1024**2
 MAX_FILES = 32
 _PACKAGE = "mistudio_own_code_"
+MEANING = (
+    "This model brings its own program. It would run with all your rights: it could read, change "
+    "and send away every file that you can."
+)
 _TITLE = "The model needs its own program code"
 
 
@@ -390,6 +394,27 @@ def load_classes(folder: Path, consent: Consent) -> Program:
             raise _refused(f"{one!r} is no {kind.__name__}.")
     with own_words():
         return Program(config.from_dict(raw), model)
+
+
+def try_building(folder: Path, consent: Consent, n_layers: int, vocab_size: int) -> None:
+    """Build the model without weights, so that a program that does not work here, or is of another
+    model than the weights, is found out before it is kept."""
+    import torch
+
+    from mistudio.engine.models.loading import quiet_transformers
+    from mistudio.engine.models.quantise import find_blocks
+
+    program = load_classes(folder, consent)
+    with own_words(), quiet_transformers(), torch.device("meta"):
+        model = program.model(program.config)
+        found = len(find_blocks(model, n_layers)), len(model.get_input_embeddings().weight)
+    if found != (n_layers, vocab_size):
+        raise CorruptFile(
+            "The model's weights do not fit its program",
+            f"Its program builds {found[0]:,} layers and {found[1]:,} tokens; its files hold "
+            f"{n_layers:,} and {vocab_size:,}.",
+            "Download the model again.",
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mistudio.ui.hub.asking import Answer, ask
 from mistudio.ui.hub.results import Results
 from mistudio.ui.hub.token import TokenRow
 from mistudio.ui.models.candidate import Candidate, consider, refused_precisions, why_not
+from mistudio.ui.models.consent import ConsentDialog
 from mistudio.ui.models.plan_table import NAMES, PlanTable
 from mistudio.ui.models.presenter import (
     SAMPLE_ABOUT,
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 AUTO = "Auto (best that fits)"
 _DOWNLOAD = "Download Model from HuggingFace"
 _TAKE = "Add Model from This Computer"
+_OWN_PROGRAM = (
+    "⚠ This model brings its own program, which transformers does not have. The program is shown "
+    "to you before anything is fetched; nothing of it runs unless you agree."
+)
 
 
 class AddCard(Card):
@@ -62,6 +67,7 @@ class AddCard(Card):
         self._device_asked = False
         self._refused: dict[str, str] = {}
         self._adding = False  # the answer that is awaited decides whether it is added
+        self._consenting: Candidate | None = None
         self.candidate: Candidate | None = None
         self._named = ""  # the text that the candidate was looked up by
         self.source = QLineEdit()
@@ -108,8 +114,11 @@ class AddCard(Card):
         self.look.clicked.connect(self._on_look_clicked)
         self.page_link = Button("Open its page", "link", "external-link")
         self.page_link.clicked.connect(self._on_page_clicked)
+        self.code_note = Text("", "small", "yellow", wrap=True)
         links = row(self.look, self.page_link, None, spacing=16)
-        self.plan_box.add(self.plan_title, self.plan_facts, self._table, self.plan_warning, links)
+        self.plan_box.add(
+            self.plan_title, self.plan_facts, self._table, self.plan_warning, self.code_note, links
+        )
         self.plan_box.hide()
 
     def _build(self) -> None:
@@ -130,8 +139,8 @@ class AddCard(Card):
         others = row(self.browse, self.browse_file, self.sample_button, self.sample_about)
         others.setStretch(3, 1)
         note = Text(
-            "Only safetensors and GGUF weights are read, and no code that comes with a model is "
-            "run. You can also drop a folder or a .gguf file here.",
+            "Only safetensors and GGUF weights are read. Code that comes with a model is never run "
+            "unless you have seen it and agreed. You can also drop a folder or a .gguf file here.",
             "helper",
             wrap=True,
         )
@@ -231,6 +240,8 @@ class AddCard(Card):
         self.plan_facts.setText(" • ".join(facts))
         clear(self._table)
         self._table.addWidget(PlanTable(fit))
+        self.code_note.setText(_OWN_PROGRAM if candidate.code else "")
+        self.code_note.setVisible(candidate.code is not None)
         self.page_link.setVisible(bool(candidate.page))
         self.page_link.setText(
             "Open its page to accept the terms" if candidate.gated else "Open its page"
@@ -330,12 +341,30 @@ class AddCard(Card):
             self._submit()
 
     def _submit(self) -> None:
+        """A model that brings its own program is asked about first."""
         assert self.candidate is not None
-        source = self.candidate.source
-        if self.candidate.page and not self.token_row.apply(source):
+        if self.candidate.code is None:
+            self._get(self.candidate)
+            return
+        self._consenting = self.candidate
+        dialog = ConsentDialog(self.candidate.name, self.candidate.code, self)
+        dialog.accepted.connect(self._on_consented)
+        dialog.open()
+
+    def _on_consented(self) -> None:
+        """What was shown is what is fetched, whatever the form says by now."""
+        if self._consenting is not None:
+            self._get(self._consenting)
+        self._consenting = None
+
+    def _get(self, candidate: Candidate) -> None:
+        source, code = candidate.source, candidate.code
+        if candidate.page and not self.token_row.apply(source):
             return
         try:
-            self._presenter.add(source, self.precision.value)
+            self._presenter.add(
+                source, self.precision.value, code.consent().as_dict() if code else None
+            )
         except UserError as exc:
             self._services.toasts.error(exc)
             return

@@ -15,7 +15,12 @@ from mistudio.library.library import Library
 if TYPE_CHECKING:
     from mistudio.engine.hub import Access, HubModel
     from mistudio.engine.models.architecture import Architecture
+    from mistudio.engine.models.custom_code import OwnCode
     from mistudio.engine.models.memory import ModelPlan
+
+UNUSED_CODE = (
+    "it brings a program of its own, which is not run: transformers knows this architecture itself"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`source` as the form names it; `fetch` in bytes are what is downloaded or copied."""
+    """`source` as the form names it; `fetch` in bytes are what is downloaded or copied. `code` is
+    the program that the model brings and needs, if it does: it must be consented to."""
 
     source: str
     name: str
@@ -63,6 +69,7 @@ class Candidate:
     facts: tuple[str, ...]
     page: str = ""
     gated: str = ""
+    code: OwnCode | None = None
 
     @property
     def disk_short(self) -> bool:
@@ -114,13 +121,20 @@ def consider(library: Library, source: str, access: Access | None = None) -> Can
 
 def _folder(library: Library, path: Path) -> Candidate:
     from mistudio.engine.models.architecture import read_architecture
-    from mistudio.engine.models.loading import check_folder, describe
+    from mistudio.engine.models.custom_code import brings_unused_code
+    from mistudio.engine.models.loading import check_folder, describe, read_config
+    from mistudio.jobs.models import code_of
 
-    check_folder(path)
+    code = code_of(str(path))
+    check_folder(path, own_code=code is not None)
     summary = describe(path)
     fit = fit_of(library, read_architecture(path))
-    facts = (f"stored as {', '.join(summary.dtypes)}",)
-    return _candidate(library, str(path), path.name, fit, summary.bytes_on_disk, facts)
+    facts = [f"stored as {', '.join(summary.dtypes)}"]
+    if brings_unused_code(read_config(path)):
+        facts.append(UNUSED_CODE)
+    return _candidate(
+        library, str(path), path.name, fit, summary.bytes_on_disk, tuple(facts), code=code
+    )
 
 
 def _gguf(library: Library, path: Path) -> Candidate:
@@ -135,8 +149,10 @@ def _gguf(library: Library, path: Path) -> Candidate:
 
 
 def _repository(library: Library, name: str, access: Access | None) -> Candidate:
-    from mistudio.engine.hub import model_info
+    from mistudio.engine.hub import model_code, model_info
     from mistudio.engine.models.architecture import describe_architecture
+    from mistudio.engine.models.custom_code import needs_code
+    from mistudio.engine.models.loading import parse_config
 
     info = model_info(name, access=access)
     if info.problem:
@@ -145,16 +161,24 @@ def _repository(library: Library, name: str, access: Access | None) -> Candidate
             f"{name}: {info.problem}",
             "Choose another repository; many have a converted copy.",
         )
-    fit = fit_of(library, describe_architecture(info.config))
+    code = None
+    if needs_code(parse_config(info.config)):
+        code = model_code(name, info.revision, access)
+    fit = fit_of(library, describe_architecture(info.config, info.tensors))
     return _candidate(
         library, name, name.split("/")[-1], fit, info.bytes, _hub_facts(info, fit),
-        page=info.page, gated=info.gated,
+        page=info.page, gated=info.gated, code=code,
     )  # fmt: skip
 
 
 def _hub_facts(info: HubModel, fit: Fit) -> tuple[str, ...]:
+    from mistudio.engine.models.custom_code import brings_unused_code
+    from mistudio.engine.models.loading import parse_config
+
     facts = [f"stored as {', '.join(info.dtypes)}"] if info.dtypes else []
     facts.append(f"licence: {info.licence or 'not stated'}")
+    if brings_unused_code(parse_config(info.config)):
+        facts.append(UNUSED_CODE)
     if info.parameters and abs(info.parameters / fit.architecture.parameters - 1) > 0.1:
         facts.append(
             f"its files hold {formatting.short_count(info.parameters)} numbers, its configuration "
@@ -167,10 +191,10 @@ def _hub_facts(info: HubModel, fit: Fit) -> tuple[str, ...]:
 
 def _candidate(
     library: Library, source: str, name: str, fit: Fit, fetch: int, facts: tuple[str, ...],
-    page: str = "", gated: str = "",
+    page: str = "", gated: str = "", code: OwnCode | None = None,
 ) -> Candidate:  # fmt: skip
     free = shutil.disk_usage(library.root).free
-    return Candidate(source, name, fit, fetch, free, facts, page, gated)
+    return Candidate(source, name, fit, fetch, free, facts, page, gated, code)
 
 
 def why_not(candidate: Candidate, precision: str) -> UserError | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PySide6.QtCore import QObject, Signal
 
@@ -234,11 +235,12 @@ class ModelsPresenter(QObject):
 
     # --- commands -------------------------------------------------------------------------------
 
-    def add(self, source: str, precision: str = "auto") -> int:
-        """Queue a job that adds a model. InvalidInput where the text cannot be one."""
+    def add(self, source: str, precision: str = "auto", code: dict[str, Any] | None = None) -> int:
+        """Queue a job that adds a model. `code` is the consent to run its own program. InvalidInput
+        where the text cannot be a model."""
         from mistudio.jobs.kinds import AddModel
 
-        return self._services.jobs.submit(AddModel(checked_source(source), precision))
+        return self._services.jobs.submit(AddModel(checked_source(source), precision, code or {}))
 
     def add_sample(self) -> int:
         from mistudio.jobs.kinds import AddModel
