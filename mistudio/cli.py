@@ -788,7 +788,6 @@ def _model_add(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     return found
 
 
-def _model_check(options: argparse.Namespace, library: Library) -> dict[str, Any]:
 def _show_code(source: str) -> dict[str, Any]:
     """Print every file that would run, and the one hash that stands for them all."""
     from mistudio.engine.models.custom_code import MEANING
@@ -836,6 +835,7 @@ def _trusted_code(source: str, prefix: str) -> dict[str, Any]:
     return consent.as_dict()
 
 
+def _model_check(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     model = _find(library.models, options.model)
     return {"model_id": model.id, "quality": _checked(library, model.id)}
 
