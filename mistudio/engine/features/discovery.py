@@ -3,7 +3,9 @@ it fires and what it promotes. Memory does not grow with the number of tokens.""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from mistudio.engine.activations.source import TokenRows
 from mistudio.engine.datasets.tokens import TokenSplit
 from mistudio.engine.features.logit_lens import logit_lens
-from mistudio.engine.features.store import FeatureMeta, write_store
+from mistudio.engine.features.store import EARLIER_META, FeatureMeta
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.dictionary import Codes, Dictionary
@@ -67,7 +69,10 @@ def discover(
         "logit_ids": ids.numpy(),
         "logit_values": logits.numpy(),
     }
-    write_store(folder, meta, arrays)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / EARLIER_META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
     return meta
 
 

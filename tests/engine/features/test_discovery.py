@@ -90,9 +90,9 @@ def test_top_examples_equal_brute_force(store, everything):
         want = sorted(best.values(), key=lambda e: (-e[0], e[1]))[:TOP]
         got = [
             (
-                float(store._values[feature, i]),
-                int(store._windows[feature, i]),
-                int(store._positions[feature, i]),
+                float(store.top["value"][feature, i]),
+                int(store.top["window"][feature, i]),
+                int(store.top["position"][feature, i]),
             )
             for i in range(store.n_examples(feature))
         ]
@@ -130,8 +130,8 @@ def test_the_size_of_the_batches_does_not_matter(tiny, tokens, median, dictionar
         top_k=TOP,
     )
     other = FeatureStore(tmp_path)
-    assert np.array_equal(other._windows, store._windows)
-    assert np.array_equal(other._positions, store._positions)
+    assert np.array_equal(other.top["window"], store.top["window"])
+    assert np.array_equal(other.top["position"], store.top["position"])
     assert np.allclose(other.columns["density"], store.columns["density"])
 
 
