@@ -132,7 +132,7 @@ def test_a_gated_model_needs_the_token_of_the_form(
     ("name", "words"),
     [
         ("eve/tiny-lm-pickled", "only formats that can run code"),
-        ("eve/own-lm", "needs its own program code"),
+        ("eve/own-lm", "m.py is not there"),
         ("eve/nothing", "eve/nothing"),
     ],
 )

@@ -31,7 +31,7 @@ REMEMBERED = (
     "its files are compared; if one was changed, added or is missing, it is not run and you are "
     "told. The consent is for this model alone, and ends when you delete it."
 )
-_ROWS = 4  # of the list of files, seen at once
+_ROWS = 3  # of the list of files, seen at once
 
 
 class ConsentDialog(QDialog):
@@ -110,37 +110,23 @@ class ConsentDialog(QDialog):
         facts = [
             f"From {where}",
             f"{n} Python file{'' if n == 1 else 's'}, {formatting.size(code.bytes)}",
-            f"Runs {', '.join(code.classes.values())}",
+            f"Runs {', '.join(code.classes.values())}, which transformers does not have",
         ]
-        meaning = Text(
-            f"{MEANING} Nothing of it has run so far. Agree only if you have read it, or know and "
-            "trust who wrote it.",
-            "body",
-            "yellow",
-            wrap=True,
-        )
+        meaning = Text(f"{MEANING} Nothing of it has run so far.", "body", "yellow", wrap=True)
         self.about = Text(" • ".join(facts), "helper", wrap=True, selectable=True)
         inside = column(10)
         inside.setContentsMargins(24, 0, 24, 20)
         search = row(self.shown, None, self.found, self.wanted, self.next)
-        inside.addWidget(meaning)
         inside.addWidget(self.about)
         inside.addWidget(self.files)
         inside.addLayout(search)
         inside.addWidget(self.source, 1)
         inside.addWidget(Text(REMEMBERED, "helper", wrap=True))
-        inside.addWidget(self.agreed)
-        inside.addLayout(row(None, self.cancel, self.consent))
+        inside.addLayout(row(self.agreed, None, self.cancel, self.consent))
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(0)
-        subtitle = Text(
-            "transformers does not know its architecture: without this program the model cannot "
-            "be used.",
-            "helper",
-            wrap=True,
-        )
-        layout.addLayout(head_of(self, f"{name} brings its own program", subtitle, "yellow"))
+        layout.addLayout(head_of(self, f"{name} brings its own program", meaning))
         layout.addLayout(inside, 1)
 
     def _show_file(self, index: int) -> None:
