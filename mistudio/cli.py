@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     saved = add("checkpoints", _checkpoints, "what interrupted trainings can go on from")
     saved.add_argument("job", type=int, nargs="?", help="default: all")
+    saved.add_argument("--delete", type=int, metavar="STEP", help="delete this one of the job")
 
     discover = add("discover", _discover, "find what every latent fires on")
     discover.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -1276,8 +1277,6 @@ def _sae_remove(options: argparse.Namespace, library: Library) -> dict[str, Any]
 
 
 def _resume(options: argparse.Namespace, library: Library) -> dict[str, Any]:
-    from mistudio.engine.training import checkpoints
-
     found = [record for record in library.jobs.resumable() if can_go_on(library, record)]
     if options.job is not None:
         library.jobs.get(options.job)
@@ -1290,26 +1289,16 @@ def _resume(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         raise NotFound(
             "There is nothing to go on with", what, "`mistudio checkpoints` lists what there is."
         )
-    record = found[0]
-    if options.step is not None:
-        folder = library.checkpoint_folder(record.id)
-        steps = [checkpoint.step for checkpoint in checkpoints.listing(folder)]
-        if options.step not in steps:
-            raise NotFound(
-                "There is no such checkpoint",
-                f"Job {record.id} has those of the steps {', '.join(map(str, steps))}.",
-            )
-        checkpoints.rewind(folder, options.step)
-    return _go_on(library, record)
+    return _go_on(library, found[0], options.step)
 
 
-def _go_on(library: Library, record: Any) -> dict[str, Any]:
+def _go_on(library: Library, record: Any, step: int | None = None) -> dict[str, Any]:
     """Run a job again under its own number: it goes on from what it kept."""
+    from mistudio.jobs.job import take_up
     from mistudio.jobs.kinds import job_from_row
 
     job = job_from_row(record.kind, record.params)
-    if not library.jobs.requeue(record.id):
-        raise InvalidInput("This job has not ended", "It was taken up elsewhere meanwhile.")
+    take_up(library, record.id, step)
     if record.kind != "train":
         return _run(library, job, job_id=record.id)
     return _trained(library, _run(library, job, keep_on_stop=True, job_id=record.id))
@@ -1319,14 +1308,17 @@ def _checkpoints(options: argparse.Namespace, library: Library) -> dict[str, Any
     from mistudio.engine.training import checkpoints
     from mistudio.terminal import table
 
+    if options.delete is not None:
+        if options.job is None:
+            raise InvalidInput("Which job's checkpoint?", "Name the job before --delete.")
+        library.jobs.get(options.job)
+        checkpoints.delete(library.checkpoint_folder(options.job), options.delete)
     jobs = library.jobs.all() if options.job is None else [library.jobs.get(options.job)]
-    rows = []
+    rows, total = [], 0
     for record in jobs:
         folder = library.checkpoint_folder(record.id)
         best = checkpoints.best(folder)
         for checkpoint in checkpoints.listing(folder):
-            judged = checkpoint.run["heldout"].values()
-            fvu = sum(values["fvu"] for values in judged) / len(judged) if judged else None
             rows.append(
                 {
                     "job": record.id,
@@ -1334,12 +1326,17 @@ def _checkpoints(options: argparse.Namespace, library: Library) -> dict[str, Any
                     "status": record.status,
                     "step": checkpoint.step,
                     "of": next(iter(checkpoint.run["plans"].values()))["steps"],
-                    "fvu": number(fvu, 3),
+                    "loss": number(checkpoint.loss, 4),
+                    "fvu": number(checkpoint.fvu, 3),
                     "best": "best" if best and best.step == checkpoint.step else "",
+                    "kept": "until deleted" if checkpoint.kept else "",
                     "size": size(checkpoint.bytes),
                 }
             )
+            total += checkpoint.bytes
     print(table(rows, {key: key for key in rows[0]}) if rows else "No checkpoints.")
+    if rows:
+        print(f"{size(total)} in all.")
     return {"checkpoints": rows}
 
 

@@ -14,12 +14,16 @@ class Interrupted(Cancelled):
     that is kept; where nothing can, it is a cancellation."""
 
 
+class RolledBack(Cancelled):
+    """The work goes back to something that it kept, and on from there."""
+
+
 class Progress(Protocol):
     """What every long engine function takes.
 
     `check` is called at least every 200 ms of work: it raises `Cancelled` when the user stopped
-    the work, `Interrupted` when the application quits, and blocks while it is paused; helper
-    threads may call it too. `report` never blocks and may be called at any rate.
+    the work, `Interrupted` when the application quits, `RolledBack` when the user wants to go back,
+    and blocks while it is paused; helper threads may call it too. `report` never blocks and may be called at any rate.
     """
 
     def check(self) -> None: ...

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mistudio.engine.progress import Cancelled, Interrupted
+from mistudio.engine.progress import Cancelled, Interrupted, RolledBack
+from mistudio.engine.training.checkpoints import AutoSave
 
 
 class Control:
@@ -21,6 +22,9 @@ class Control:
         self._save = threading.Event()
         self._go = threading.Event()
         self._go.set()
+        self._step: int | None = None  # to go back to
+        self._arrives_paused = self._saves_paused = False
+        self.auto_save: AutoSave | None = None
 
     def cancel(self) -> None:
         """Stop and throw away what is unfinished."""
@@ -38,15 +42,42 @@ class Control:
         self._go.set()
 
     def save_now(self) -> None:
-        """Write a checkpoint soon (training)."""
+        """Write a checkpoint soon (training). One that is paused takes a step for it: only
+        between two steps is there something whole to save."""
         self._save.set()
+        if self.paused:
+            self._saves_paused = True
+            self._go.set()
+
+    def save_every(self, auto: AutoSave) -> None:
+        """From now on save by itself so often (training)."""
+        self.auto_save = auto
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the checkpoint of this step and pause there (training)."""
+        self._step = step
+        self._go.set()
 
     def pause(self) -> None:
         if not (self._cancel.is_set() or self._interrupt.is_set() or self._finish.is_set()):
             self._go.clear()
 
     def resume(self) -> None:
+        self._arrives_paused = self._saves_paused = False
         self._go.set()
+
+    def accept_roll_back(self) -> int | None:
+        """The job hears of the wish: `check` raises no more. The step; None where there was no
+        such wish."""
+        step, self._step = self._step, None
+        self._arrives_paused = step is not None
+        return step
+
+    def arrive(self) -> None:
+        """The job stands where it went back to: pause, where nobody resumed it meanwhile."""
+        if self._arrives_paused:
+            self._arrives_paused = False
+            self.pause()
 
     @property
     def paused(self) -> bool:
@@ -64,11 +95,14 @@ class Control:
         """Whether `save_now` was asked for since this was last asked."""
         wanted = self._save.is_set()
         self._save.clear()
+        if wanted and self._saves_paused:
+            self._saves_paused = False
+            self.pause()
         return wanted
 
     def check(self) -> float:
-        """Raise Cancelled if stopped, Interrupted if that is only for now, wait while paused.
-        Returns the seconds spent waiting."""
+        """Raise Cancelled if stopped, Interrupted if that is only for now, RolledBack if it is to
+        go back, wait while paused. Returns the seconds spent waiting."""
         self._raise_if_over()
         if self._go.is_set():
             return 0.0
@@ -82,6 +116,19 @@ class Control:
             raise Cancelled
         if self._interrupt.is_set():
             raise Interrupted
+        if self._step is not None:
+            raise RolledBack
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What became of a checkpoint that was asked for. `number` counts them from 1; `problem` says
+    why it could not be written, "" where it was."""
+
+    number: int
+    step: int
+    bytes: int
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from mistudio.engine.progress import Cancelled, Interrupted
-from mistudio.errors import explain
-from mistudio.jobs.control import Control, Meter, Phase, Snapshot
+from mistudio.engine.training import checkpoints
+from mistudio.errors import InvalidInput, explain
+from mistudio.jobs.control import Control, Meter, Phase, SaveReport, Snapshot
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Library
 from mistudio.logs import redacted
@@ -43,14 +45,21 @@ class Job(Protocol):
 class MetricLog:
     """The full history of a run's metrics: every row in memory for the charts and on disk."""
 
+    _generations = itertools.count(1)
+
     def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
         """`rows` are those of a run that goes on: the file then begins with them alone."""
         self.path = path
+        self.generation = next(self._generations)
+        """Another in every log: who watches sees that rows it has had may be gone."""
         self._rows: list[dict[str, Any]] = list(rows or [])
         self._lock = threading.Lock()
         if rows is not None:
             part = path.with_name(f"{path.name}.part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with part.open("w", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -105,18 +114,24 @@ class JobContext:
         self.control = control
         self.work_folder = library.work_folder(job_id)
         self.metrics: MetricLog | None = None
+        self.save_report: SaveReport | None = None
+        self._waiting = threading.Lock()
         self._meter = Meter(job_id, phases, time.monotonic)
         self._listener = listener
         self._last_row_write = 0.0
         self._last_listener_call = 0.0
 
     def check(self) -> None:
-        if self.control.paused:
-            first = self.library.jobs.move(self.job_id, ("running",), "paused")
-            idle = self.control.check()
-            if first:  # of the threads that wait here, one says so and counts the time
-                self._meter.add_idle(idle)
+        if not self.control.paused:
+            self.control.check()
+        elif self._waiting.acquire(blocking=False):
+            # Of the threads that wait here, one says so and counts the time.
+            try:
+                self.library.jobs.move(self.job_id, ("running",), "paused")
+                self._meter.add_idle(self.control.check())
                 self.library.jobs.move(self.job_id, ("paused",), "running")
+            finally:
+                self._waiting.release()
         else:
             self.control.check()
 
@@ -152,6 +167,11 @@ class JobContext:
         if self.metrics is None:
             self.metrics = MetricLog(self.work_folder / "metrics.jsonl")
         self.metrics.append(row)
+
+    def report_save(self, step: int, n_bytes: int, problem: str = "") -> None:
+        """What became of a checkpoint that was asked for."""
+        number = self.save_report.number + 1 if self.save_report else 1
+        self.save_report = SaveReport(number, step, n_bytes, problem)
 
     def snapshot(self) -> Snapshot:
         """The latest state: the mailbox that the window reads."""
@@ -207,6 +227,39 @@ def run_job(
 def can_go_on(library: Library, record: JobRecord) -> bool:
     """Whether an ended job kept what it needs to go on where it was."""
     return record.status in ("interrupted", "failed") and library.has_checkpoints(record.id)
+
+
+def take_up(library: Library, job_id: int, step: int | None = None) -> JobRecord:
+    """Queue an ended job under its own number, to go on from its newest checkpoint or, with
+    `step`, from that one: later ones are then deleted. Its row.
+
+    InvalidInput where it kept none or was taken up elsewhere meanwhile, NotFound and CorruptFile
+    where that checkpoint is not there or is damaged; nothing is deleted then.
+    """
+    if step is not None:
+        checkpoints.pick(library.checkpoint_folder(job_id), step)
+    kept = can_go_on(library, library.jobs.get(job_id))
+    if not kept or not library.jobs.requeue(job_id):
+        raise InvalidInput(
+            "This job cannot go on",
+            "It kept no checkpoint, or it was taken up elsewhere meanwhile.",
+            "Start it again from its beginning.",
+        )
+    if step is not None:
+        checkpoints.rewind(library.checkpoint_folder(job_id), step)
+    return library.jobs.get(job_id)
+
+
+def keep_auto_save(library: Library, job_id: int, auto: checkpoints.AutoSave) -> None:
+    """Remember in a training's row how often it saves, for when it goes on."""
+    with library.transaction():
+        params = library.jobs.get(job_id).params
+        config = {
+            **params.get("config", {}),
+            "autosave_steps": auto.steps,
+            "autosave_minutes": auto.minutes,
+        }
+        library.jobs.update(job_id, params={**params, "config": config})
 
 
 def error_row(exc: BaseException) -> dict[str, Any]:

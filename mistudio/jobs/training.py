@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import mistudio
 from mistudio import device
-from mistudio.engine.progress import Progress
+from mistudio.engine.progress import Progress, RolledBack
 from mistudio.engine.training import distributed
-from mistudio.errors import is_out_of_memory
+from mistudio.errors import NotFound, is_out_of_memory
 from mistudio.formatting import size
 from mistudio.jobs import assist
 from mistudio.jobs.control import Phase
@@ -31,6 +32,7 @@ from mistudio.jobs.stages import Stage, Within
 from mistudio.jobs.tokenizing import text_for
 from mistudio.library.library import Library
 from mistudio.library.records import Model, Tokenization, Training
+from mistudio.library.table import now
 
 if TYPE_CHECKING:
     from mistudio.engine.activations.source import ActivationSource
@@ -48,6 +50,8 @@ TRAIN_PARTS = {
     "judge": (0.93, 1.0),
 }
 
+
+EVENTS = "events.jsonl"  # beside the checkpoints
 
 # How a run's record names where its activations came from.
 ORIGINS = {
@@ -123,11 +127,17 @@ def train(
     there already it goes on from."""
     began = time.monotonic()
     learning = _Learning(library, job, tokenization, context, stages, keep)
-    trained = learning.run()
-    source = learning.source
-    stage = stages.get("evaluate") or Stage(context, "evaluate")
-    model = loaded_model(library, job.model_id)
-    losses = _losses(library, model, tokenization, source, trained, job, stage)
+    while True:
+        try:
+            trained = learning.run()
+            source = learning.source
+            stage = stages.get("evaluate") or Stage(context, "evaluate")
+            model = loaded_model(library, job.model_id)
+            losses = _losses(library, model, tokenization, source, trained, job, stage)
+            break
+        except RolledBack:
+            pass  # the error holds what the training held: it must be gone first
+        learning.roll_back()
     folder = work / "training"
     shutil.rmtree(folder, ignore_errors=True)
     metrics = {
@@ -140,6 +150,7 @@ def train(
     record = _run_record(
         library, job, model, tokenization, trained, metrics, source, learning.origin, notes
     )
+    record["events"] = learning.events
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return _commit(
         library,
@@ -191,13 +202,18 @@ class _Learning:
         self.origin = choose(self._text, job.source, job.extraction_id)
         self.notes: list[str] = []
         self.seconds_before = 0.0
+        self._begun = False
 
     def run(self) -> TrainedRun:
+        reached = self._reached()
         found = self._found()
         if found:
             self.origin = Origin(**found.run["about"]["origin"])
-            self.seconds_before = found.run["seconds"]
-        elif self._job.source == "auto" and self.origin.kind == "stream" and self._keep:
+            if not self._begun:
+                self.seconds_before = found.run["seconds"]
+                self._remember("went on", step=found.step, from_step=max(reached, found.step))
+        self._begun = True
+        if not found and self._job.source == "auto" and self.origin.kind == "stream" and self._keep:
             self._foresee()
         try:
             return self._train(found)
@@ -215,6 +231,41 @@ class _Learning:
         )
         found = self._found()
         return self._train(found, new_stream=found is not None)
+
+    def roll_back(self) -> None:
+        """Back to the checkpoint that the user chose, as if what came after had never been; the
+        next `run` begins there, paused."""
+        from mistudio.engine.training import checkpoints
+
+        context = self._context
+        step = context.control.accept_roll_back()
+        if step is None or self._keep is None:
+            return
+        context.library.jobs.move(context.job_id, ("running",), "paused")
+        reached = self._reached()
+        try:
+            checkpoints.rewind(self._keep, step)
+        except NotFound as exc:  # it was deleted meanwhile
+            self._tell(f"{exc.title}: {exc.what} The newest one is used.")
+            return
+        self._remember("rolled back", step=step, from_step=max(reached, step))
+
+    def _reached(self) -> int:
+        """How many steps had been done, as far as the metrics tell."""
+        rows = read_metrics(self._keep / "metrics.jsonl") if self._keep else []
+        return rows[-1]["step"] + 1 if rows else 0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """When the training was gone on with or rolled back."""
+        return read_metrics(self._keep / EVENTS) if self._keep else []
+
+    def _remember(self, event: str, **more: Any) -> None:
+        assert self._keep is not None
+        with (self._keep / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "at": now(), **more}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _foresee(self) -> None:
         """Take turns from the start where model and training cannot fit together. (On most
@@ -265,12 +316,33 @@ class _Learning:
             "tokenizer_hash": self._text.tokenization.tokenizer_hash,
             "versions": device.versions(),
         }
-        return Saving(self._keep, self._context.wants_save, self._on_saved, about)
+        return Saving(
+            self._keep,
+            self._context.wants_save,
+            lambda: self._context.control.auto_save,
+            self._on_saved,
+            self._on_save_failed,
+            self._on_ready,
+            about,
+        )
 
     def _on_saved(self, checkpoint: Checkpoint) -> None:
         if self._context.metrics:
             self._context.metrics.flush()
+        if checkpoint.kept:
+            self._context.report_save(checkpoint.step, checkpoint.bytes)
         self._library.note_change("jobs", self._context.job_id)
+
+    def _on_save_failed(self, why: str, wanted: bool) -> None:
+        if wanted:
+            self._context.report_save(0, 0, why)
+
+    def _on_ready(self) -> None:
+        """Where it was rolled back to it waits for the user, who may have resumed it already."""
+        control = self._context.control
+        control.arrive()
+        if not control.paused:
+            self._library.jobs.move(self._context.job_id, ("paused",), "running")
 
     def _tell(self, text: str, keep: bool = True) -> None:
         if keep:

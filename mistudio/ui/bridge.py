@@ -11,13 +11,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 from typing import Any
 
 from PySide6.QtCore import QEventLoop, QObject, Qt, QThread, QTimer, Signal
 
-from mistudio.errors import Busy, InvalidInput
-from mistudio.jobs.control import Control, Snapshot
-from mistudio.jobs.job import Job, JobContext, MetricLog, can_go_on, run_job, submit
+from mistudio.engine.training.checkpoints import AutoSave
+from mistudio.errors import Busy
+from mistudio.jobs.control import Control, SaveReport, Snapshot
+from mistudio.jobs.job import (
+    Job,
+    JobContext,
+    MetricLog,
+    can_go_on,
+    keep_auto_save,
+    run_job,
+    submit,
+    take_up,
+)
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Change, Library
 from mistudio.ui.background import Background
@@ -89,6 +100,11 @@ class JobThread(QThread):
         with self._lock:
             return self._context.metrics if self._context else None
 
+    @property
+    def save_report(self) -> SaveReport | None:
+        with self._lock:
+            return self._context.save_report if self._context else None
+
     def run(self) -> None:
         threading.current_thread().name = self.objectName()
         try:
@@ -104,6 +120,16 @@ class JobThread(QThread):
             self._context = context
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a waiting job stands: `number` counts from 1, `after` is the job before it (running
+    or waiting), `of` how many wait."""
+
+    number: int
+    of: int
+    after: int | None
+
+
 class JobManager(QObject):
     """Runs jobs: one at a time in each lane, first come first served."""
 
@@ -113,6 +139,8 @@ class JobManager(QObject):
     """A job of this process ended with this status (finished, failed, cancelled, interrupted)."""
     tick = Signal()
     """About 30 times a second while a job runs: time to pull snapshots and metrics."""
+    queue_changed = Signal()
+    """A job was queued, started, taken out of its queue or moved in it."""
     idle = Signal()
     """The last running job of this process ended."""
 
@@ -135,15 +163,9 @@ class JobManager(QObject):
 
     def submit(self, job: Job) -> int:
         """Queue a job; returns the id of its row. Busy while the application closes."""
-        if self._refusing:
-            raise Busy(
-                "miStudio is closing",
-                "No new work is taken.",
-                "Start it again after the window closed.",
-            )
+        self._refuse_at_the_end()
         job_id = submit(self._library, job)
-        self._queues[job.lane].append((job_id, job))
-        self._start_next(job.lane)
+        self._enqueue(job_id, job)
         return job_id
 
     def pause(self, job_id: int) -> None:
@@ -159,6 +181,7 @@ class JobManager(QObject):
         if thread := self._thread(job_id):
             thread.control.cancel()
         elif self._unqueue(job_id) and self._library.jobs.move(job_id, ("queued",), "cancelled"):
+            self.queue_changed.emit()
             self.job_finished.emit(job_id, "cancelled")
 
     def finish_early(self, job_id: int) -> None:
@@ -171,22 +194,45 @@ class JobManager(QObject):
         if thread := self._thread(job_id):
             thread.control.save_now()
 
+    def save_every(self, job_id: int, auto: AutoSave) -> None:
+        """Save by itself so often from now on, also when it goes on later (training)."""
+        keep_auto_save(self._library, job_id, auto)
+        if thread := self._thread(job_id):
+            thread.control.save_every(auto)
+
+    def roll_back(self, job_id: int, step: int) -> None:
+        """Take a running training back to its checkpoint of this step, where it pauses. Whether
+        the checkpoint is whole, `checkpoints.pick` has told before."""
+        if thread := self._thread(job_id):
+            thread.control.roll_back(step)
+
     def go_on(self, record: JobRecord) -> int:
-        """Queue an interrupted training under its own number: it goes on from its newest
-        checkpoint. InvalidInput where it kept none or was taken up elsewhere meanwhile."""
+        """Queue an interrupted job under its own number: it goes on from its newest checkpoint.
+        InvalidInput where it kept none or was taken up elsewhere meanwhile."""
+        self._refuse_at_the_end()
+        return self.take_over(take_up(self._library, record.id))
+
+    def take_over(self, record: JobRecord) -> int:
+        """Queue a job that `take_up` has just taken up in this process."""
         from mistudio.jobs.kinds import job_from_row
 
-        job = job_from_row(record.kind, record.params)
-        kept = can_go_on(self._library, self._library.jobs.get(record.id))
-        if not kept or self._refusing or not self._library.jobs.requeue(record.id):
-            raise InvalidInput(
-                "This job cannot go on",
-                "It kept no checkpoint, or it was taken up elsewhere meanwhile.",
-                "Start it again from its beginning.",
-            )
-        self._queues[job.lane].append((record.id, job))
-        self._start_next(job.lane)
+        self._refuse_at_the_end()
+        self._enqueue(record.id, job_from_row(record.kind, record.params))
         return record.id
+
+    def move_in_queue(self, job_id: int, by: int) -> None:
+        """Let a waiting job start earlier (`by` -1) or later (1) than its neighbour."""
+        for queue in self._queues.values():
+            waiting = [entry[0] for entry in queue]
+            if job_id not in waiting:
+                continue
+            here = waiting.index(job_id)
+            there = min(max(here + by, 0), len(queue) - 1)
+            entry = queue[here]
+            del queue[here]
+            queue.insert(there, entry)
+            if there != here:
+                self.queue_changed.emit()
 
     def can_go_on(self, record: JobRecord) -> bool:
         """Whether an ended job kept a checkpoint to go on from."""
@@ -210,6 +256,29 @@ class JobManager(QObject):
         thread = self._thread(job_id)
         rows = thread.metrics if thread else self._metrics.get(job_id)
         return rows.since(since) if rows else []
+
+    def generation(self, job_id: int) -> int:
+        """Changes where metric rows that were handed out before are gone: the job was taken back
+        to a checkpoint."""
+        thread = self._thread(job_id)
+        rows = thread.metrics if thread else self._metrics.get(job_id)
+        return rows.generation if rows else 0
+
+    def save_report(self, job_id: int) -> SaveReport | None:
+        """What became of the last checkpoint that was asked for; None before the first."""
+        thread = self._thread(job_id)
+        return thread.save_report if thread else None
+
+    def place(self, job_id: int) -> Place | None:
+        """Where a job waits in its queue; None where it does not."""
+        for lane, queue in self._queues.items():
+            waiting = [entry[0] for entry in queue]
+            if job_id in waiting:
+                number = waiting.index(job_id)
+                thread = self._threads.get(lane)
+                after = waiting[number - 1] if number else thread and thread.job_id
+                return Place(number + 1, len(waiting), after)
+        return None
 
     def running(self) -> list[int]:
         """Ids of the jobs that run (or pause) in this process."""
@@ -259,6 +328,19 @@ class JobManager(QObject):
 
     # --- lanes ----------------------------------------------------------------------------------
 
+    def _refuse_at_the_end(self) -> None:
+        if self._refusing:
+            raise Busy(
+                "miStudio is closing",
+                "No new work is taken.",
+                "Start it again after the window closed.",
+            )
+
+    def _enqueue(self, job_id: int, job: Job) -> None:
+        self._queues[job.lane].append((job_id, job))
+        self._start_next(job.lane)
+        self.queue_changed.emit()
+
     def _thread(self, job_id: int) -> JobThread | None:
         return next((t for t in self._threads.values() if t.job_id == job_id), None)
 
@@ -291,6 +373,7 @@ class JobManager(QObject):
             del self._threads[lane]
             thread.deleteLater()
             self._start_next(lane)
+            self.queue_changed.emit()
             self.tick.emit()
             self._tell_the_end(thread.job_id)
         if not self._threads:

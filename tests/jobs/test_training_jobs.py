@@ -476,7 +476,7 @@ def test_what_cannot_be_gone_on_with_is_said(
     control = Control()
     row = run(library, training(), control=control, on_start=At(5, control.interrupt).start)
     assert road.run_cli(library.root, "resume", row.id, "--step", 4) == 1
-    assert "has those of the steps 5" in capsys.readouterr().err
+    assert "there are: 5" in capsys.readouterr().err
     assert road.run_cli(library.root, "checkpoints") == 0
     assert row.title in capsys.readouterr().out
     assert road.run_cli(library.root, "job", "retry", row.id) == 0  # the same as `resume`

@@ -187,7 +187,8 @@ def _history(root: Path, name: str) -> list[dict[str, object]]:
     (run,) = road.rows(root, "SELECT folder FROM trainings WHERE name = ?", name)
     lines = (root / run["folder"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    timed = ("tokens_per_second", "time")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def test_a_training_killed_at_any_moments_ends_as_if_it_had_never_been(

@@ -13,7 +13,7 @@ from PySide6.QtCore import QObject, QThread
 from mistudio.errors import Busy, InvalidInput
 from mistudio.jobs.kinds import KINDS
 from mistudio.library.library import Library
-from mistudio.ui.bridge import ChangeNotifier, JobManager
+from mistudio.ui.bridge import ChangeNotifier, JobManager, Place
 
 from .small_jobs import Count, CountOn, CountOnDisk, Stubborn
 
@@ -130,6 +130,39 @@ def test_queued_job_that_is_cancelled_never_starts(
     assert library.jobs.get(second).started_at is None
 
 
+def test_waiting_jobs_have_a_place_can_change_it_and_start_by_themselves(
+    qtbot: Any, jobs: JobManager, library: Library, wait_for: Wait
+) -> None:
+    heard = Receiver()
+    jobs.queue_changed.connect(heard.hear)
+    running, first, second, third = (jobs.submit(Count(n)) for n in (10_000, 1, 2, 3))
+    assert jobs.place(running) is None
+    assert jobs.place(first) == Place(1, 3, running)
+    assert jobs.place(third) == Place(3, 3, second)
+    jobs.move_in_queue(third, -1)
+    assert [jobs.place(job_id) for job_id in (first, third, second)] == [
+        Place(1, 3, running),
+        Place(2, 3, first),
+        Place(3, 3, third),
+    ]
+    jobs.move_in_queue(second, 1)  # it is the last one already
+    jobs.move_in_queue(running, 1)  # it does not wait
+    jobs.move_in_queue(first, 1)
+    jobs.cancel(second)
+    assert len(heard.heard) == 4 + 2 + 1
+    assert [jobs.place(job_id) for job_id in (third, first, second)] == [
+        Place(1, 2, running),
+        Place(2, 2, third),
+        None,
+    ]
+    ended: list[int] = []
+    jobs.job_finished.connect(lambda job_id, status: ended.append(job_id))
+    jobs.cancel(running)
+    wait_for(first, "finished")
+    qtbot.waitUntil(lambda: len(ended) == 3)
+    assert ended == [running, third, first]
+
+
 def test_metrics_are_whole_while_running_and_stay_after_the_end(
     qtbot: Any, jobs: JobManager, wait_for: Wait
 ) -> None:
@@ -210,7 +243,7 @@ def test_closing_keeps_what_a_job_needs_to_go_on(
     assert manager.shutdown()
     record = library.jobs.get(job_id)
     assert record.status == "interrupted"
-    with pytest.raises(InvalidInput):
+    with pytest.raises(Busy):
         manager.go_on(record)  # it is closing
 
     manager = JobManager(library, changes)

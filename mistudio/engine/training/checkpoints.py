@@ -4,8 +4,10 @@
         run.json                   the settings, how far it was, and what each file must be
         source.safetensors         the place in the stream of activations
         <site>/state.safetensors   weights, moments, schedule, random numbers, dead counters
+        kept                       empty; there where a person saved it or went back to it
 
-The best one and the last two are kept.
+Those with `kept` stay until they are deleted. Of the others the best one and the newest two stay,
+and up to five where they are small. Only reading and writing tensors needs torch.
 """
 
 from __future__ import annotations
@@ -16,43 +18,58 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from mistudio.errors import CorruptFile, NotFound
 
-from mistudio.errors import CorruptFile
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 RUN, SOURCE, STATE = "run.json", "source.safetensors", "state.safetensors"
-KEPT = 2  # the last ones, beside the best
+MARK = "kept"
+KEPT = 2  # the newest ones, beside the best
+MOST = 5  # with the best, where all of them together are small:
+MOST_BYTES = 1024**3
 UNFINISHED = ".unfinished-"  # what is being written or deleted begins so
 
 _NAME = re.compile(r"step-(\d+)")
 _TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }
 
 
 @dataclass(frozen=True)
+class AutoSave:
+    """How often a run saves by itself: every so many steps (None: not by steps), every so many
+    minutes (0: not by time)."""
+
+    steps: int | None
+    minutes: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint. `step` is the number of steps done; `run` is what `save` was given."""
+    """A whole checkpoint. `step` is the number of steps done; `run` is what `save` was given;
+    `kept` says that it stays until it is deleted."""
 
     folder: Path
     step: int
     run: dict[str, Any]
+    kept: bool = False
 
     @property
     def score(self) -> float | None:
@@ -64,10 +81,32 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(int(size) for size, _ in self.run["files"].values())
 
+    @property
+    def at(self) -> str | None:
+        """When it was written: ISO 8601, UTC. None in those of older versions."""
+        return self.run.get("at")
+
+    @property
+    def loss(self) -> float | None:
+        """Of its last batch, mean over the sites."""
+        found = [row["loss"] for row in self.run.get("metrics", {}).values()]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def fvu(self) -> float | None:
+        """On held-out tokens, mean over the sites."""
+        found = [row.get("fvu") for row in self.run.get("heldout", {}).values()]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if known else None
+
     def source(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
         return load_file(self.folder / SOURCE)
 
     def site(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
         return load_file(self.folder / name / STATE)
 
 
@@ -77,14 +116,15 @@ def save(
     sites: Iterable[tuple[str, Mapping[str, Tensor]]],
     source: Mapping[str, Tensor],
     run: Mapping[str, Any],
+    kept: bool = False,
 ) -> Checkpoint:
-    """Write a checkpoint, then drop those that need not be kept.
+    """Write a checkpoint (`kept`: one that stays), then drop those that need not be kept.
 
     One site's tensors are taken at a time, and none is copied in main memory. Raises OSError
     where the disk is full; the others then are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step-{step:08d}"
+    name = _name(step)
     partial, target = folder / (UNFINISHED + name), folder / name
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -94,8 +134,11 @@ def save(
             (partial / site).mkdir()
             files[f"{site}/{STATE}"] = _write_tensors(partial / site / STATE, tensors)
             _flush_folder(partial / site)
-        record = {"format": FORMAT, "step": step, "files": files, **run}
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"format": FORMAT, "step": step, "at": at, "files": files, **run}
         _write_text(partial / RUN, json.dumps({**record, "crc32": _checksum(record)}, indent=1))
+        if kept:
+            (partial / MARK).touch()
         _flush_folder(partial)
         _drop(target)  # a damaged one that was passed over
         os.replace(partial, target)
@@ -104,7 +147,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _retain(folder)
-    return Checkpoint(target, step, json.loads(json.dumps(record)))
+    return Checkpoint(target, step, json.loads(json.dumps(record)), kept)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -117,7 +160,7 @@ def load(folder: Path) -> Checkpoint:
             raise _damaged(folder, f"{name} has {found:,} of {size:,} bytes.")
         if _file_checksum(path) != checksum:
             raise _damaged(folder, f"{name} has changed since it was written.")
-    return Checkpoint(folder, run["step"], run)
+    return Checkpoint(folder, run["step"], run, (folder / MARK).exists())
 
 
 def listing(folder: Path) -> list[Checkpoint]:
@@ -128,8 +171,29 @@ def listing(folder: Path) -> list[Checkpoint]:
             run = _read_run(path)
         except CorruptFile:
             continue
-        found.append(Checkpoint(path, run["step"], run))
+        found.append(Checkpoint(path, run["step"], run, (path / MARK).exists()))
     return found
+
+
+def pick(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of `step` to go back to: it stays from now on, and every byte is checked.
+
+    Raises NotFound where there is none, CorruptFile where it is damaged.
+    """
+    path = folder / _name(step)
+    if not path.is_dir():
+        raise _missing(folder, step)
+    with suppress(OSError):  # where the disk is full it may still be gone back to
+        (path / MARK).touch()
+        _flush_folder(path)
+    return load(path)
+
+
+def delete(folder: Path, step: int) -> None:
+    """Remove one. NotFound where there is none."""
+    if not (folder / _name(step)).is_dir():
+        raise _missing(folder, step)
+    _drop(folder / _name(step))
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -151,10 +215,16 @@ def best(folder: Path) -> Checkpoint | None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Remove those of more than `step` steps, so that the run goes on from there."""
-    for checkpoint in listing(folder):
-        if checkpoint.step > step:
-            _drop(checkpoint.folder)
+    """Remove those of more than `step` steps, damaged ones too, so that the run goes on from
+    there. The newest goes first: cut off in between, the run goes on from a later step.
+
+    NotFound, and nothing removed, where there is none of that step.
+    """
+    if not (folder / _name(step)).is_dir():
+        raise _missing(folder, step)
+    for path in _folders(folder):
+        if _step(path) > step:
+            _drop(path)
 
 
 def clean(folder: Path) -> None:
@@ -168,35 +238,58 @@ def _best(found: list[Checkpoint]) -> Checkpoint | None:
     return min(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 
+def most_kept(each: float) -> int:
+    """How many checkpoints of so many bytes stay at most, beside those that a person saved."""
+    return max(KEPT + 1, min(MOST, int(MOST_BYTES / max(each, 1.0))))
+
+
 def _retain(folder: Path) -> None:
-    found = listing(folder)
+    found = [checkpoint for checkpoint in listing(folder) if not checkpoint.kept]
     chosen = {checkpoint.step for checkpoint in found[:KEPT]}
-    if (favourite := _best(found)) is not None:
+    if (favourite := _best(listing(folder))) is not None:
         chosen.add(favourite.step)
     for checkpoint in found:
-        if checkpoint.step not in chosen:
+        if checkpoint.step in chosen:
+            continue
+        if len(chosen) < most_kept(checkpoint.bytes):
+            chosen.add(checkpoint.step)
+        else:
             _drop(checkpoint.folder)
 
 
 def _drop(folder: Path) -> None:
-    """Renamed first: one that is half deleted is no checkpoint."""
-    if folder.exists():
-        going = folder.with_name(f"{UNFINISHED}gone-{folder.name}")
-        shutil.rmtree(going, ignore_errors=True)
+    """Renamed first: one that is half deleted is no checkpoint. Another thread may be quicker."""
+    going = folder.with_name(f"{UNFINISHED}gone-{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(FileNotFoundError):
         os.replace(folder, going)
-        shutil.rmtree(going, ignore_errors=True)
+        _flush_folder(folder.parent)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _missing(folder: Path, step: int) -> NotFound:
+    steps = ", ".join(f"{_step(path):,}" for path in _folders(folder)) or "none"
+    return NotFound(
+        "There is no such checkpoint",
+        f"Of step {step:,} nothing is kept; there are: {steps}.",
+        "Choose one that is there.",
+    )
 
 
 def _folders(folder: Path) -> list[Path]:
     """Newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _is_step(path))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _is_step(path: Path) -> re.Match[str] | None:
-    return _NAME.fullmatch(path.name) if path.is_dir() else None
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -236,7 +329,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _TYPES[tensor.dtype],
+            "dtype": _TYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -253,6 +346,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]
 
 
 def _blocks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    import torch
+
     yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors.values():

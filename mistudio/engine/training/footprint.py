@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
+from mistudio.engine.training.checkpoints import most_kept
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.cost import (
     CHUNK_CELLS,
@@ -34,7 +35,6 @@ CALIBRATION_TOKENS = 65_536
 RING = 2
 LOGIT_CELLS = 64 * 1024**2
 PORTION_TOKENS = 1_000_000  # stored at a time where model and training take turns
-KEPT_CHECKPOINTS = 3  # the best and the last two
 DEAD_SHARE = 0.1  # of the latents, for which AuxK needs copies
 # Resident once torch and transformers are imported (measured on Linux, torch 2.13, CPU build).
 RUNTIME = 345 * 1024**2
@@ -466,6 +466,7 @@ def export_bytes(plan: Plan) -> float:
 
 def disk_parts(run: RunShape) -> tuple[Part, ...]:
     checkpoints = [checkpoint_bytes(site.plan) for site in run.sites]
+    kept = most_kept(sum(checkpoints))
     exports = [export_bytes(site.plan) for site in run.sites]
     parts = []
     if run.source in ("extract", "hybrid"):
@@ -474,7 +475,7 @@ def disk_parts(run: RunShape) -> tuple[Part, ...]:
         shares = tuple(2.0 * stored * site.channels for site in run.sites)
         parts.append(Part("stored activations", whole, place="disk", per_site=shares))
     for name, factor, amounts in (
-        ("checkpoints (best and last two)", KEPT_CHECKPOINTS, checkpoints),
+        ("checkpoints (best and newest)", kept, checkpoints),
         ("checkpoint being written", 1, checkpoints),
         ("finished SAEs", 1, exports),
     ):

@@ -26,7 +26,7 @@ from mistudio.engine.progress import SILENT, Interrupted, Progress
 from mistudio.engine.sae.metrics import evaluate, plain
 from mistudio.engine.sae.site import Site
 from mistudio.engine.training import checkpoints
-from mistudio.engine.training.checkpoints import Checkpoint
+from mistudio.engine.training.checkpoints import AutoSave, Checkpoint
 from mistudio.engine.training.config import Plan, TrainingConfig, derive
 from mistudio.engine.training.distributed import ALONE, World, check_batch, together
 from mistudio.engine.training.finish import ALL_TOKENS, ROWS, TrainedSite, finish, fitting_rows
@@ -53,12 +53,20 @@ Record = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run's checkpoints go. `wants_save` is asked after every step, `saved` hears of each
-    checkpoint, `about` (JSON) is written into them."""
+    """Where a run's checkpoints go.
+
+    `wants_save` is asked after every step; what it asks for stays until it is deleted. `auto` is
+    asked too: where it gives something, that counts and not the configuration. `saved` hears of
+    each checkpoint, `failed` why one could not be written and whether `wants_save` had asked for
+    it. `ready` is called before the first step. `about` (JSON) is written into the checkpoints.
+    """
 
     folder: Path
     wants_save: Callable[[], bool] = lambda: False
+    auto: Callable[[], AutoSave | None] = lambda: None
     saved: Callable[[Checkpoint], None] = lambda checkpoint: None
+    failed: Callable[[str, bool], None] = lambda why, wanted: None
+    ready: Callable[[], None] = lambda: None
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -162,7 +170,8 @@ class _Run:
         self._clock = _Clock()
         self._heldout: list[Batch] = []
         self._judged: dict[Site, dict[str, Any]] = {}  # at step `_judged_at`
-        self._judged_at = self._saved_at = 0
+        self._judged_at = 0
+        self._newest: Path | None = None  # the checkpoint of this very step
         self._shown = self._saved_seconds = 0.0
 
     @property
@@ -213,7 +222,7 @@ class _Run:
         for site, plan in plans.items():
             state = checkpoint.site(site.name)
             self.trainers[site] = SiteTrainer.resumed(plan, state, device, self._world)
-        self._saved_at = self.step
+        self._newest = checkpoint.folder
         if new_stream:
             self._note("The activations now come from another source: the text begins anew")
 
@@ -251,6 +260,9 @@ class _Run:
 
     def learn(self, wants_finish: Callable[[], bool]) -> None:
         """Step until the end or the user's wish, then save."""
+        if self._saving:
+            self._progress.report(self.step, self._plan.steps, phase="train")
+            self._saving.ready()
         try:
             while self.step < self._plan.steps and not self.stopped:
                 self._step(wants_finish)
@@ -279,6 +291,7 @@ class _Run:
             if metrics is not None:
                 self.last[site] = metrics
         self.step += 1
+        self._newest = None
         self.tokens += len(batch[self._source.points[0]]) * self._world.size
         self.stopped = stopping and self.step < steps
         if judge:
@@ -383,16 +396,20 @@ class _Run:
         if self._saving is None:
             return
         wanted = self._saving.wants_save()
-        every, minutes = self._config.autosave_steps, self._config.autosave_minutes
-        by_steps = every is not None and self.step % every == 0
-        by_time = minutes > 0 and self._clock.seconds - self._saved_seconds >= 60 * minutes
+        auto = self._saving.auto()
+        if auto is None:
+            auto = AutoSave(self._config.autosave_steps, self._config.autosave_minutes)
+        by_steps = auto.steps is not None and self.step % auto.steps == 0
+        passed = self._clock.seconds - self._saved_seconds
+        by_time = auto.minutes > 0 and passed >= 60 * auto.minutes
         if wanted or by_steps or by_time:
-            self._save()
+            self._save(wanted=wanted)
 
-    def _save(self, judge: bool = True) -> None:
+    def _save(self, judge: bool = True, wanted: bool = False) -> None:
         """Where the disk is full the run goes on, and says so."""
         even = all(trainer.step_number == self.step for trainer in self.trainers.values())
-        if self._saving is None or self._saved_at == self.step or not even:
+        there = self._newest is not None and self._newest.is_dir()  # it may have been deleted
+        if self._saving is None or there or not even:
             return
         self._check_finite()
         if judge:
@@ -402,14 +419,20 @@ class _Run:
         sites = ((site.name, trainer.own_state()) for site, trainer in self.trainers.items())
         try:
             checkpoint = checkpoints.save(
-                self._saving.folder, self.step, sites, self.batches.state(), self._as_dict()
+                self._saving.folder,
+                self.step,
+                sites,
+                self.batches.state(),
+                self._as_dict(),
+                kept=wanted,
             )
         except OSError as exc:
             known = explain(exc)
             why = known.title if known else str(exc)
             self._note(f"This checkpoint could not be written ({why}); the run goes on")
+            self._saving.failed(why, wanted)
             return
-        self._saved_at = self.step
+        self._newest = checkpoint.folder
         self._saving.saved(checkpoint)
 
     def _check_finite(self) -> None:

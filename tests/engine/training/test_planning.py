@@ -147,7 +147,7 @@ def test_constants_are_those_of_the_engine() -> None:
     assert footprint.CALIBRATION_TOKENS == finish.CALIBRATION_TOKENS
     assert footprint.RING == ring.RING
     assert footprint.LOGIT_CELLS == loss.LOGIT_CELLS
-    assert footprint.KEPT_CHECKPOINTS == checkpoints.KEPT + 1
+    assert footprint.most_kept is checkpoints.most_kept
 
 
 # -------------------------------------------------------------------- the cost of the model
@@ -353,7 +353,7 @@ def test_time_comes_from_measured_speeds_first() -> None:
     unknown = plan_run(run, machine)
     assert unknown.seconds is None
     assert unknown.time_basis == ""
-    overall = plan_run(run, machine, SPEED, Measured(overall=10_000))
+    overall = plan_run(run, machine, None, Measured(overall=10_000))
     assert overall.time_basis == "measured"
     assert overall.seconds == pytest.approx(run.tokens / 10_000)
     both = plan_run(run, machine, None, Measured(forward=20_000, step=10_000))
@@ -524,7 +524,7 @@ def test_the_plan_in_lines() -> None:
     assert memory.startswith("memory: ")
     assert " of 7.1 GB free (" in memory
     assert "model 237 MB" in memory
-    assert "checkpoints (best and last two) " in disk
+    assert "checkpoints (best and newest) " in disk
     assert time.startswith("time: about ")
     assert "(cost model: " in time
     card = plan_run(a_run(6), a_machine(7.5, 8, host_free=30 * GB))
