@@ -223,9 +223,12 @@ def _weight_bytes(decoder: HookedDecoder) -> int:
 
 
 def quality_of(record: Model, precision: str) -> dict[str, Any] | None:
-    """What was measured of the model at this precision (`quality.Quality`), or None."""
-    found: dict[str, Any] = record.provenance.get("quality", {})
-    return found.get(precision)
+    """What was measured of the model at this precision (`quality.Quality`), or None; what was
+    measured of another method of as many bits does not count."""
+    from mistudio.engine.models.methods import still_holds
+
+    found: dict[str, Any] | None = record.provenance.get("quality", {}).get(precision)
+    return found if found is not None and still_holds(found, precision) else None
 
 
 def _needs_judging(record: Model, precision: str) -> bool:
@@ -303,12 +306,14 @@ def record_quality(
 ) -> dict[str, Any]:
     """Measure a quantised model beside the unquantised one's losses and keep the result in the
     model's record, under the precision. Where there is no reference, that is what is kept."""
+    from mistudio.engine.models.methods import method_of
     from mistudio.engine.models.quality import compare
 
     precision = precision_of(decoder)
     if reference is None:
         found: dict[str, Any] = {
             "precision": precision,
+            "method": method_of(precision),
             "verdict": "not measured",
             "sentence": f"What {precision.upper()} costs was not measured: the unquantised model "
             "does not fit into this computer's memory.",

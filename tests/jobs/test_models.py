@@ -201,6 +201,13 @@ def test_the_first_load_of_a_quantised_model_records_what_it_costs(empty: Librar
     empty.models.update(model_id, provenance={"quality": {"q4": {**found, "sentence": "kept"}}})
     assert loaded_model(empty, model_id) is not decoder
     assert empty.models.get(model_id).provenance["quality"]["q4"]["sentence"] == "kept"
+    assert found["method"].startswith("nf4, blocks of 64 (bitsandbytes ")
+    unload_model()
+    former = {**found, "sentence": "of another method"}
+    del former["method"]
+    empty.models.update(model_id, provenance={"quality": {"q4": former}})
+    loaded_model(empty, model_id)
+    assert empty.models.get(model_id).provenance["quality"]["q4"] == found
 
 
 def test_checking_again_measures_again_and_plain_models_are_refused(empty: Library) -> None:

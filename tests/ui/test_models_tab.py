@@ -374,6 +374,7 @@ def test_verdict_tells_delta_sample_and_error(trained: Services) -> None:
     found = {
         "precision": "q4", "reference": "fp32", "ce": 3.0, "ce_reference": 2.866, "delta": 0.134,
         "error": 0.0123, "tokens": 7321, "documents": 64, "verdict": "usable", "sentence": "Words.",
+        "method": "nf4, blocks of 64 (bitsandbytes 0.50.2)",
     }  # fmt: skip
     model = replace(model, provenance={"quality": {"q4": found}})
     verdict = verdict_of(model, "q4")
@@ -381,6 +382,9 @@ def test_verdict_tells_delta_sample_and_error(trained: Services) -> None:
         "Q4: a little worse than unquantised (ΔCE +0.134)", "blue")  # fmt: skip
     assert "Words." in verdict.about and "n = 7,321 tokens in 64 documents" in verdict.about
     assert "+0.1340 ± 0.0123 (standard error" in verdict.about and verdict.warning == ""
+    assert "Q4 is nf4, blocks of 64 (bitsandbytes 0.50.2)." in verdict.about
+    former = replace(model, provenance={"quality": {"q4": {**found, "method": ""}}})
+    assert verdict_of(former, "q4") == unknown  # of another 4-bit method
     found.update(delta=None, error=None, ce=None, verdict="destroyed")  # as JSON keeps what is NaN
     model = replace(model, provenance={"quality": {"q4": found}})
     worst = verdict_of(model, "q4")

@@ -99,11 +99,11 @@ class Architecture:
         the rest in (`loading.compute_precision`). Shared weights count once."""
         if precision not in QUANTISED:
             return self.parameters * FLOAT_BYTES[precision]
-        from mistudio.engine.models.quantise import SCHEMES, stored_bytes
+        from mistudio.engine.models.quantise import stored_bytes
 
         total, rest = 0, self.parameters
         for matrix in self.matrices:
-            stored = stored_bytes(SCHEMES[precision], matrix.out_features, matrix.in_features)
+            stored = stored_bytes(precision, matrix.out_features, matrix.in_features)
             if stored is not None:
                 total += matrix.count * stored
                 rest -= matrix.count * matrix.out_features * matrix.in_features

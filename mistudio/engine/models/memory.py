@@ -20,8 +20,8 @@ from mistudio.errors import OutOfMemory
 # Linux, torch 2.13, CPU build).
 RUNTIME = 385 * 1024**2
 RESERVE = 0.1  # of what is needed must stay free on top, as for training
-# What solving for one piece of a matrix takes: about seven arrays of its size.
-SOLVING = 7 * FLOAT * (1 << 16)
+# What quantising one piece of a matrix takes: about seven arrays of its size (`quantise`).
+SOLVING = 7 * FLOAT * (1 << 18)
 # Best first. Two bits are never chosen for anybody: they break small models.
 ORDER = ("fp32", "bf16", "fp16", "q8", "q4")
 ALL = (*ORDER, "q2")
@@ -188,14 +188,16 @@ def _logits(architecture: Architecture, use: Use, compute: str) -> int:
 
 
 def _widened(architecture: Architecture, precision: str, compute: str, device: str) -> int:
-    """A quantised matrix as numbers for the moment of its product: the wide values, and its codes
-    or a copy (where the product is in another precision, or groups lie along the output)."""
+    """A quantised matrix as numbers for the moment of its product, in the precision of the product.
+    At two bits also a copy, since groups lie along the output."""
     if precision not in QUANTISED:
         return 0
+    if precision != "q2":
+        return architecture.largest_matrix * FLOAT_BYTES[compute]
     wide = FLOAT if device == "cpu" else 2
     same = compute == ("fp32" if device == "cpu" else "fp16")
-    copy = max(0 if same else FLOAT_BYTES[compute], wide if precision == "q2" else 0)
-    return architecture.largest_matrix * (wide + max(1, copy))
+    copy = max(0 if same else FLOAT_BYTES[compute], wide)
+    return architecture.largest_matrix * (wide + copy)
 
 
 def _quantising(architecture: Architecture, precision: str) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.models.loading import adds_bos, separator_id
+from mistudio.engine.models.methods import method_of
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import InvalidInput
 
@@ -57,7 +58,7 @@ class Quality:
 
     `error` is the standard error of `delta` by document. `verdict` is "faithful", "usable",
     "degraded" or "destroyed" (or "unreadable" where the unquantised model itself does not predict
-    the text), `sentence` the same in words.
+    the text), `sentence` the same in words. `method` is what quantised (`methods.method_of`).
     """
 
     precision: str
@@ -71,6 +72,7 @@ class Quality:
     guessing: float
     verdict: str
     sentence: str
+    method: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity and no NaN."""
@@ -173,6 +175,7 @@ def compare(quantised: DocumentLosses, reference: DocumentLosses, vocab_size: in
             ce=f"{quantised.ce:.2f}",
             guessing=f"{guessing:.1f}",
         ),
+        method=method_of(quantised.precision),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from PySide6.QtCore import QObject, Signal
 
 from mistudio import formatting
+from mistudio.engine.models.methods import still_holds
 from mistudio.errors import InvalidInput, UserError, explain
 from mistudio.library.jobs import JobRecord
 from mistudio.library.library import Library
@@ -154,7 +155,7 @@ def verdict_of(model: Model, precision: str) -> Verdict | None:
         return None
     found = model.provenance.get("quality", {}).get(precision)
     name = precision.upper()
-    if not found:
+    if not found or not still_holds(found, precision):
         return Verdict(
             f"{name} quality: —",
             "slate",
@@ -165,6 +166,8 @@ def verdict_of(model: Model, precision: str) -> Verdict | None:
     sentence, verdict = str(found.get("sentence", "")), str(found.get("verdict", ""))
     words, tone = _WORDS.get(verdict, ("not measured", "slate"))
     about, text = [sentence], f"{name}: {words}"
+    if found.get("method"):
+        about.append(f"{name} is {found['method']}.")
     if isinstance(found.get("delta"), int | float):
         text += f" (ΔCE {found['delta']:+.3f})"
         about.append(
