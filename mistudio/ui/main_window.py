@@ -122,7 +122,9 @@ class CloseDialog(QDialog):
             layout.addWidget(Text(f"• {title}", "body", wrap=True))
         layout.addWidget(
             Text(
-                "What a stopped job had not finished is lost; the job list can run it again.",
+                "Stopped trainings, extractions and tokenisations go on where they were (Go On, after "
+                "the next start), and a download that is run again takes up what it has. Other work "
+                "begins anew.",
                 "helper",
                 wrap=True,
             )
