@@ -13,8 +13,10 @@ from mistudio.jobs.features import Discover
 from mistudio.jobs.hub_datasets import DownloadDataset
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, CheckQuality
-from mistudio.jobs.saes import Export, ImportSae
+from mistudio.jobs.sae_measuring import MeasureSae
+from mistudio.jobs.saes import DownloadSae, Export, ImportSae
 from mistudio.jobs.searching import IndexDataset
+from mistudio.jobs.speed import Measure
 from mistudio.jobs.statistics import AnalyseDataset
 from mistudio.jobs.steering import Steer
 from mistudio.jobs.tokenizing import AddTokenizer, Tokenize
@@ -31,10 +33,13 @@ __all__ = [
     "Demo",
     "Discover",
     "DownloadDataset",
+    "DownloadSae",
     "Export",
     "Extract",
     "ImportSae",
     "IndexDataset",
+    "Measure",
+    "MeasureSae",
     "Steer",
     "Tokenize",
     "Train",
@@ -53,11 +58,14 @@ KINDS: dict[str, Any] = {
         AddModel,
         CheckQuality,
         Extract,
+        Measure,
         Train,
         Discover,
         Steer,
         Export,
         ImportSae,
+        DownloadSae,
+        MeasureSae,
         IndexDataset,
         Demo,
     )

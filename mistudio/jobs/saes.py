@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +19,7 @@ from mistudio.errors import Incompatible, InvalidInput, NotFound
 from mistudio.formatting import count
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
+from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library, flush_tree
 from mistudio.library.records import Model, Sae
 
@@ -80,6 +82,50 @@ class ImportSae:
     def run(self, context: JobContext) -> dict[str, Any]:
         context.report(0, 1, phase="import")
         saes = import_saes(context.library, context.work_folder, self, context)
+        return {"sae_ids": [sae.id for sae in saes]}
+
+
+@dataclass(frozen=True)
+class DownloadSae:
+    """SAEs of a repository on the Hub come into the library: `files` are the names of all that they
+    consist of, at a `revision` (a commit's hash; empty: the newest). `label` is how the row and an
+    SAE without a `name` are called. The rest is as in `ImportSae`."""
+
+    repository: str
+    revision: str
+    files: list[str]
+    label: str = ""
+    model_id: int | None = None
+    name: str = ""
+    layer: int | None = None
+    site: str | None = None
+
+    kind: ClassVar[str] = "download_sae"
+    lane: ClassVar[str] = "disk"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("download", 80), Phase("import", 20))
+
+    def title(self, library: Library) -> str:
+        return f"Import {self.name or self.label or self.repository} from the Hub"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        from mistudio.credentials import access_for
+        from mistudio.engine.hub.saes import download_saes
+
+        # The repository's name is part of the path: Gemma Scope says by it which model it is for.
+        folder = context.work_folder / "hub" / self.repository.split("/")[-1]
+        origin = download_saes(
+            self.repository,
+            self.revision,
+            self.files,
+            folder,
+            context.library.require_space,
+            access_for(self.repository),
+            Stage(context, "download"),
+        )
+        name = self.name or self.label or self.repository.split("/")[-1]
+        job = ImportSae(str(folder), self.model_id, name, None, self.layer, self.site)
+        stage = Stage(context, "import")
+        saes = import_saes(context.library, context.work_folder, job, stage, origin)
         return {"sae_ids": [sae.id for sae in saes]}
 
 
@@ -154,11 +200,16 @@ def _clear_dead_partials(folder: Path) -> None:
 
 
 def import_saes(
-    library: Library, work: Path, job: ImportSae, progress: Progress = SILENT
+    library: Library,
+    work: Path,
+    job: ImportSae,
+    progress: Progress = SILENT,
+    origin: dict[str, Any] | None = None,
 ) -> list[Sae]:
     """Read, check against the model, save in the library's own form, commit: all or none.
 
-    The files are only read. Latents keep the unit that their own library gives them.
+    The files are only read. Latents keep the unit that their own library gives them. `origin` says
+    where files were fetched from that lie at `path` only for now.
     """
     from mistudio.engine.sae.formats.reading import find_saes
 
@@ -180,10 +231,11 @@ def import_saes(
         _check_fit(model, read, site)
         name = base if len(found) == 1 else f"{base} {site.name}"
         folder = work / "saes" / str(number)
-        _save(folder, read, site, model)
+        provenance = _provenance(read, path, origin)
+        _save(folder, read, site, model, provenance)
         target = library.new_folder("saes", name)
         sources[target] = folder
-        rows.append(_row(library, read, site, model, target, name))
+        rows.append(_row(library, read, site, model, target, name, provenance))
     with library.commit_all(sources):
         ids = [library.saes.add(**row) for row in rows]
     return [library.saes.get(sae_id) for sae_id in ids]
@@ -205,7 +257,7 @@ def _model_of(library: Library, job: ImportSae, read: ImportedSae) -> Model:
     if job.model_id is not None:
         return library.models.get(job.model_id)
     models = library.models.all()
-    named = [m for m in models if _same_name(read.model_name, m.name, m.origin)]
+    named = [m for m in models if same_name(read.model_name, m.name, m.origin)]
     candidates = named or models
     if len(candidates) == 1:
         return candidates[0]
@@ -225,7 +277,7 @@ def _model_of(library: Library, job: ImportSae, read: ImportedSae) -> Model:
     )
 
 
-def _same_name(wanted: str, *names: str) -> bool:
+def same_name(wanted: str, *names: str) -> bool:
     """Whether a model's name is the same but for its author, case and `-small`, as in gpt2."""
 
     def bare(name: str) -> str:
@@ -272,31 +324,36 @@ def _contradiction(read: ImportedSae, theirs: str, given: str) -> InvalidInput:
 
 
 def _check_fit(model: Model, read: ImportedSae, site: Site) -> None:
-    dictionary = read.dictionary
-    widths = {dictionary.d_in, dictionary.d_out}
-    if widths != {model.d_model}:
-        raise Incompatible(
-            "This SAE belongs to another model",
-            f"{read.path} is for activations of {_enumerated(widths)} channels"
-            f"{f' ({read.model_name})' if read.model_name else ''}; {model.name} has "
-            f"{count(model.d_model)}.",
-            "Choose the model it was trained on, or add it first.",
-        )
+    widths = (read.dictionary.d_in, read.dictionary.d_out)
     deepest = max(site.input.layer, site.output.layer)
-    if deepest >= model.n_layers:
+    if why := misfit(model, widths, deepest, read.model_name):
         raise Incompatible(
             "This SAE belongs to another model",
-            f"{read.path} is for layer {deepest}; {model.name} has the layers 0 to "
-            f"{model.n_layers - 1}.",
+            f"{read.path}: {why}",
             "Choose the model it was trained on, or add it first.",
         )
+
+
+def misfit(model: Model, widths: Iterable[int], deepest: int | None, named: str = "") -> str:
+    """Why an SAE of these widths at a layer (None: not known yet) is none of the model's; "" where
+    it may be."""
+    if set(widths) != {model.d_model}:
+        return (
+            f"It is for activations of {_enumerated(set(widths))} channels"
+            f"{f' ({named})' if named else ''}; {model.name} has {count(model.d_model)}."
+        )
+    if deepest is not None and deepest >= model.n_layers:
+        return f"It is for layer {deepest}; {model.name} has the layers 0 to {model.n_layers - 1}."
+    return ""
 
 
 def _enumerated(widths: set[int]) -> str:
     return " and ".join(count(width) for width in sorted(widths))
 
 
-def _save(folder: Path, read: ImportedSae, site: Site, model: Model) -> None:
+def _save(
+    folder: Path, read: ImportedSae, site: Site, model: Model, provenance: dict[str, Any]
+) -> None:
     from mistudio.engine.sae.files import save_sae
     from mistudio.jobs.training import public_name
 
@@ -312,15 +369,20 @@ def _save(folder: Path, read: ImportedSae, site: Site, model: Model) -> None:
         context=context if isinstance(context, int) and 0 < context <= 2**20 else 128,
         prepend_bos=bool(details.get("prepend_bos")),
         training_architecture=str(details.get("training_architecture") or ""),
-        record={"provenance": _provenance(read)},
+        record={"provenance": provenance},
         version=mistudio.__version__,
         unit_decoder=False,
     )
 
 
-def _provenance(read: ImportedSae) -> dict[str, Any]:
+def _provenance(read: ImportedSae, path: Path, origin: dict[str, Any] | None) -> dict[str, Any]:
+    """Of a download the place in the repository, not the one it was fetched to."""
+    place = str(read.path.resolve())
+    if origin:
+        place = read.path.resolve().relative_to(path.resolve()).as_posix()
     return {
-        "path": str(read.path.resolve()),
+        **(origin or {}),
+        "path": place,
         "format": read.format,
         "model": read.model_name,
         "notes": list(read.notes),
@@ -329,7 +391,13 @@ def _provenance(read: ImportedSae) -> dict[str, Any]:
 
 
 def _row(
-    library: Library, read: ImportedSae, site: Site, model: Model, target: str, name: str
+    library: Library,
+    read: ImportedSae,
+    site: Site,
+    model: Model,
+    target: str,
+    name: str,
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     from mistudio.engine.sae.activation import TopK
     from mistudio.engine.sae.files import wiring_of
@@ -355,7 +423,7 @@ def _row(
         "k": k,
         "name": _free_name(library, name),
         "source": "imported",
-        "provenance": _provenance(read),
+        "provenance": provenance,
     }
 
 

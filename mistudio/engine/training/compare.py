@@ -61,14 +61,14 @@ def _derived(name: str, plan: Plan | None) -> Any:
 
 
 def differing(runs: Sequence[Mapping[str, Setting]]) -> list[str]:
-    """The names whose values are not the same in all runs, in the order in which they come. A
-    value that was chosen and the same one that was derived do not differ."""
+    """The names whose values are not the same in all runs that tell them, in the order in which
+    they come. A value that was chosen and the same one that was derived do not differ."""
     names = dict.fromkeys(name for run in runs for name in run)
-    return [name for name in names if not _all_alike([run.get(name) for run in runs])]
+    return [name for name in names if not _all_alike([run[name] for run in runs if name in run])]
 
 
-def _all_alike(settings: Sequence[Setting | None]) -> bool:
-    told = [None if s is None else (s.used, s.value, s.auto and s.value is None) for s in settings]
+def _all_alike(settings: Sequence[Setting]) -> bool:
+    told = [(s.used, s.value, s.auto and s.value is None) for s in settings]
     return all(one == told[0] for one in told)
 
 

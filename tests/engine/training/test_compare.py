@@ -67,8 +67,9 @@ def test_a_setting_without_a_part_differs_from_one_that_has_it() -> None:
     assert "l1_coefficient" in differing([steered, free])
 
 
-def test_settings_that_one_run_lacks_differ() -> None:
-    assert differing([{"a": Setting(1)}, {"b": Setting(1), "a": Setting(1)}]) == ["b"]
+def test_what_a_run_does_not_tell_is_no_difference() -> None:
+    runs = [{"a": Setting(1)}, {"a": Setting(1), "b": Setting(1)}, {"b": Setting(2)}]
+    assert differing(runs) == ["b"]
 
 
 def test_differing_settings_are_those_of_a_pairwise_count() -> None:

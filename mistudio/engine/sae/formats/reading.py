@@ -45,7 +45,7 @@ _READERS: dict[str, Callable[[Path], ImportedSae]] = {
 }
 _TORCH = (".pt", ".pth")
 # What the libraries write beside their weights.
-_NOT_WEIGHTS = {
+NOT_WEIGHTS = {
     saelens.SPARSITY,
     saelens.WHITENING,
     "activations_store_state.safetensors",
@@ -151,7 +151,7 @@ def format_of_folder(folder: Path) -> str | None:
 
 def format_of_file(path: Path) -> str | None:
     """The format of this file, or None for one that is no SAE by itself."""
-    if path.name in (saelens.WEIGHTS, sparsify.WEIGHTS, *_NOT_WEIGHTS):
+    if path.name in (saelens.WEIGHTS, sparsify.WEIGHTS, *NOT_WEIGHTS):
         return None
     if gemma_scope.is_gemma_scope(path):
         return gemma_scope.NAME
