@@ -122,9 +122,9 @@ class CloseDialog(QDialog):
             layout.addWidget(Text(f"• {title}", "body", wrap=True))
         layout.addWidget(
             Text(
-                "Stopped trainings, extractions and tokenisations go on where they were (Go On, after "
-                "the next start), and a download that is run again takes up what it has. Other work "
-                "begins anew.",
+                "Stopped trainings, extractions and tokenisations go on where they were (Go On, "
+                "after the next start), and a download that is run again takes up what it has. "
+                "Other work begins anew.",
                 "helper",
                 wrap=True,
             )
