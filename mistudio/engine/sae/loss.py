@@ -92,7 +92,7 @@ def loss_recovered(
     """
     site = Site.at(site) if isinstance(site, HookPoint) else site
     medians = medians if isinstance(medians, Mapping) else {site.input: medians}
-    _check_fit(model, site, dictionary)
+    check_fit(model, site, dictionary)
     tokens.require_windows(context, 1, "Measuring the loss")
     available = tokens.n_windows(context)
     wanted = max(1, min(available, max_tokens // context))
@@ -130,7 +130,7 @@ def loss_recovered(
     return _summary(sums, predictions, mean_tokens)
 
 
-def _check_fit(model: HookedDecoder, site: Site, dictionary: Dictionary) -> None:
+def check_fit(model: HookedDecoder, site: Site, dictionary: Dictionary) -> None:
     if site.input > site.output:
         raise ValueError(f"{site.input} is reached only after {site.output}")
     widths = model.width(site.input), model.width(site.output)
