@@ -14,6 +14,29 @@ def size(n_bytes: float) -> str:
     return f"{text} {unit}"
 
 
+def short_size(n_bytes: float) -> str:
+    """1024-based, two or three digits: `412 MB`, `1.2 GB`; for what changes while one looks."""
+    value = float(n_bytes)
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(value) < 999.5 or unit == "TB":
+            break
+        value /= 1024
+    decimals = 0 if unit == "B" or abs(value) >= 9.95 else 1
+    return f"{value:.{decimals}f}".removesuffix(".0") + f" {unit}"
+
+
+def transfer(done: float, total: float | None = None, speed: float | None = None) -> str:
+    """`412 MB of 1.2 GB, 38 MB/s, 21 s left`; `speed` in bytes per second, None where it is not
+    known. At a speed of zero no time is promised."""
+    told = [short_size(done) + (f" of {short_size(total)}" if total else "")]
+    if speed is not None:
+        told.append(f"{short_size(speed)}/s")
+        if total and speed >= 1:
+            left = max(0.0, total - done) / speed
+            told.append(f"{f'{max(1, round(left))} s' if left < 60 else duration(left)} left")
+    return ", ".join(told)
+
+
 def count(n: float) -> str:
     """Thousands with commas: `5,234,567`."""
     return f"{n:,.0f}"

@@ -53,10 +53,12 @@ def download_files(
     if any(file.size is None for file in files):
         total = None
     fetched: list[FetchedFile] = []
-    before = 0
+    before = received = 0
     for number, file in enumerate(files, start=1):
 
-        def report(done: int) -> None:
+        def report(done: int, came: int = 0) -> None:
+            nonlocal received
+            received += came
             session.progress.report(
                 before + done,  # noqa: B023 (called only within this round)
                 total,
@@ -66,6 +68,7 @@ def download_files(
                 files=len(files),
                 bytes_done=before + done,  # noqa: B023
                 bytes_total=total,
+                bytes_received=received,  # over the network, by this call
                 waiting="",
             )
 
@@ -95,7 +98,7 @@ def _fetch(
     revision: str,
     file: RemoteFile,
     folder: Path,
-    report: Callable[[int], None],
+    report: Callable[..., None],
 ) -> FetchedFile:
     if done := _finished(folder, file):
         report(done.size)
@@ -128,7 +131,7 @@ def _fetch(
 
 
 def _receive(
-    session: Session, url: str, file: RemoteFile, part: Path, report: Callable[[int], None]
+    session: Session, url: str, file: RemoteFile, part: Path, report: Callable[..., None]
 ) -> _Sums:
     """Append to the part until the file is whole; its hashes."""
     patience = Patience(session)
@@ -152,7 +155,7 @@ def _receive(
                         out.write(piece)
                         sums.add(piece)
                         patience.progressed(sums.size)
-                        report(sums.size)
+                        report(sums.size, len(piece))
                 if expected is None:
                     break
                 if sums.size < expected:

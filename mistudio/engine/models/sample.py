@@ -157,7 +157,8 @@ def _run_pip(command: list[str], progress: Progress) -> tuple[int, str]:
                 time.sleep(0.1)
                 done = _last_progress(log.read_bytes()[-200:].decode(errors="replace"))
                 if done is not None:
-                    progress.report(done[0], done[1], phase)
+                    told = {"bytes_done": done[0], "bytes_total": done[1]}
+                    progress.report(*done, phase, bytes_received=done[0], **told)
         except BaseException:
             process.terminate()
             try:

@@ -13,6 +13,7 @@ from mistudio import formatting
 from mistudio.library.jobs import JobRecord
 from mistudio.ui.datasets.parts import SOURCE_NAMES
 from mistudio.ui.datasets.presenter import DatasetItem
+from mistudio.ui.hub.transfer import Transfer
 from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import (
@@ -127,7 +128,8 @@ class AddingCard(Card):
         )  # fmt: skip
         head.setStretch(2, 1)
         self.panel: ErrorPanel | None = None
-        self.amount = Text("", "helper")
+        self.amount = Text("", "helper", wrap=True)
+        self._transfer, self._running = Transfer(), False
         self.add(head, self.progress, self.amount)
         self.show_job(job)
 
@@ -136,6 +138,7 @@ class AddingCard(Card):
         ended = {"failed": "error", "interrupted": "interrupted"}
         status = {"queued": "queued", "paused": "paused", **ended}.get(job.status, working)
         self.badge.set_status(status)
+        self._running = job.status == "running"
         failed = job.status in ended
         self._loads.setVisible(not failed)
         self.cancel.setVisible(not failed)
@@ -157,7 +160,10 @@ class AddingCard(Card):
     def show_progress(self) -> None:
         snapshot = self._services.jobs.snapshot(self.job_id)
         self.progress.show_snapshot(snapshot)
-        said = _amount(snapshot) if snapshot else ""
+        said = ""
+        if snapshot is not None:
+            metrics = snapshot.metrics if snapshot.phase == "download" else {}
+            said = self._transfer.text(metrics, self._running) or _amount(snapshot)
         if self.amount.text() != said:
             self.amount.setText(said)
         self.amount.setVisible(bool(said) and not self.progress.isHidden())

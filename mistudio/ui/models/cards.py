@@ -9,6 +9,7 @@ from PySide6.QtWidgets import QFrame, QWidget
 from mistudio import formatting
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Extraction
+from mistudio.ui.hub.transfer import Transfer
 from mistudio.ui.models.presenter import (
     QUANTISED,
     Memory,
@@ -281,9 +282,11 @@ class JobCard(Card):
             self.dismiss,
         )
         head.setStretch(1, 1)
+        self.amount = Text("", "helper", wrap=True)
+        self._transfer = Transfer()
         self.note = Text("", "helper", wrap=True)
         self._error = column(0)
-        self.add(head, self.progress, self.note, self._error)
+        self.add(head, self.progress, self.amount, self.note, self._error)
         self.show_job(job)
 
     def show_job(self, job: JobRecord) -> None:
@@ -327,6 +330,7 @@ class JobCard(Card):
         snapshot = self._services.jobs.snapshot(self.job.id)
         if snapshot is None and self.job.active:  # another process runs it
             self.progress.show_fraction(self.job.fraction, self.job.phase)
+            self._show_amount("")
             return
         self.progress.show_snapshot(snapshot)
         detail = str(snapshot.metrics.get("detail") or "") if snapshot else ""
@@ -334,6 +338,14 @@ class JobCard(Card):
             self.progress.show_fraction(
                 snapshot.fraction, detail, snapshot.elapsed, snapshot.remaining
             )
+        downloading = snapshot is not None and detail.startswith("Downloading")
+        metrics = snapshot.metrics if snapshot and downloading else {}
+        self._show_amount(self._transfer.text(metrics, self.job.status == "running"))
+
+    def _show_amount(self, text: str) -> None:
+        if self.amount.text() != text:
+            self.amount.setText(text)
+        self.amount.setVisible(bool(text) and not self.progress.isHidden())
 
     def _on_pause_clicked(self, checked: bool = False) -> None:
         self.pause.setEnabled(False)
