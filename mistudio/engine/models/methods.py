@@ -57,7 +57,7 @@ def bitsandbytes() -> Any:
         if _found is None:
             raise Incompatible(
                 "bitsandbytes does not run here",
-                f"Q8 and Q4 are methods of bitsandbytes, and this computer says: {_reason}",
+                f"Q8, Q4 and 8-bit Adam are parts of it, and this computer says: {_reason}",
                 "Choose FP32, BF16 or FP16, or install bitsandbytes: it has packages for Linux, "
                 "Windows and Macs with Apple chips.",
             )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistudio.engine.models.methods import bitsandbytes
 from mistudio.engine.training.config import Plan
-from mistudio.errors import InvalidInput
+from mistudio.errors import Incompatible, InvalidInput
 
 MOMENTUM = 0.9  # of SGD
 # Runs here are short: the second moment must forget the first steps' large gradients.
@@ -53,16 +54,16 @@ def optimizer(plan: Plan, parameters: Mapping[str, Tensor]) -> torch.optim.Optim
             field="optimizer",
         )
     try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as exc:
+        library = bitsandbytes()
+    except Incompatible as exc:
         raise InvalidInput(
             "8-bit Adam needs bitsandbytes",
-            "The package is not installed.",
-            "Install it (pip install bitsandbytes), or choose Adam.",
+            exc.what,
+            "Choose Adam, or install it (pip install bitsandbytes).",
             field="optimizer",
         ) from exc
-
-    return Adam8bit(groups, lr=rate, betas=BETAS)
+    made: torch.optim.Optimizer = library.optim.Adam8bit(groups, lr=rate, betas=BETAS)
+    return made
 
 
 def restore(
