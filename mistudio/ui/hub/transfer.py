@@ -24,7 +24,7 @@ class Transfer:
         self._seen: deque[tuple[float, float]] = deque()
 
     def text(self, metrics: Mapping[str, Any], running: bool = True) -> str:
-        """`Download: 412 MB of 1.2 GB, 38 MB/s, 21 s left`; empty where nothing is downloaded. A download
+        """`Download: 412 MB of 1.2 GB, 38 MB/s, 21 s left`; empty where nothing is downloaded. One
         that is paused or waits for the Hub has no speed; why it waits is said."""
         done, total = metrics.get("bytes_done"), metrics.get("bytes_total")
         waiting = str(metrics.get("waiting") or "")
