@@ -1,111 +1,246 @@
-"""Live charts and the log of one training: every step that was recorded, one curve per site."""
+"""Live charts and the log of one training: every step that was recorded, one curve per site.
+
+Building a chart takes 25 ms and drawing one 5, so both are done one at a time, in turn: the window
+stays on time however many there are.
+"""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from PySide6.QtWidgets import QGridLayout, QPlainTextEdit, QWidget
+from PySide6.QtCore import QTimer
+from PySide6.QtWidgets import QApplication, QGridLayout, QPlainTextEdit, QWidget
 
-from mistudio import formatting
 from mistudio.ui.theme import tokens
-from mistudio.ui.training.form import SITES, point_parts
-from mistudio.ui.widgets import Text, column
+from mistudio.ui.training.history import (
+    LOG_LINES,
+    PLACES,
+    History,
+    colours,
+    history,
+    note_line,
+    site_label,
+)
+from mistudio.ui.widgets import Badge, Button, Choice, Text, column, row
 
 if TYPE_CHECKING:
+    from mistudio.ui.training.density import DensityChart
     from mistudio.ui.widgets.metric_chart import MetricChart
 
-LOG_LINES = 400  # shown; the charts keep everything
+TURN_MS = 60  # between two drawings: each of eight things is drawn twice a second
 
 CHARTS = (
     ("loss", "Loss", "What the training lowers: squared error of the batch over the variance of a "
      "calibration sample (the batch's FVU; the auxiliary term is left out). "
      "0 is a perfect reconstruction."),
+    ("explained_variance", "Explained variance", "1 − FVU of the training batch: the share of the "
+     "activations' variance that is reconstructed. 1 is perfect, below 0 is worse than the mean."),
     ("l0", "L0", "Mean number of active latents per token, on the training batch. It falls from "
      "four times the target while the sparsity warms up."),
     ("dead", "Dead latents", "Latents that have not fired within the dead window."),
     ("learning_rate", "Learning rate", "Of this step: warm-up, the chosen schedule, then linear to "
      "0."),
+    ("tokens_per_second", "Tokens/s", "Tokens of activations learnt from per second, mean since "
+     "the training began; pauses are left out. All layers learn from the same tokens."),
 )  # fmt: skip
+AXIS_NAMES = (("step", "Steps"), ("tokens", "Tokens"), ("seconds", "Time"))
 
 
-def site_label(name: str) -> str:
-    """`L10` for the usual site, `L10 MLP output` for another."""
-    site, layer = point_parts(name)
-    return f"L{layer}" if site == "resid_post" else f"L{layer} {SITES.get(site, site)}"
-
-
-def log_line(row: Mapping[str, Any], several: bool = False) -> str:
-    """A metric row as a line of the log."""
-    where = f"{site_label(row['site'])}  " if several else ""
-    return (
-        f"Step {formatting.count(row['step'] + 1):>7}  {where}"
-        f"loss {number(row, 'loss', 4)}  L0 {number(row, 'l0', 1)}  "
-        f"dead {number(row, 'dead', 0)}  {number(row, 'tokens_per_second', 0)} tokens/s"
-    )
-
-
-def number(row: Mapping[str, Any], key: str, decimals: int) -> str:
-    return formatting.number(row.get(key), decimals)
-
-
-def averages(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Mean over the sites of each one's newest value; None where there is none."""
-    newest = {row["site"]: row[key] for row in rows if row.get(key) is not None}
-    values = [value for value in newest.values() if math.isfinite(value)]
-    return sum(values) / len(values) if values else None
+def load_charts() -> None:
+    """Import what draws, which takes a third of a second: for the background."""
+    import mistudio.ui.training.density  # noqa: F401
 
 
 class TrainingCharts(QWidget):
-    """Four charts and the log. `append` takes metric rows as they come and never redraws what
-    does not change."""
+    """Charts and log. `append` takes metric rows as they come, `take` what a thread made of them;
+    neither draws: that comes in turn. `load_charts` must have been called."""
 
-    def __init__(self, points: Sequence[str], parent: QWidget | None = None) -> None:
+    def __init__(
+        self,
+        points: Sequence[str],
+        latents: int | None = None,
+        live: bool = False,
+        parent: QWidget | None = None,
+    ) -> None:
+        """`latents` of one site; `live`: the training goes on."""
         super().__init__(parent)
-        from mistudio.ui.widgets.metric_chart import MetricChart
-
-        self._points = list(points)
+        self._points, self._latents = list(points), latents
+        self._colours = dict(zip(points, colours(len(points)), strict=True))
+        self._chosen: str | None = None  # the one site that is looked at
         self.n_rows = 0
-        labels = {name: site_label(name) for name in self._points}
+        self._densities: dict[str, Mapping[str, Any]] = {}
+        self._waiting: list[History] = []  # until the charts are built
+        self._to_build = [*CHARTS]
+        self._next = 0
         self.charts: dict[str, MetricChart] = {}
-        grid = QGridLayout()
-        grid.setSpacing(tokens.GAP)
-        for place, (key, title, help) in enumerate(CHARTS):
-            chart = MetricChart(title, labels, height=170, counts=key == "dead")
-            chart.setToolTip(help)
-            self.charts[key] = chart
-            grid.addWidget(chart, place // 2, place % 2)
-            grid.setColumnStretch(place % 2, 1)
+        self.density: DensityChart | None = None
+        self._turns = QTimer(self)
+        self._turns.setInterval(TURN_MS)
+        self._turns.timeout.connect(self._on_turn)
+
+        self.axis = Choice(AXIS_NAMES)
+        self.axis.setAccessibleName("Charts over steps, tokens or time")
+        self.axis.currentIndexChanged.connect(self._on_axis_changed)
+        self._help = Text("Drag to move, Ctrl + wheel to zoom", "helper")
+        everything = Button("Show everything", "small", "maximize-2")
+        everything.clicked.connect(self._on_everything_clicked)
+        self._grid = QGridLayout()
+        self._grid.setSpacing(tokens.GAP)
+        for side in (0, 1):
+            self._grid.setColumnStretch(side, 1)
+        self._below = column(0)
         self.log = QPlainTextEdit()
         self.log.setProperty("surface", "log")
         self.log.setReadOnly(True)
         self.log.setMaximumBlockCount(LOG_LINES)
-        self.log.setFixedHeight(132)
+        self.log.setFixedHeight(140)
         self.log.setLineWrapMode(QPlainTextEdit.LineWrapMode.NoWrap)
         self.log.setAccessibleName("Training log")
         self.log.setTabChangesFocus(True)
-        layout = column(8)
-        layout.addLayout(grid)
-        layout.addWidget(Text("Training log", "label"))
+        self.live = Badge("live", "Live", "emerald")
+        self.live.setToolTip("New lines are added as the training goes on")
+        self.live.setVisible(live)
+        copy = Button("Copy", "small", "copy")
+        copy.setAccessibleName("Copy the training log")
+        copy.clicked.connect(self._on_copy_clicked)
+        kept = Text(f"The newest {LOG_LINES} lines; the run's folder keeps all", "helper")
+        layout = column(12)
+        over = Text("Over", "label")
+        over.setBuddy(self.axis)
+        layout.addLayout(row(over, self.axis, everything, None, self._help, spacing=10))
+        layout.addLayout(self._grid)
+        layout.addLayout(self._below)
+        layout.addLayout(
+            row(Text("Training log", "label"), self.live, kept, None, copy, spacing=10)
+        )
         layout.addWidget(self.log)
         self.setLayout(layout)
+        self._turns.start()
+
+    # --- what comes in --------------------------------------------------------------------------
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
-            return
-        self.n_rows += len(rows)
-        for row in rows:
-            name = row["site"]
-            if name not in self._points:
-                self._points.append(name)
+        if rows:
+            several = len(self._points) > 1
+            self.take(history(rows, several, self._latents))
+
+    def take(self, new: History) -> None:
+        """Add what `history` made of further rows."""
+        self.n_rows += new.n_rows
+        self._densities.update(new.densities)
+        self._write(new.lines)
+        if self._to_build:
+            self._waiting.append(new)
+        else:
+            self._add(new)
+        if not self._turns.isActive():
+            self._turns.start()
+
+    def add_notes(self, notes: Sequence[str], now: bool = True) -> None:
+        """Sentences that the training told, for the log; `now`: they have just come."""
+        self._write([note_line(note, time.time() if now else None) for note in notes])
+
+    def set_live(self, live: bool) -> None:
+        self.live.setVisible(live)
+
+    def choose(self, site: str | None) -> None:
+        """Look at one site, or at all."""
+        self._chosen = site
+        for chart in self.charts.values():
+            chart.show_only(None if site is None else [site])
+        self._show_density()
+
+    def show_density(self, site: str, found: Mapping[str, Any]) -> None:
+        """A histogram that did not come with the rows (the final one)."""
+        self._densities[site] = found
+        self._show_density()
+
+    def _add(self, new: History) -> None:
+        for site, values in new.columns.items():
+            if site not in self._points:
+                self._points.append(site)
                 for chart in self.charts.values():
-                    chart.add_series(name, site_label(name))
-        for key, chart in self.charts.items():
-            chart.append([{"step": row["step"], row["site"]: row.get(key)} for row in rows])
-        several = len(self._points) > 1
+                    chart.add_series(site, site_label(site))
+            for key, chart in self.charts.items():
+                chart.extend(site, {place: values[place] for place in PLACES}, values[key])
+
+    def _write(self, lines: Sequence[str]) -> None:
+        if not lines:
+            return
         bar = self.log.verticalScrollBar()
         at_end = bar.value() >= bar.maximum() - 2
-        self.log.appendPlainText("\n".join(log_line(row, several) for row in rows[-LOG_LINES:]))
+        self.log.appendPlainText("\n".join(lines[-LOG_LINES:]))
         if at_end:
             bar.setValue(bar.maximum())
+
+    # --- in turn --------------------------------------------------------------------------------
+
+    def _on_turn(self) -> None:
+        """Build the next chart, or draw the next one that has something new."""
+        if self._to_build:
+            self._build(*self._to_build.pop(0))
+            if not self._to_build:
+                waiting, self._waiting = self._waiting, []
+                for new in waiting:
+                    self._add(new)
+            return
+        if self.density is None:
+            self._build_density()
+            return
+        charts = list(self.charts.values())
+        for _ in charts:
+            chart = charts[self._next % len(charts)]
+            self._next += 1
+            if chart.draw_if_needed():
+                return
+        self._show_density()
+        self._turns.stop()
+
+    def _build(self, key: str, title: str, help: str) -> None:
+        from mistudio.ui.widgets.metric_chart import Axis, MetricChart
+
+        axes = [Axis(place, name, place == "seconds") for place, name in AXIS_NAMES]
+        chart = MetricChart(title, {}, height=170, counts=key == "dead", axes=axes)
+        for site in self._points:
+            chart.add_series(site, site_label(site), self._colours.get(site))
+        chart.setToolTip(f"<qt>{help}</qt>")
+        chart.set_axis(self.axis.value)
+        if self._chosen is not None:
+            chart.show_only([self._chosen])
+        place = len(self.charts)
+        self.charts[key] = chart
+        self._grid.addWidget(chart, place // 2, place % 2)
+
+    def _build_density(self) -> None:
+        from mistudio.ui.training.density import DensityChart
+
+        self.density = DensityChart()
+        self._below.addWidget(self.density)
+        self._show_density()
+
+    def _show_density(self) -> None:
+        from mistudio.ui.training.density import together
+
+        if self.density is None:
+            return
+        if self._chosen is not None:
+            self.density.show_density(self._densities.get(self._chosen))
+            return
+        found = together(list(self._densities.values()))
+        if found != self.density.found:
+            self.density.show_density(found)
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def _on_axis_changed(self, index: int) -> None:
+        for chart in self.charts.values():
+            chart.set_axis(self.axis.value)
+
+    def _on_everything_clicked(self, checked: bool = False) -> None:
+        for chart in self.charts.values():
+            chart.show_all()
+
+    def _on_copy_clicked(self, checked: bool = False) -> None:
+        QApplication.clipboard().setText(self.log.toPlainText())

@@ -66,11 +66,11 @@ class Curve:
 
     def extend(self, xs: Mapping[str, Iterable[float]], y: Iterable[float]) -> None:
         """Append points; every value must be finite."""
-        values = np.asarray(list(y), np.float64)
+        values = _array(y)
         if not len(values):
             return
         for axis, growing in self._xs.items():
-            new = np.asarray(list(xs[axis]), np.float64)
+            new = _array(xs[axis])
             last = growing.view[-1:]
             self._rising[axis] &= bool((np.diff(np.concatenate([last, new])) >= 0).all())
             growing.extend(new)
@@ -132,3 +132,7 @@ class Curve:
             return []
         part = self.y[first:last]
         return sorted((first + int(part.argmin()), first + int(part.argmax())))
+
+
+def _array(values: Iterable[float]) -> Floats:
+    return np.asarray(values if isinstance(values, np.ndarray) else list(values), np.float64)

@@ -22,7 +22,7 @@ from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets.buttons import IconButton
 from mistudio.ui.widgets.chart_export import ExportedChart
 from mistudio.ui.widgets.containers import column, row
-from mistudio.ui.widgets.decimation import Curve
+from mistudio.ui.widgets.decimation import Curve, Floats
 from mistudio.ui.widgets.text import Text
 
 pg.setConfigOptions(
@@ -266,8 +266,18 @@ class MetricChart(ExportedChart):
             for key, series in self._series.items():
                 y = metrics.get(key)
                 if isinstance(y, int | float) and math.isfinite(y):
-                    series.add(xs, float(y))  # type: ignore[arg-type]
+                    series.add(xs, float(y))
                     self._dirty = True
+
+    def extend(self, key: str, xs: Mapping[str, Floats], y: Floats) -> None:
+        """Add points to one curve from arrays of one length, by axis, without drawing; points
+        that are not finite are left out."""
+        places = [xs[axis.key] for axis in self._axes]
+        finite = np.isfinite(np.stack([y, *places])).all(0)
+        if finite.any():
+            kept = {axis: values[finite] for axis, values in xs.items()}
+            self._series[key].settle().extend(kept, y[finite])
+            self._dirty = True
 
     def draw_if_needed(self) -> bool:
         """Bring the picture up to date where it is seen and something was added."""

@@ -118,23 +118,25 @@ class ProgressRow(QWidget):
         phase: str = "",
         elapsed: float | None = None,
         remaining: float | None = None,
+        of: str = "",
     ) -> None:
-        """`fraction` None shows an empty bar and an em dash."""
+        """`fraction` None shows an empty bar and an em dash; `of`: what it is that remains."""
         _set(self._phase, phase[:1].upper() + phase[1:])
         _set(self._percent, formatting.percent(fraction))
         self._bar.setValue(0 if fraction is None else round(fraction * 1000))
-        _set(self._times, times_text(elapsed, remaining))
+        _set(self._times, times_text(elapsed, remaining, of))
         self._times.setVisible(bool(self._times.text()))
 
 
-def times_text(elapsed: float | None, remaining: float | None) -> str:
-    """`3 min 05 s elapsed • about 2 min 10 s remaining`."""
+def times_text(elapsed: float | None, remaining: float | None, of: str = "") -> str:
+    """`3 min 05 s elapsed • about 2 min 10 s of training remaining`."""
     if elapsed is None:
         return ""
     spent = f"{formatting.duration(elapsed)} elapsed"
     if remaining is None:
         return f"{spent} • remaining time not known yet"
-    return f"{spent} • about {formatting.duration(remaining)} remaining"
+    what = f"{of} " if of else ""
+    return f"{spent} • about {formatting.duration(remaining)} {what}remaining"
 
 
 def _set(label: Text, text: str) -> None:
