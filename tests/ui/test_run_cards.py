@@ -108,7 +108,7 @@ def services(trained_library: Library, services_of: Any) -> Services:
 
 
 POINTS = [point_name("resid_post", layer) for layer in range(4)]
-SMALL = {"tokens": 100_000, "expansion": 2, "k": 8, "context": 64, "batch_size": 2048}
+SMALL = {"tokens": 1_228_800, "expansion": 2, "k": 8, "context": 64, "batch_size": 2048}
 
 
 def begin(
@@ -228,7 +228,7 @@ def test_all_layers_at_a_glance_and_one_in_detail(qtbot: Any, services: Services
     assert table.key == POINTS[1]
     shown = [p for p in POINTS if charts.charts["loss"]._series[p].curve.isVisible()]
     assert shown == [POINTS[1]]
-    assert "L1, newest batch" in card.tiles["loss"].accessibleName()
+    assert "Layer 1, newest batch" in card.tiles["loss"].accessibleName()
     assert charts.density.sample.text().startswith("61,440 training tokens up to step 40 • 3 of ")
     qtbot.keyClick(table, Qt.Key.Key_Up)
     qtbot.keyClick(table, Qt.Key.Key_Up)
@@ -298,7 +298,7 @@ def test_the_log_reads_like_one_and_can_be_copied(qtbot: Any, services: Services
     lines = charts.log.toPlainText().splitlines()
     assert lines[0] == log_line(a_row(POINTS[0], 0), True, card._plan.d_sae)
     assert lines[0].startswith(time.strftime("[%H:%M:%S] ", time.localtime(1_700_000_002)))
-    assert "Step 1 L0: loss=0.7000, L0=40.0, dead=0/" in lines[0]
+    assert "Step 1, layer 0: loss=0.7000, L0=40.0, dead=0/" in lines[0]
     assert "held-out FVU=0.2000" in lines[18]
     assert lines[-1].endswith("Note: Step 40: the disk was nearly full.")
     assert charts.live.isVisible() and charts.live.text() == "Live"

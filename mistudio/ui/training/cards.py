@@ -24,7 +24,7 @@ from mistudio.ui.training.history import (
     averages,
     colours,
     history,
-    site_label,
+    layer_label,
 )
 from mistudio.ui.training.layers import Field, Layer, LayerTable
 from mistudio.ui.training.presenter import ENDED_BADLY, Run, TrainingPresenter
@@ -394,7 +394,7 @@ class JobCard(Card):
         if len(rows) > 1:
             return f"mean of {len(rows)} layers"
         several = len(self._points) > 1
-        return f"{site_label(rows[0]['site'])}, newest batch" if several else "newest batch"
+        return f"{layer_label(rows[0]['site'])}, newest batch" if several else "newest batch"
 
     def _lights(self, sites: list[str]) -> list[Light]:
         """Of the newest held-out values; what the loss costs is only known at the end."""
@@ -512,7 +512,7 @@ def layer_rows(points: list[str]) -> list[Layer]:
     own = zip(points, colours(len(points)), strict=True)
     return [
         Layer(None, f"All {len(points)} layers"),
-        *(Layer(point, site_label(point), colour) for point, colour in own),
+        *(Layer(point, layer_label(point), colour) for point, colour in own),
     ]
 
 

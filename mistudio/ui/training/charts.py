@@ -45,6 +45,7 @@ CHARTS = (
     ("tokens_per_second", "Tokens/s", "Tokens of activations learnt from per second, mean since "
      "the training began; pauses are left out. All layers learn from the same tokens."),
 )  # fmt: skip
+NEVER_BELOW_ZERO = ("l0", "learning_rate", "tokens_per_second")
 AXIS_NAMES = (("step", "Steps"), ("tokens", "Tokens"), ("seconds", "Time"))
 
 
@@ -202,7 +203,10 @@ class TrainingCharts(QWidget):
         from mistudio.ui.widgets.metric_chart import Axis, MetricChart
 
         axes = [Axis(place, name, place == "seconds") for place, name in AXIS_NAMES]
-        chart = MetricChart(title, {}, height=170, counts=key == "dead", axes=axes)
+        floor = 0.0 if key in NEVER_BELOW_ZERO else None
+        several = len(self._points) > 1  # the table of layers is their legend
+        chart = MetricChart(title, {}, height=170, counts=key == "dead", axes=axes, floor=floor,
+                            legend=not several)  # fmt: skip
         for site in self._points:
             chart.add_series(site, site_label(site), self._colours.get(site))
         chart.setToolTip(f"<qt>{help}</qt>")

@@ -136,11 +136,16 @@ def site_label(name: str) -> str:
     return f"L{layer}" if site == "resid_post" else f"L{layer} {SITES.get(site, site)}"
 
 
+def layer_label(name: str) -> str:
+    """`Layer 10`, where `L0` would read as the number of active latents."""
+    return f"Layer {site_label(name)[1:]}"
+
+
 def log_line(row: Row, several: bool = False, latents: int | None = None) -> str:
-    """`[12:34:56] Step 1,234 L10: loss=0.3421, L0=52.3, dead=143/8,192, 3,279 tokens/s`."""
+    """`[12:34:56] Step 1,234, layer 10: loss=0.3421, L0=52.3, dead=143/8,192, 3,279 tokens/s`."""
     at = row.get("time")
     clock = time.strftime("[%H:%M:%S] ", time.localtime(at)) if at else ""
-    where = f" {site_label(row['site'])}" if several else ""
+    where = f", {layer_label(row['site']).replace('L', 'l', 1)}" if several else ""
     of = f"/{formatting.count(latents)}" if latents else ""
     parts = [
         f"loss={_number(row, 'loss', 4)}",

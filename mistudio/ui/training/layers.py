@@ -121,7 +121,9 @@ def _swatch(colour: str) -> QIcon | None:
         return None
     pixmap = QPixmap(fonts.px(12), fonts.px(12))
     pixmap.fill(QColor(colour))
-    return QIcon(pixmap)
+    icon = QIcon(pixmap)
+    icon.addPixmap(pixmap, QIcon.Mode.Selected)  # the very colour of the curve, also when chosen
+    return icon
 
 
 class LayerTable(QTableView):

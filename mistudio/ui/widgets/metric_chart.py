@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyqtgraph as pg
@@ -172,15 +173,20 @@ class MetricChart(ExportedChart):
         height: int = 220,
         counts: bool = False,
         axes: Sequence[Axis] = (),
+        floor: float | None = None,
+        legend: bool = True,
         parent: QWidget | None = None,
     ) -> None:
-        """`counts`: the values are counts, so the axis begins at 0 and never shows parts of one."""
+        """`counts`: the values are counts, so the axis begins at 0 and never shows parts of one;
+        `floor`: it shows nothing below; `legend`: False where something beside the chart tells the
+        curves apart (a saved picture has one all the same)."""
         super().__init__(parent)
         self._title = title
         self._axes = tuple(axes) or (Axis(x_key, x_label),)
         self._axis = self._axes[0]
         self._series: dict[str, _Series] = {}
         self._only: frozenset[str] | None = None
+        self._with_legend = legend
         self._dirty = False
         self._drawing = False
         self._drawn = (-math.inf, math.inf, 0)  # range and columns of what is on the screen
@@ -196,6 +202,8 @@ class MetricChart(ExportedChart):
         self._view = self._plot.getPlotItem().getViewBox()
         if counts:
             self._view.setLimits(yMin=0, minYRange=4)
+        elif floor is not None:
+            self._view.setLimits(yMin=floor)
         self._view.sigXRangeChanged.connect(self._on_view_changed)
         self._view.sigResized.connect(self._on_view_changed)
         self._style_axes(y_label)
@@ -343,7 +351,7 @@ class MetricChart(ExportedChart):
             visible = self._only is None or key in self._only
             series.curve.setVisible(visible)
             shown += visible
-        self._legend.setVisible(1 < shown <= LEGEND_UP_TO)
+        self._legend.setVisible(self._with_legend and 1 < shown <= LEGEND_UP_TO)
 
     def csv(self) -> str:
         """Every point as `series,step,value`: what a screen reader or a spreadsheet can use."""
@@ -358,6 +366,14 @@ class MetricChart(ExportedChart):
 
     def drawing(self) -> QWidget:
         return self._plot
+
+    def save_picture(self, path: Path) -> None:
+        was = self._legend.isVisible()
+        self._legend.setVisible(len(self._series) > 1)  # nothing beside the picture tells them
+        try:
+            super().save_picture(path)
+        finally:
+            self._legend.setVisible(was)
 
     def _style_axes(self, y_label: str) -> None:
         font: QFont = fonts.sans(14)
