@@ -23,7 +23,8 @@ class Progress(Protocol):
 
     `check` is called at least every 200 ms of work: it raises `Cancelled` when the user stopped
     the work, `Interrupted` when the application quits, `RolledBack` when the user wants to go back,
-    and blocks while it is paused; helper threads may call it too. `report` never blocks and may be called at any rate.
+    and blocks while it is paused; helper threads may call it too. `report` never blocks and may be
+    called at any rate.
     """
 
     def check(self) -> None: ...

@@ -24,6 +24,7 @@ class Control:
         self._go.set()
         self._step: int | None = None  # to go back to
         self._arrives_paused = self._saves_paused = False
+        self._under_way = False  # from the wish to go back until it stands there
         self.auto_save: AutoSave | None = None
 
     def cancel(self) -> None:
@@ -55,7 +56,7 @@ class Control:
 
     def roll_back(self, step: int) -> None:
         """Go back to the checkpoint of this step and pause there (training)."""
-        self._step = step
+        self._step, self._under_way = step, True
         self._go.set()
 
     def pause(self) -> None:
@@ -75,6 +76,7 @@ class Control:
 
     def arrive(self) -> None:
         """The job stands where it went back to: pause, where nobody resumed it meanwhile."""
+        self._under_way = self._step is not None
         if self._arrives_paused:
             self._arrives_paused = False
             self.pause()
@@ -82,6 +84,11 @@ class Control:
     @property
     def paused(self) -> bool:
         return not self._go.is_set()
+
+    @property
+    def going_back(self) -> bool:
+        """Whether the job was told to go back and does not stand there yet."""
+        return self._under_way
 
     @property
     def wants_finish(self) -> bool:

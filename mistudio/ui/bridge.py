@@ -264,6 +264,11 @@ class JobManager(QObject):
         rows = thread.metrics if thread else self._metrics.get(job_id)
         return rows.generation if rows else 0
 
+    def going_back(self, job_id: int) -> bool:
+        """Whether a training was told to go back to a checkpoint and does not stand there yet."""
+        thread = self._thread(job_id)
+        return bool(thread and thread.control.going_back)
+
     def save_report(self, job_id: int) -> SaveReport | None:
         """What became of the last checkpoint that was asked for; None before the first."""
         thread = self._thread(job_id)

@@ -17,6 +17,7 @@ from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.times import clock_time, seconds_between
 from mistudio.ui.training.charts import TrainingCharts, load_charts
+from mistudio.ui.training.checkpoints import CheckpointSection
 from mistudio.ui.training.form import encoder_of, point_parts, point_title, site_text
 from mistudio.ui.training.history import (
     History,
@@ -29,6 +30,7 @@ from mistudio.ui.training.history import (
 from mistudio.ui.training.layers import Field, Layer, LayerTable
 from mistudio.ui.training.presenter import ENDED_BADLY, Run, TrainingPresenter
 from mistudio.ui.training.quality import FailingNote, QualityLights
+from mistudio.ui.training.queue import QueueNote
 from mistudio.ui.training.usage import DeviceUse, Usage
 from mistudio.ui.widgets import (
     Badge,
@@ -145,11 +147,13 @@ class JobCard(Card):
         line = row(*buttons, self._hint)
         line.setStretch(len(buttons), 1)
         self._buttons.setLayout(line)
-        self._generation = 0
+        self.queue = QueueNote(services, job.id, self._title.text())
+        self.checkpoints = CheckpointSection(services, presenter, job)
+        self._generation = services.jobs.generation(job.id)
         self.add(head, self.progress, self.warning)
         if self.layers is not None:
             self.add(self.layers)
-        self.add(self._tiles, self._error, self._buttons, self.live)
+        self.add(self._tiles, self._error, self.queue, self._buttons, self.checkpoints, self.live)
         self.show_job(job)
 
     def _forget_rows(self) -> None:
@@ -237,6 +241,7 @@ class JobCard(Card):
             clear(self._error)
             error = {**job.error, "retryable": False}  # Retry stands below
             self._error.addWidget(ErrorPanel.of_row(error))
+        self.checkpoints.show_job(job)
         self._shown_at = 0.0
         self.show_progress()
 
@@ -271,9 +276,14 @@ class JobCard(Card):
 
     def show_progress(self) -> None:
         """A tick: pull the snapshot and what was measured since the last one."""
+        generation = self._services.jobs.generation(self.job.id)
+        if generation != self._generation:
+            self._generation = generation
+            self._begin_anew()
         rows = self._services.jobs.metrics(self.job.id, self._n_rows)
         if rows:
             self._append(rows)
+        self.checkpoints.show_progress()
         now = time.monotonic()
         if now - self._shown_at < SHOW_SECONDS:
             return
@@ -525,7 +535,7 @@ def _hint(job: JobRecord, owned: bool, stopping: bool, kept: bool) -> str:
     if stopping and job.active:
         return "The SAE is calibrated, judged and saved as it is."
     if job.status == "queued":
-        return "Waits for the job before it." if owned else "Queued by another miStudio."
+        return "" if owned else "Queued by another miStudio."
     if kept:
         return "It kept a checkpoint: Go On continues there, Retry begins from the start."
     if job.status == "interrupted":

@@ -18,9 +18,11 @@ import psutil
 from PySide6.QtCore import QObject, Signal
 
 from mistudio.device import Device
+from mistudio.engine.training import checkpoints
 from mistudio.engine.training.config import Plan, derive, parse
 from mistudio.engine.training.footprint import Machine
 from mistudio.errors import InvalidInput, UserError
+from mistudio.jobs.job import take_up
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Dataset, Extraction, Model, Sae, Training
 from mistudio.ui.services import Services
@@ -302,6 +304,45 @@ class TrainingPresenter(QObject):
         if refusal := self.delete_refusal(training):
             raise InvalidInput("This run is in use", refusal)
         self._services.library.discard("trainings", training.id)
+
+    # --- checkpoints: files of unknown size, read in the background -----------------------------
+
+    def read_checkpoints(
+        self, job_id: int, then: Callable[[Any], None], or_else: Callable[[Any], None]
+    ) -> None:
+        """`then` gets a job's checkpoints, newest first."""
+        folder = self._services.library.checkpoint_folder(job_id)
+        self._services.background.run(lambda: checkpoints.listing(folder), then, or_else)
+
+    def pick_checkpoint(
+        self, job_id: int, step: int, then: Callable[[Any], None], or_else: Callable[[Any], None]
+    ) -> None:
+        """`then` gets the checkpoint where every byte of it is as it was written."""
+        folder = self._services.library.checkpoint_folder(job_id)
+        self._services.background.run(lambda: checkpoints.pick(folder, step), then, or_else)
+
+    def delete_checkpoint(
+        self, job_id: int, step: int, then: Callable[[Any], None], or_else: Callable[[Any], None]
+    ) -> None:
+        """`then` gets the step."""
+        folder = self._services.library.checkpoint_folder(job_id)
+
+        def delete() -> int:
+            checkpoints.delete(folder, step)
+            return step
+
+        self._services.background.run(delete, then, or_else)
+
+    def take_up(
+        self, job_id: int, step: int, then: Callable[[Any], None], or_else: Callable[[Any], None]
+    ) -> None:
+        """An ended training will go on from this checkpoint; later ones are deleted. `then` gets
+        its row and hands it to `take_over`."""
+        library = self._services.library
+        self._services.background.run(lambda: take_up(library, job_id, step), then, or_else)
+
+    def take_over(self, record: JobRecord) -> None:
+        self._submit(lambda: self._services.jobs.take_over(record))
 
     # --- submitting without a pause of the window -----------------------------------------------
 
