@@ -212,6 +212,7 @@ class _Road:
         from mistudio.engine.features.describe import uses_of_words
         from mistudio.engine.models.loading import special_ids
         from mistudio.engine.steering.generation import Sampling, generate
+        from mistudio.engine.steering.interventions import adding
 
         shown = [feature for feature, _ in self._shown]
         largest = torch.tensor([float(store.columns["max_activation"][f]) for f in shown])
@@ -220,8 +221,7 @@ class _Road:
             model,
             tokenizer,
             tokenizer(PROMPT)["input_ids"],
-            saved.hook_point,
-            vectors * TRIED_STRENGTH,
+            [adding(saved.hook_point, vector * TRIED_STRENGTH) for vector in vectors],
             Sampling(max_new_tokens=NEW_TOKENS, seed=self._job.seed),
             special_ids=sorted(special_ids(tokenizer)),
             stop_ids=(),

@@ -68,7 +68,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
     from mistudio.engine.models import loading
     from mistudio.engine.sae.files import load_sae
     from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
-    from mistudio.engine.steering.interventions import steering_vector
+    from mistudio.engine.steering.interventions import adding, steering_vector
     from mistudio.engine.steering.metrics import steering_effect
 
     if not job.features:
@@ -97,8 +97,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         model,
         tokenizer,
         prompt_ids,
-        point,
-        vectors,
+        [adding(point, vector) for vector in vectors],
         sampling,
         special_ids=special,
         stop_ids=_stop_ids(model, tokenizer),
@@ -111,8 +110,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         progress.report(number, len(job.scales), phase="measure")
         effect = steering_effect(
             model,
-            point,
-            vectors[number],
+            adding(point, vectors[number]),
             prompt_ids,
             unsteered.ids,
             row.ids,

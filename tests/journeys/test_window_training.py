@@ -108,6 +108,8 @@ class Person:
 
         if answer:
             self._answer_dialogs("CloseDialog.exec", reply)
+        else:
+            self.until(lambda: not self.window.services.jobs.running())
         self.window.close()
         self.until(lambda: not self.window.isVisible())
         self.library.close()
@@ -143,12 +145,9 @@ def walk(person: Person, layer: int, changes: dict[str, str]) -> dict[str, Any]:
         if not form.fields[name].isVisible():
             click(form.advanced.button)
         write(form.fields[name], text)
-    for button in form.layers.findChildren(QAbstractButton):
-        if button.text() == f"L{layer}":
-            if not button.isChecked():
-                click(button)
-        elif button.isCheckable() and button.isChecked():
-            click(button)
+    click(form.layers.clear_all)
+    layers = {button.text(): button for button in form.layers.findChildren(QAbstractButton)}
+    click(layers[f"L{layer}"])
     person.until(lambda: form.start.isEnabled())
     click(form.start)
     person.until(lambda: page.job_cards() and page.job_cards()[0].job.status == "running")
@@ -177,7 +176,7 @@ def walk(person: Person, layer: int, changes: dict[str, str]) -> dict[str, Any]:
     card = page.job_cards()[0]
     assert card.job.id == job_id and card.job.status == "interrupted"
     click(card.go_on)
-    person.until(lambda: page.run_cards(), SECONDS)
+    person.until(lambda: page.run_cards() and page.run_cards()[0].isVisible(), SECONDS)
     record = person.library.trainings.all()[0].record
     steps_written = [row["step"] for row in metric_rows(person)]
     assert steps_written[0] == 0 and steps_written == sorted(set(steps_written))

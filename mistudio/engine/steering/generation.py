@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mistudio.engine.models.hf import DynamicCache
-from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.steering.interventions import RowSteering
-from mistudio.errors import InvalidInput
+from mistudio.engine.steering.interventions import Scope, Steering, Variant
+from mistudio.errors import InvalidInput, is_out_of_memory
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_p keeps the smallest set of tokens whose
-    probability reaches it."""
+    """How tokens are drawn. Temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all),
+    top_p of those the smallest set whose probability reaches it. The repetition penalty divides
+    positive logits of tokens that stand in the prompt or the continuation, and multiplies negative
+    ones (Keskar et al. 2019, arXiv 1909.05858)."""
 
     temperature: float = 0.7
     top_p: float = 1.0
     max_new_tokens: int = 60
     seed: int = 0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
     def check(self) -> None:
-        limits = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "max_new_tokens": (1, 2048)}
+        limits = {
+            "temperature": (0.0, 2.0),
+            "top_p": (0.01, 1.0),
+            "top_k": (0, 1000),
+            "repetition_penalty": (0.5, 2.0),
+            "max_new_tokens": (1, 2048),
+        }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -51,12 +61,11 @@ class Continuation:
 
 @dataclass
 class Generated:
-    """All rows of one generation: row 0 is unsteered."""
+    """All rows of one generation: row 0 is unsteered. `together`: in one batch."""
 
     prompt_ids: list[int]
     rows: list[Continuation]
-    seconds: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    together: bool
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -84,65 +93,157 @@ def generate(
     model: HookedDecoder,
     tokenizer: Any,
     prompt_ids: Sequence[int],
-    point: HookPoint,
-    vectors: Tensor,
+    variants: Sequence[Variant],
     sampling: Sampling,
     *,
     special_ids: Sequence[int],
     stop_ids: Collection[int],
+    scope: Scope | None = None,
+    together: bool = True,
     progress: Progress = SILENT,
 ) -> Generated:
-    """Continue one prompt in `len(vectors) + 1` rows: row 0 unsteered, row r with vectors[r - 1].
+    """Continue one prompt in `len(variants) + 1` rows: row 0 unsteered, row r as variants[r - 1].
 
     One Gumbel noise vector a step is shared by all rows, so a difference comes from the steering
-    alone. `progress.report` gets `texts`, the continuations so far. Raises RuntimeError if a
-    non-zero vector leaves the first logits as they were: silent non-steering is worse than none.
+    alone. `progress.report` gets `texts`, the continuations so far. Where memory is short (or
+    without `together`) rows follow one another, with the same noise and the same text. Raises
+    RuntimeError where a variant that acts on the prompt leaves the first logits as they were:
+    silent non-steering is worse than none.
     """
     sampling.check()
-    rows = len(vectors) + 1
-    model.check_point(point)
-    zero = torch.zeros(1, vectors.shape[1], device=vectors.device)
-    edit = RowSteering(torch.cat([zero, vectors]).to(model.device), special_ids)
-    untouched = [row for row, vector in enumerate(vectors, start=1) if not bool(vector.any())]
-    noise = torch.Generator().manual_seed(sampling.seed)
-    ids = torch.tensor([list(prompt_ids)] * rows, device=model.device)
-    made: list[list[int]] = [[] for _ in range(rows)]
-    ended = [False] * rows
-    stops = set(stop_ids)
-    cache = DynamicCache(config=model.model.config)
-    position = 0
-    fed = ids
-    for step in range(sampling.max_new_tokens):
-        progress.check()
-        edit.expect(fed, position)
-        with model.intervene({point: edit}):
-            out = model.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        position += fed.shape[1]
-        logits = out.logits[:, -1].float()
-        # Equal rows of one batch may differ in their last bits, which can tip a near tie.
-        logits[untouched] = logits[0].clone()
-        if step == 0:
-            _check_effect(logits, vectors, out.logits.dtype)
-        chosen = draw(logits, sampling, noise)
-        for row, token in enumerate(chosen.tolist()):
-            if not ended[row]:
-                ended[row] = token in stops
-                if not ended[row]:
-                    made[row].append(token)
-        fed = chosen[:, None]
-        progress.report(
-            step + 1,
-            sampling.max_new_tokens,
-            phase="generate",
-            texts=[tokenizer.decode(tokens) for tokens in made],
+    made = _Making(model, tokenizer, list(prompt_ids), sampling, special_ids, stop_ids, scope)
+    rows: list[Variant | None] = [None, *variants]
+    if together:
+        try:
+            return made.result(made.run(rows, progress), together=True)
+        except (RuntimeError, MemoryError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+        # Outside of the handler: the error holds what the batch held.
+    parts: list[_Rows] = []
+    for number, variant in enumerate(rows):
+        before = [tokens for part in parts for tokens in part.ids]
+        parts.append(made.run([variant], progress, before, len(rows) - number - 1))
+    return made.result(_Rows.joined(parts), together=False)
+
+
+@dataclass
+class _Rows:
+    """What rows became: their tokens, whether they ended, the logits of their first step."""
+
+    ids: list[list[int]]
+    ended: list[bool]
+    first: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        return cls(
+            [tokens for part in parts for tokens in part.ids],
+            [ended for part in parts for ended in part.ended],
+            torch.cat([part.first for part in parts]),
         )
-        if all(ended):
-            break
-    continuations = [
-        Continuation(tokens, tokenizer.decode(tokens), done)
-        for tokens, done in zip(made, ended, strict=True)
-    ]
-    return Generated(list(prompt_ids), continuations)
+
+
+@dataclass
+class _Making:
+    """One generation's settings; `run` continues the prompt in some of its rows."""
+
+    model: HookedDecoder
+    tokenizer: Any
+    prompt_ids: list[int]
+    sampling: Sampling
+    special_ids: Sequence[int]
+    stop_ids: Collection[int]
+    scope: Scope | None
+    reference: Tensor | None = None  # the unsteered row's first logits
+
+    def run(
+        self,
+        variants: Sequence[Variant | None],
+        progress: Progress,
+        before: Sequence[list[int]] = (),
+        after: int = 0,
+    ) -> _Rows:
+        """`before` are rows that are made already, `after` how many follow: for the progress."""
+        sampling, stops, rows = self.sampling, set(self.stop_ids), len(variants)
+        steering = Steering(
+            self.model, variants, self.special_ids, len(self.prompt_ids), self.scope
+        )
+        still = [r for r, v in enumerate(variants) if v is not None and v.is_neutral]
+        noise = torch.Generator().manual_seed(sampling.seed)
+        fed = torch.tensor([self.prompt_ids] * rows, device=self.model.device)
+        made: list[list[int]] = [[] for _ in range(rows)]
+        ended = [False] * rows
+        cache = DynamicCache(config=self.model.model.config)
+        position, first = 0, torch.empty(0)
+        for step in range(sampling.max_new_tokens):
+            progress.check()
+            steering.expect(fed, position)
+            with self.model.intervene(steering.edits()):
+                out = self.model.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            position += fed.shape[1]
+            logits = out.logits[:, -1].float()
+            if variants[0] is None and still:
+                # Equal rows of one batch may differ in their last bits, which can tip a near tie.
+                logits[still] = logits[0].clone()
+            if step == 0:
+                first = logits.clone()
+                self._check_effect(variants, logits, out.logits.dtype, steering.acts)
+            penalised = penalise(logits, sampling.repetition_penalty, self.prompt_ids, made)
+            chosen = draw(penalised, sampling, noise)
+            for row, token in enumerate(chosen.tolist()):
+                if not ended[row]:
+                    ended[row] = token in stops
+                    if not ended[row]:
+                        made[row].append(token)
+            fed = chosen[:, None]
+            self._tell(progress, step + 1, before, made, after)
+            if all(ended):
+                break
+        return _Rows(made, ended, first)
+
+    def _tell(
+        self,
+        progress: Progress,
+        step: int,
+        before: Sequence[list[int]],
+        made: Sequence[list[int]],
+        after: int,
+    ) -> None:
+        """Rows that follow one another share the bar."""
+        length, done = self.sampling.max_new_tokens, len(before)
+        parts = 1 if not (before or after) else done + 1 + after
+        texts = [self.tokenizer.decode(tokens) for tokens in (*before, *made)] + [""] * after
+        progress.report(done * length + step, parts * length, phase="generate", texts=texts)
+
+    def _check_effect(
+        self,
+        variants: Sequence[Variant | None],
+        logits: Tensor,
+        dtype: torch.dtype,
+        acts: bool,
+    ) -> None:
+        """Fail where a row that is steered in the prompt differs by rounding at most."""
+        if variants[0] is None:
+            self.reference = logits[0].clone()
+        if self.reference is None or not acts:
+            return
+        rounding = 16 * torch.finfo(torch.float32).eps * float(self.reference.abs().max())
+        limit = rounding if dtype == torch.float32 else 0.0
+        for row, variant in enumerate(variants):
+            if variant is None or not variant.always_acts:
+                continue
+            if float((logits[row] - self.reference).abs().max()) <= limit:
+                raise RuntimeError(
+                    "Steering changed nothing: the hook point's edit does not reach the logits"
+                )
+
+    def result(self, rows: _Rows, together: bool) -> Generated:
+        continuations = [
+            Continuation(tokens, self.tokenizer.decode(tokens), done)
+            for tokens, done in zip(rows.ids, rows.ended, strict=True)
+        ]
+        return Generated(self.prompt_ids, continuations, together)
 
 
 def draw(logits: Tensor, sampling: Sampling, noise: torch.Generator) -> Tensor:
@@ -150,6 +251,9 @@ def draw(logits: Tensor, sampling: Sampling, noise: torch.Generator) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(1)
     scaled = logits / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[1]:
+        least = scaled.topk(sampling.top_k, dim=1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -math.inf)
     if sampling.top_p < 1:
         probabilities, order = scaled.softmax(1).sort(1, descending=True)
         beyond = probabilities.cumsum(1) - probabilities >= sampling.top_p
@@ -159,12 +263,15 @@ def draw(logits: Tensor, sampling: Sampling, noise: torch.Generator) -> Tensor:
     return (scaled + gumbel.to(scaled)).argmax(1)
 
 
-def _check_effect(logits: Tensor, vectors: Tensor, dtype: torch.dtype) -> None:
-    """Fail where a row that was given a vector differs by rounding at most."""
-    rounding = 16 * torch.finfo(torch.float32).eps * float(logits[0].abs().max())
-    limit = rounding if dtype == torch.float32 else 0.0
-    for row, vector in enumerate(vectors, start=1):
-        if bool(vector.any()) and float((logits[row] - logits[0]).abs().max()) <= limit:
-            raise RuntimeError(
-                "Steering changed nothing: the hook point's edit does not reach the logits"
-            )
+def penalise(
+    logits: Tensor, penalty: float, prompt_ids: Sequence[int], made: Sequence[Sequence[int]]
+) -> Tensor:
+    """Logits [rows, vocab] with the repetition penalty on every token that was there before."""
+    if penalty == 1.0:
+        return logits
+    logits = logits.clone()
+    for row, tokens in enumerate(made):
+        seen = torch.tensor(sorted({*prompt_ids, *tokens}), device=logits.device)
+        values = logits[row, seen]
+        logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistudio.engine.models.hooks import HookedDecoder, HookPoint
-from mistudio.engine.steering.interventions import RowSteering
+from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.steering.interventions import Scope, Steering, Variant
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class SteeringEffect:
 @torch.inference_mode()
 def steering_effect(
     model: HookedDecoder,
-    point: HookPoint,
-    vector: Tensor,
+    variant: Variant,
     prompt_ids: Sequence[int],
     unsteered_ids: Sequence[int],
     steered_ids: Sequence[int],
     unsteered_text: str,
     steered_text: str,
     special_ids: Sequence[int],
+    scope: Scope | None = None,
 ) -> SteeringEffect:
     """Measure by two parallel forward passes; token ids are used as generated, never re-read
     from text."""
@@ -62,11 +62,9 @@ def steering_effect(
     nll_steered = nll_unsteered = math.nan
     if steered_ids:
         both = torch.tensor([[*prompt_ids, *steered_ids]] * 2, device=model.device)
-        edit = RowSteering(
-            torch.stack([torch.zeros_like(vector), vector]).to(model.device), special_ids
-        )
-        edit.expect(both, 0)
-        with model.intervene({point: edit}):
+        steering = Steering(model, [None, variant], special_ids, len(prompt_ids), scope)
+        steering.expect(both, 0)
+        with model.intervene(steering.edits()):
             logits = model.model(both, use_cache=False).logits
         # Position p predicts token p + 1.
         first = len(prompt_ids) - 1

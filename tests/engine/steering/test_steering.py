@@ -11,7 +11,12 @@ from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae.activation import JumpReLU
 from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.generation import Sampling, draw, encode_prompt, generate
-from mistudio.engine.steering.interventions import FeatureEdit, RowSteering, steering_vector
+from mistudio.engine.steering.interventions import (
+    FeatureEdit,
+    Steering,
+    adding,
+    steering_vector,
+)
 from mistudio.engine.steering.metrics import (
     distinct,
     first_difference,
@@ -40,9 +45,8 @@ def vector(tiny, prompt):
 
 def run(tiny, tokenizer, prompt, vectors, **options):
     sampling = Sampling(**{"max_new_tokens": 12, "temperature": 0.0, **options})
-    return generate(
-        tiny, tokenizer, prompt, POINT, vectors, sampling, special_ids=SPECIAL, stop_ids={0}
-    )
+    variants = [adding(POINT, vector) for vector in vectors]
+    return generate(tiny, tokenizer, prompt, variants, sampling, special_ids=SPECIAL, stop_ids={0})
 
 
 def test_unsteered_row_equals_the_models_own_generation(tiny, tiny_tokenizer, prompt, vector):
@@ -78,31 +82,32 @@ def test_rows_in_one_batch_equal_separate_runs(tiny, tiny_tokenizer, prompt, vec
 def test_cached_generation_equals_full_recomputation(tiny, tiny_tokenizer, prompt, vector):
     made = run(tiny, tiny_tokenizer, prompt, vector[None]).rows[1].ids
     ids = torch.tensor([prompt])
-    edit = RowSteering(vector[None], SPECIAL)
+    steering = Steering(tiny, [adding(POINT, vector)], SPECIAL, len(prompt))
     for _ in range(12):
-        edit.expect(ids, 0)
-        with tiny.intervene({POINT: edit}):
+        steering.expect(ids, 0)
+        with tiny.intervene(steering.edits()):
             ids = torch.cat([ids, tiny.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert made == ids[0, len(prompt) :].tolist()
 
 
-def test_position_zero_and_special_tokens_are_never_touched(vector):
-    edit = RowSteering(torch.stack([torch.zeros(128), vector]), SPECIAL)
+def test_position_zero_and_special_tokens_are_never_touched(tiny, vector):
+    steering = Steering(tiny, [None, adding(POINT, vector)], SPECIAL, 4)
+    edit = steering.edits()[POINT]
     ids = torch.tensor([[5, 1, 7, 8], [5, 1, 7, 8]])
     x = torch.randn(2, 4, 128)
-    edit.expect(ids, 0)
+    steering.expect(ids, 0)
     out = edit(x)
     assert torch.equal(out[0], x[0])
     assert torch.equal(out[1, :2], x[1, :2])
     assert torch.allclose(out[1, 2:], x[1, 2:] + vector)
-    edit.expect(ids[:, :1], 4)  # a later pass with a cache: its first token is position 4
+    steering.expect(ids[:, :1], 4)  # a later pass with a cache: its first token is position 4
     assert torch.allclose(edit(x[:, :1])[1, 0], x[1, 0] + vector)
 
 
 def test_an_edit_that_does_not_reach_the_logits_is_an_error(
     tiny, tiny_tokenizer, prompt, vector, monkeypatch
 ):
-    monkeypatch.setattr(RowSteering, "__call__", lambda self, x: x)
+    monkeypatch.setattr(Steering, "_delta", lambda self, point, x: torch.zeros_like(x))
     with pytest.raises(RuntimeError, match="changed nothing"):
         run(tiny, tiny_tokenizer, prompt, vector[None])
 
@@ -125,8 +130,7 @@ def test_stopping_leaves_no_hook_behind(tiny, tiny_tokenizer, prompt, vector):
             tiny,
             tiny_tokenizer,
             prompt,
-            POINT,
-            vector[None],
+            [adding(POINT, vector)],
             Sampling(),
             special_ids=SPECIAL,
             stop_ids=set(),
@@ -170,12 +174,14 @@ def test_features_add_once_whatever_their_order():
 
 def test_kl_and_perplexity_equal_a_plain_computation(tiny, prompt, vector):
     unsteered, steered = [30, 41, 52, 63], [30, 99, 120]
-    found = steering_effect(tiny, POINT, vector, prompt, unsteered, steered, "a b", "a c", SPECIAL)
+    found = steering_effect(
+        tiny, adding(POINT, vector), prompt, unsteered, steered, "a b", "a c", SPECIAL
+    )
     ids = torch.tensor([prompt + steered])
     base = tiny.model(ids).logits[0].log_softmax(-1)
-    edit = RowSteering(vector[None], SPECIAL)
-    edit.expect(ids, 0)
-    with tiny.intervene({POINT: edit}):
+    steering = Steering(tiny, [adding(POINT, vector)], SPECIAL, len(prompt))
+    steering.expect(ids, 0)
+    with tiny.intervene(steering.edits()):
         changed = tiny.model(ids).logits[0].log_softmax(-1)
     places = [len(prompt) - 1 + i for i in range(3)]
     kl = [float((changed[p].exp() * (changed[p] - base[p])).sum()) for p in places]
@@ -192,7 +198,7 @@ def test_kl_and_perplexity_equal_a_plain_computation(tiny, prompt, vector):
 
 def test_no_steering_has_no_effect(tiny, prompt):
     found = steering_effect(
-        tiny, POINT, torch.zeros(128), prompt, [30, 41], [30, 41], "x y", "x y", SPECIAL
+        tiny, adding(POINT, torch.zeros(128)), prompt, [30, 41], [30, 41], "x y", "x y", SPECIAL
     )
     assert found.kl_per_token == pytest.approx(0.0, abs=1e-7)
     assert found.perplexity_ratio == pytest.approx(1.0, rel=1e-5)
