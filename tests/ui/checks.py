@@ -102,3 +102,26 @@ def cut_off(root: QWidget) -> list[str]:
         ):
             found.append(f"button {widget.text()!r}")
     return found
+
+
+def squeezed(root: QWidget) -> list[str]:
+    """Texts that wrap and have too little height, and fields and choices whose text, or what it
+    says where they are empty, is wider than they are."""
+    found = []
+    for widget in root.findChildren(QWidget):
+        if not widget.isVisible():
+            continue
+        if isinstance(widget, QLabel) and widget.wordWrap() and widget.text():
+            need, room = widget.heightForWidth(widget.width()), widget.height()
+        elif isinstance(widget, QLineEdit) and not isinstance(widget.parent(), QComboBox):
+            text = widget.text() or widget.placeholderText()
+            need, room = widget.fontMetrics().horizontalAdvance(text), widget.width() - 12
+        elif isinstance(widget, QComboBox) and not widget.isEditable():
+            need = widget.fontMetrics().horizontalAdvance(widget.currentText())
+            room = widget.width() - 30  # its frame and arrow
+        else:
+            continue
+        if need > room + 1:
+            said = getattr(widget, "text", getattr(widget, "currentText", str))()
+            found.append(f"{type(widget).__name__} {said!r}: {need} > {room}")
+    return found

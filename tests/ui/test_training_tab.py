@@ -21,7 +21,7 @@ from mistudio.engine.models.loading import ModelSummary
 from mistudio.engine.training.config import TrainingConfig, derive, option, parse
 from mistudio.engine.training.cost import model_shape
 from mistudio.engine.training.footprint import Machine, PlannedSite, RunShape
-from mistudio.engine.training.planning import plan_run
+from mistudio.engine.training.planning import Measured, plan_run
 from mistudio.engine.training.verdict import lights
 from mistudio.library.library import Library
 from mistudio.library.records import Dataset, Extraction, Model
@@ -33,7 +33,8 @@ from mistudio.ui.steering.presenter import sources as steering_sources
 from mistudio.ui.training import presenter as presenter_module
 from mistudio.ui.training.charts import CHARTS
 from mistudio.ui.training.configuration import ACROSS_HELP
-from mistudio.ui.training.estimate import PORTION, Computer, rough
+from mistudio.ui.training.estimate import PORTION, Computer, Corpus, Pace, rough
+from mistudio.ui.training.fields import Remark
 from mistudio.ui.training.form import (
     ACROSS_MLP,
     ADVANCED,
@@ -330,19 +331,21 @@ def test_the_estimate_is_the_engines_plan(wiring: str, source: str) -> None:
                   source="auto" if source in ("stream", "stored") else source,
                   extraction=an_extraction(points, context=128) if source == "stored" else None,
                   )  # fmt: skip
-    found = check(form, corpus_tokens=corpus, speed=10_000, computer=a_computer())
+    pace = Pace("earlier run", Measured(overall=10_000), None, 10_000)
+    found = check(form, Corpus(corpus, 40_000), lambda plan: pace, a_computer())
     summary = ModelSummary(**a_model().summary)
     plan = derive(parse({"wiring": wiring}), 64)
     sites = tuple(PlannedSite(layer, site, plan) for layer in (1, 2))
     kept = {"extract": corpus, "hybrid": PORTION}
     shape = RunShape(model_shape(summary, 4), sites, stored_tokens=kept.get(source),
-                     source="extract" if source in kept else source)  # fmt: skip
+                     source="extract" if source in kept else source,
+                     heldout_tokens=40_000)  # fmt: skip
     run = plan_run(shape, a_computer().machine)
     assert found.estimate.needs == (
         f"About {formatting.size(rough(run.memory))} of memory (8 GB free) • "
-        f"{formatting.size(rough(run.disk))} of disk • about 3 min 20 s at the speed of the last "
-        "run with this model"
+        f"{formatting.size(rough(run.disk))} of disk (100 GB free)"
     )
+    assert found.estimate.time == "About 3 min 20 s ± 30 s"
     assert "512 latents on 64 dimensions at each of 2 layers" in found.estimate.work
     assert f"{plan.steps} steps of" in found.estimate.work
     assert "1.3 passes over the text" in found.estimate.work
@@ -355,7 +358,7 @@ def test_what_does_not_fit_comes_with_advice() -> None:
     found = check(form, computer=computer)
     text = " ".join(found.estimate.advice)
     assert "Four layers need" in text and "at a time" in text and "of disk" in text
-    assert found.blocker == ""  # a figure is no refusal: the run moves or halves its batch
+    assert found.blocker == "" and "of disk" in found.doubt  # for whoever knows better
 
 
 def test_a_model_that_says_too_little_has_no_figures() -> None:
@@ -554,7 +557,10 @@ def test_tab_goes_as_the_eye_does(qtbot: Any, trained: Services) -> None:
         assert widget is not None and widget not in walked
         walked.append(widget)
         row = widget.mapTo(card, widget.rect().center())
-        places.append((widget.accessibleName() or widget.text(), row.x(), row.y()))
+        if isinstance(widget.parentWidget(), Remark):  # a mend follows what it mends
+            assert widget.parentWidget().parentWidget() is walked[-2].parentWidget()
+        else:
+            places.append((widget.accessibleName() or widget.text(), row.x(), row.y()))
         qtbot.keyClick(widget, Qt.Key.Key_Tab)
     assert {entry.editor for entry in card.fields.values() if entry.isVisible()} <= set(walked)
     assert set(card.layers.buttons) <= set(walked)

@@ -50,15 +50,18 @@ RESERVE = 0.1  # of what is needed must stay free on top: the figures may be tha
 
 @dataclass(frozen=True)
 class Measured:
-    """Speeds of earlier runs with the same shapes, tokens/s; None where there is none.
+    """Speeds of runs with the same shapes, tokens/s; None where there is none.
 
-    `forward`: the model up to the deepest site; `step`: training of all sites together; `overall`:
-    both as they ran.
+    `forward`: the model up to the deepest site, its activations handed on; `step`: training of all
+    sites together; `overall`: both as they ran, with the judgements on the way. `encode`: one
+    finished dictionary on tokens to be judged; `whole`: the whole model with its logits.
     """
 
     forward: float | None = None
     step: float | None = None
     overall: float | None = None
+    encode: float | None = None
+    whole: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ def plan_run(
     )
 
 
+def fits(run: RunShape, machine: Machine) -> bool:
+    """Whether memory is enough, with something in reserve."""
+    return _fits(*needs(memory_phases(run, machine)), machine)
+
+
 def _fits(memory: float, host: float, machine: Machine) -> bool:
     room = 1 + RESERVE
     return memory * room <= machine.memory_free and (
@@ -155,7 +163,11 @@ def _time(
     run: RunShape, speed: DeviceSpeed | None, measured: Measured
 ) -> tuple[tuple[Part, ...], str]:
     if measured.overall:
-        return (Part("training", run.tokens / measured.overall, "seconds", ""),), "measured"
+        parts = [Part("training", run.tokens / measured.overall, "seconds", "")]
+        judging = _judging_seconds(run, speed, measured, evaluations=0)
+        if judging is not None:
+            parts.append(Part("judging", judging, "seconds", ""))
+        return tuple(parts), "measured"
     # How often a model is loaded again for its next portion is not counted.
     passes = {"extract": stored_tokens(run), "stored": 0}.get(run.source, run.tokens)
     forward = _forward_seconds(run, speed, measured, passes)
@@ -168,8 +180,9 @@ def _time(
         Part("model", forward, "seconds", ""),
         Part("training", sum(steps), "seconds", "", tuple(steps)),
     ]
-    if speed is not None:
-        parts.append(Part("judging", _judging_seconds(run, speed), "seconds", ""))
+    judging = _judging_seconds(run, speed, measured)
+    if judging is not None:
+        parts.append(Part("judging", judging, "seconds", ""))
     return tuple(part for part in parts if part.value), basis
 
 
@@ -192,25 +205,60 @@ def _forward_seconds(
     return seconds * tokens / batch
 
 
-def _judging_seconds(run: RunShape, speed: DeviceSpeed) -> float:
+def _judging_seconds(
+    run: RunShape, speed: DeviceSpeed | None, measured: Measured, evaluations: int = EVALUATIONS
+) -> float | None:
     """Calibration, the judgements on the way and at the end, and the loss with each dictionary
-    spliced in."""
-    tokens = CALIBRATION_TOKENS + run.heldout_tokens
-    seconds = 0.0
+    spliced in; None where a part of it is not known."""
+    tokens = calibration_tokens(run) + run.heldout_tokens
+    seconds: float | None = 0.0
     if run.source == "stream":
-        seconds += _forward_seconds(run, speed, Measured(), tokens) or 0.0
-    tokens += EVALUATIONS * evaluation_tokens(run)
-    for site in run.sites:
-        cost = encode_cost(site.plan.d_in, site.plan.d_out, site.plan.d_sae, site.plan.k, tokens)
-        seconds += cost.seconds(speed)
+        seconds = _forward_seconds(run, speed, measured, tokens)
+    tokens += evaluations * evaluation_tokens(run)
+    encode, loss = (
+        _encode_seconds(run, speed, measured, tokens),
+        _loss_seconds(run, speed, measured),
+    )
+    if seconds is None or encode is None or loss is None:
+        return None
+    return seconds + encode + LOSS_PASSES * len(run.sites) * loss
+
+
+def calibration_tokens(run: RunShape) -> int:
+    """Training tokens that thresholds are set on at the end (`finish.calibrate`)."""
+    if run.plan.config.sparsity not in ("batchtopk", "matryoshka", "jumprelu"):
+        return 0
+    return min(CALIBRATION_TOKENS, max(8192, run.tokens))
+
+
+def _encode_seconds(
+    run: RunShape, speed: DeviceSpeed | None, measured: Measured, tokens: int
+) -> float | None:
+    """Of every site's finished dictionary on `tokens`."""
+    if measured.encode:
+        return len(run.sites) * tokens / measured.encode
+    if speed is None:
+        return None
+    plans = [site.plan for site in run.sites]
+    return sum(
+        encode_cost(plan.d_in, plan.d_out, plan.d_sae, plan.k, tokens).seconds(speed)
+        for plan in plans
+    )
+
+
+def _loss_seconds(run: RunShape, speed: DeviceSpeed | None, measured: Measured) -> float | None:
+    """Of one pass of the whole model, for a dictionary's loss."""
+    if measured.whole:
+        return LOSS_TOKENS / measured.whole
+    if speed is None:
+        return None
     whole = forward_cost(
         run.model, run.model.n_layers, "resid_pre", run.plan.config.context, LOSS_TOKENS
     )
     products = 2.0 * LOSS_TOKENS * run.model.d_model * run.model.vocab_size
     half = run.model.weight_bytes < FLOAT
     logits = Work("logits", half_flops=products) if half else Work("logits", flops=products)
-    loss = whole.seconds(speed) + logits.seconds(speed)
-    return seconds + LOSS_PASSES * len(run.sites) * loss
+    return whole.seconds(speed) + logits.seconds(speed)
 
 
 def _step_seconds(
@@ -255,7 +303,7 @@ def _advise(
 
 def _fitting_layers(run: RunShape, machine: Machine, most: int) -> int:
     for layers in range(most, 0, -1):
-        if _fits(*needs(memory_phases(run.first(layers), machine)), machine):
+        if fits(run.first(layers), machine):
             return layers
     return 0
 
@@ -354,8 +402,8 @@ def _smaller(one: RunShape, machine: Machine) -> str:
     for width in _halvings(one.plan.d_sae, one.plan.k + 1):
         for batch in _halvings(one.plan.batch_size, 256):
             for source in sources:
-                other = _resized(replace(one, source=source), batch, width)
-                if _fits(*needs(memory_phases(other, machine)), machine):
+                other = resized(replace(one, source=source), width, batch)
+                if fits(other, machine):
                     return _change(one, other)
     return "Choose a smaller model, or a device with more memory."
 
@@ -367,11 +415,16 @@ def _halvings(value: int, least: int) -> list[int]:
     return found
 
 
-def _resized(run: RunShape, batch: int, width: int) -> RunShape:
+def resized(run: RunShape, width: int, batch: int | None = None) -> RunShape:
+    """The run with dictionaries of `width` latents, in batches of at most `batch` tokens."""
     sites = tuple(
         replace(
             site,
-            plan=replace(site.plan, batch_size=min(batch, site.plan.batch_size), d_sae=width),
+            plan=replace(
+                site.plan,
+                batch_size=min(batch or site.plan.batch_size, site.plan.batch_size),
+                d_sae=width,
+            ),
         )
         for site in run.sites
     )

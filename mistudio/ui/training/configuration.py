@@ -6,10 +6,12 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from PySide6.QtCore import Qt
+from PySide6.QtCore import Qt, QTimer
 from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
+from mistudio.engine.training.advice import Mend
+from mistudio.engine.training.config import option
 from mistudio.errors import InvalidInput, UserError
 from mistudio.jobs.template_files import Config
 from mistudio.jobs.templates import (
@@ -23,8 +25,8 @@ from mistudio.ui.services import Services
 from mistudio.ui.templates.section import TemplateSection
 from mistudio.ui.theme import tokens
 from mistudio.ui.times import clock_time
-from mistudio.ui.training.estimate import Estimate, rate
-from mistudio.ui.training.fields import COLUMNS, Columns, OptionField, Section
+from mistudio.ui.training.estimate import method, rate
+from mistudio.ui.training.fields import COLUMNS, Columns, OptionField, Remark, Section
 from mistudio.ui.training.form import (
     ACROSS_MLP,
     ADVANCED,
@@ -39,6 +41,7 @@ from mistudio.ui.training.form import (
     default_value,
     encoder_of,
     groups,
+    mended_text,
     point_parts,
     value_text,
 )
@@ -58,6 +61,16 @@ from mistudio.ui.widgets import (
     row,
 )
 
+IDLE_MS = 1500  # after the last change the speed is measured, where that is cheap
+AGE_MS = 10_000  # how old a measurement is, is told anew this often
+MEASURE_HELP = (
+    "Loads the model and runs about two seconds of just this training: the model on real text, and "
+    "steps of the real size."
+)
+NOT_MEASURABLE = (
+    "Nothing is measured beside other work on the device, or while the form has an error or does "
+    "not fit."
+)
 SITE_HELP = (
     "Where in each chosen layer the activations are read. The residual stream after the block is "
     "what most published dictionaries use."
@@ -86,6 +99,7 @@ class ConfigurationCard(Card):
         for entry in self.fields.values():
             entry.changed.connect(self._on_fields_changed)
             entry.chosen.connect(self._on_fields_chosen)
+            entry.remark.wanted.connect(self._on_remark_wanted)
         self._add_everyday_fields()
         self._add_advanced()
         self._add_templates()
@@ -95,9 +109,18 @@ class ConfigurationCard(Card):
         self.start.clicked.connect(self._on_start_clicked)
         self.reason = Text("", "helper", wrap=True)
         self.reason.setAlignment(Qt.AlignmentFlag.AlignCenter)
-        self.add(self.start, self.reason)
+        self.anyway = Button("Start anyway", "link", "play")
+        self.anyway.clicked.connect(self._on_anyway_clicked)
+        self.add(self.start, self.reason, row(None, self.anyway, None))
 
         self._recheck = debounced(self, 120, self.refresh_check)
+        self._measure_soon = debounced(self, IDLE_MS, self._on_idle)
+        self._age = QTimer(self)
+        self._age.setInterval(AGE_MS)
+        self._age.timeout.connect(self._show_method)
+        presenter.measuring_changed.connect(self._on_measuring_changed)
+        self._device_soon = debounced(self, 200, self._show_method)  # other work begins or ends
+        presenter.list_changed.connect(self._device_soon)
         presenter.choices_changed.connect(self.refresh_choices)
         presenter.computer_changed.connect(self._on_computer_changed)
         presenter.starting_changed.connect(self._on_starting_changed)
@@ -128,7 +151,9 @@ class ConfigurationCard(Card):
         self.source.currentIndexChanged.connect(self._on_source_changed)
         self._dataset_row = FormRow("Dataset", self.dataset, below=self.add_dataset)
         self._model_row = FormRow("Model", self.model, below=self.add_model)
-        self._source_row = FormRow("Activations", self.source)
+        self._source_remark = Remark("Activations")
+        self._source_remark.wanted.connect(self._on_remark_wanted)
+        self._source_row = FormRow("Activations", self.source, below=self._source_remark)
         kind = [self.fields["wiring"], self.fields["sparsity"]]
         size = [entry for name, entry in self.fields.items() if name in ESSENTIAL]
         size = [entry for entry in size if entry not in kind]
@@ -150,7 +175,12 @@ class ConfigurationCard(Card):
         self.layers.select_all.ensurePolished()
         self._site_row.label.setMinimumHeight(self.layers.select_all.sizeHint().height())
         grid.addWidget(self._site_row, line, 0, Qt.AlignmentFlag.AlignTop)
-        grid.addWidget(self.layers, line, 1, 1, COLUMNS - 1, Qt.AlignmentFlag.AlignTop)
+        self._layers_remark = Remark("Training Layers")
+        self._layers_remark.wanted.connect(self._on_remark_wanted)
+        places = column(8)
+        places.addWidget(self.layers)
+        places.addWidget(self._layers_remark)
+        grid.addLayout(places, line, 1, 1, COLUMNS - 1, Qt.AlignmentFlag.AlignTop)
 
     def _add_advanced(self) -> None:
         self.advanced = Collapsible("Advanced Hyperparameters")
@@ -161,6 +191,7 @@ class ConfigurationCard(Card):
         self.reset = Button("Reset to defaults", "link", "rotate-ccw")
         self.reset.clicked.connect(self._on_reset_clicked)
         self.advanced.add(*self._sections, row(self.reset, None))
+        self.advanced.button.toggled.connect(self._on_advanced_toggled)
         self.add(self.advanced)
 
     def _add_templates(self) -> None:
@@ -176,24 +207,35 @@ class ConfigurationCard(Card):
         self.add(self.templates)
 
     def _add_summary(self) -> None:
-        """What the training would do and need; below it, in yellow, where something is short."""
+        """What the training would do, need and take, how that is known and a button to measure
+        it; below, in yellow, where something is short."""
         self._work = Text("", "small", wrap=True)
         self._needs = Text("", "small", wrap=True)
+        self._time = Text("", "small")
+        self._method = Text("", "helper", wrap=True)
+        self.measure = Button("Measure the speed", "small", "gauge")
+        self.measure.setObjectName("measure_speed")
+        self.measure.clicked.connect(self._on_measure_clicked)
         self._advice = Text("", "small", "yellow", wrap=True)
         self._summary = Surface("row", None, 14)
         self._advice_row = QWidget()
-        for texts, icon, colour in (
-            ((self._work, self._needs), "gauge", tokens.HELPER),
-            ((self._advice,), "triangle-alert", tokens.YELLOW),
+        took = row(self._time, self.measure)
+        took.setStretch(0, 1)
+        figures, advice = column(6), column(6)
+        figures.addWidget(self._work)
+        figures.addWidget(self._needs)
+        figures.addLayout(took)
+        figures.addWidget(self._method)
+        advice.addWidget(self._advice)
+        for lines, icon, colour in (
+            (figures, "gauge", tokens.HELPER),
+            (advice, "triangle-alert", tokens.YELLOW),
         ):
-            lines = column(6)
-            for text in texts:
-                lines.addWidget(text)
             mark = picture(icon, colour, 18)
             line = row(mark, lines)
             line.setStretch(1, 1)
             line.setAlignment(mark, Qt.AlignmentFlag.AlignTop)
-            if self._advice in texts:
+            if lines is advice:
                 self._advice_row.setLayout(line)
                 self._summary.add(self._advice_row)
             else:
@@ -342,14 +384,19 @@ class ConfigurationCard(Card):
 
     def _order_tabs(self) -> None:
         """Tab goes as the eye does: by rows, then through the sections."""
-        everyday = [self.fields[name].editor for name in ESSENTIAL if name != "sparsity"]
+
+        def of(*names: str) -> list[QWidget]:
+            found = [self.fields[name] for name in names]
+            return [widget for entry in found for widget in (entry.editor, entry.remark.button)]
+
+        everyday = [name for name in ESSENTIAL if name != "sparsity"]
         stops = [
             self.dataset, self.add_dataset, self.model, self.add_model,
-            everyday[0], self.fields["sparsity"].editor, *everyday[1:], self.source,
+            *of(everyday[0], "sparsity", *everyday[1:]), self.source, self._source_remark.button,
             self.site, self.layers.select_all, self.layers.clear_all, *self.layers.buttons,
-            self.advanced.button,
-            *(self.fields[name].editor for _, names in groups() for name in names),
-            self.reset, *self.templates.stops(), self.start,
+            self._layers_remark.button, self.advanced.button,
+            *of(*(name for _, names in groups() for name in names)),
+            self.reset, *self.templates.stops(), self.measure, self.start, self.anyway,
         ]  # fmt: skip
         for before, after in pairwise(stops):
             QWidget.setTabOrder(before, after)
@@ -397,50 +444,124 @@ class ConfigurationCard(Card):
         found = self.check = self._presenter.check(self.form())
         for name, entry in self.fields.items():
             entry.set_error(found.errors.get(name, ""))
+            entry.set_advice(found.advice.get(name, ""), found.mends.get(name))
             entry.set_automatic(found.automatic.get(name, ""))
             entry.set_helper(found.notes.get(name, ""))
             entry.editor.setEnabled(name not in found.fixed)
         for section in self._sections:
             section.show_only(found.shown)
         self._source_row.set_error(found.errors.get("extraction", ""))
-        self._show_estimate(found.estimate)
+        self._source_remark.show_remark("", found.mends.get("extraction"))
+        self._layers_remark.show_remark(found.advice.get("layers", ""), found.mends.get("layers"))
         hidden = [name for name in found.errors if name in ADVANCED]
         if hidden and not self.advanced.expanded and not self._restoring:
             self.advanced.set_expanded(True)
+        self._show_estimate(found)
         self._show_start()
 
-    def _show_estimate(self, found: Estimate) -> None:
+    def _show_estimate(self, found: Check) -> None:
+        needs = found.estimate
+        # What stands beside the grid, with its mend, is not said twice.
+        twice = " at a time" if "layers" in found.advice else None
+        lines = [line for line in needs.advice if twice is None or twice not in line]
+        if not self.advanced.expanded:
+            hidden = [name for name in found.advice if name in ADVANCED]
+            lines += [f"{option(name)['label']}: {found.advice[name]}" for name in hidden]
         for text, content in (
-            (self._work, found.work),
-            (self._needs, found.needs),
-            (self._advice, "\n".join(found.advice)),
+            (self._work, needs.work),
+            (self._needs, needs.needs),
+            (self._time, needs.time),
+            (self._advice, "\n".join(lines)),
         ):
             text.setText(content)
             text.setVisible(bool(content))
-        self._advice_row.setVisible(bool(found.advice))
-        self._summary.setVisible(bool(found.work))
-        lines = "".join(f"<p>{escape(line)}</p>" for line in found.details)
-        self._summary.setToolTip(f"<qt>{lines}</qt>" if lines else "")
+        self._advice_row.setVisible(bool(lines))
+        self._summary.setVisible(bool(needs.work))
+        parts = "".join(f"<p>{escape(line)}</p>" for line in needs.details)
+        self._summary.setToolTip(f"<qt>{parts}</qt>" if parts else "")
+        self._show_method()
+
+    def _show_method(self) -> None:
+        """How the time is known, and whether it can be measured now."""
+        found, presenter = self.check, self._presenter
+        if found is None:
+            return
+        text = method(found.estimate.pace) or presenter.measuring_failed
+        self._method.setText("Measuring the speed…" if presenter.measuring else text)
+        self._method.setVisible(bool(self._method.text()))
+        known = found.estimate.pace is not None
+        self.measure.setText("Measure again" if known else "Measure the speed")
+        self.measure.setVisible(not presenter.measuring)
+        can = not presenter.measuring and presenter.measurable(self.form(), found)
+        self.measure.setEnabled(can)
+        self.measure.setToolTip(MEASURE_HELP if can else NOT_MEASURABLE)
+        if known and self.isVisible() and not self._age.isActive():
+            self._age.start()
+        elif not known:
+            self._age.stop()
 
     def _show_start(self) -> None:
         blocker = self.check.blocker if self.check else ""
+        doubt = self.check.doubt if self.check and not blocker else ""
         starting = self._presenter.starting
-        self.start.setEnabled(not blocker and not starting)
+        self.start.setEnabled(not blocker and not doubt and not starting)
         self.start.setText("Loading the engine…" if starting else "Start Training")
-        self.start.setToolTip(blocker)
-        self.start.setAccessibleDescription(blocker)
-        self.reason.setText(blocker)
-        self.reason.setVisible(bool(blocker))
+        self.start.setToolTip(blocker or doubt)
+        self.start.setAccessibleDescription(blocker or doubt)
+        self.reason.setText(blocker or doubt)
+        self.reason.setVisible(bool(blocker or doubt))
+        self.anyway.setVisible(bool(doubt))
+        self.anyway.setEnabled(not starting)
 
     # --- slots ----------------------------------------------------------------------------------
 
     def _on_fields_changed(self) -> None:
         self._recheck()
+        self._touched()
 
     def _on_fields_chosen(self) -> None:
         self._show_site()
         if not self._restoring:
             self.refresh_check()
+            self._touched()
+
+    def _touched(self) -> None:
+        """Someone is at the form: what it describes is measured once they pause."""
+        if not self._restoring and self.isVisible():
+            self._measure_soon()
+
+    def _on_idle(self) -> None:
+        self._recheck.flush()
+        found, form = self.check, self.form()
+        self._presenter.stop_measuring(unless=form)
+        if found is None or found.estimate.pace is not None or self._presenter.measuring:
+            return
+        wanted = self.isVisible() and self._presenter.is_cheap(form)
+        if wanted and self._presenter.measurable(form, found):
+            self._presenter.measure(form)
+
+    def _on_measure_clicked(self, checked: bool = False) -> None:
+        self._recheck.flush()
+        self._presenter.measure(self.form())
+
+    def _on_advanced_toggled(self, expanded: bool) -> None:
+        if self.check is not None:  # advice on fields that cannot be seen is told below
+            self._show_estimate(self.check)
+
+    def _on_measuring_changed(self) -> None:
+        self.refresh_check()
+
+    def _on_remark_wanted(self, mend: Mend) -> None:
+        """One click: the value goes into its field, and the keyboard with it."""
+        if mend.field == "layers":
+            self.layers.set_selected(mend.value)
+        elif mend.field == "source":
+            self.source.set_value(mend.value)
+        else:
+            entry = self.fields[mend.field]
+            entry.set_value(mended_text(mend))
+            entry.editor.setFocus(Qt.FocusReason.OtherFocusReason)
+            self._recheck.flush()
 
     def _on_computer_changed(self) -> None:
         reason = self._presenter.no_8bit
@@ -454,6 +575,7 @@ class ConfigurationCard(Card):
         self._refresh_sources()
         if not self._restoring:
             self.refresh_check()
+            self._touched()
 
     def _on_model_changed(self, *_: object) -> None:
         self._show_model()
@@ -497,9 +619,16 @@ class ConfigurationCard(Card):
         self._services.navigate("models")
 
     def _on_start_clicked(self, checked: bool = False) -> None:
+        self._start()
+
+    def _on_anyway_clicked(self, checked: bool = False) -> None:
+        self._start(anyway=True)
+
+    def _start(self, anyway: bool = False) -> None:
         self._recheck.flush()
+        self._measure_soon.stop()
         try:
-            self._presenter.start(self.form())
+            self._presenter.start(self.form(), anyway)
         except UserError as exc:
             self._services.toasts.error(exc)
 

@@ -6,13 +6,14 @@ brings what is known here of the model and the computer, and imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mistudio import formatting
 from mistudio.engine.models.loading import ModelSummary
 from mistudio.engine.training.config import Plan
-from mistudio.engine.training.cost import WEIGHT_BYTES, model_shape
+from mistudio.engine.training.cost import WEIGHT_BYTES, DeviceSpeed, model_shape
 from mistudio.engine.training.footprint import Machine, PlannedSite, RunShape
 from mistudio.engine.training.planning import Measured, RunPlan, describe, plan_run
 
@@ -35,15 +36,48 @@ class Computer:
     no_8bit: str = ""
 
 
+UNKNOWN = Measured()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How long the dataset is in this model's tokens: what is trained on, what is held out; None
+    where it is not tokenised yet."""
+
+    train: int | None = None
+    heldout: int | None = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a training goes, and how that is known: `basis` is "measured" (two seconds of it),
+    "earlier run" (the same sizes) or "computed" (from what the device does in a second).
+
+    `tokens_per_second` is that of model and training together, None where it is computed; `spread`
+    is how far repeats were apart, relative; `at` is when, in seconds of `time.time`.
+    """
+
+    basis: str
+    measured: Measured = UNKNOWN
+    device: DeviceSpeed | None = None
+    tokens_per_second: float | None = None
+    spread: float = 0.0
+    at: float | None = None
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """`work` and `needs` are lines to show, `advice` sentences for where something is short,
-    `details` the parts of the figures for whoever asks."""
+    """`work`, `needs` and `time` are lines to show, `advice` sentences for where something is
+    short, `details` the parts of the figures for whoever asks. `run` is the engine's plan behind
+    them; `pace` what the time was told from."""
 
     work: str = ""
     needs: str = ""
+    time: str = ""
     advice: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
+    run: RunPlan | None = None
+    pace: Pace | None = None
 
 
 NOTHING = Estimate()
@@ -52,22 +86,25 @@ NOTHING = Estimate()
 def estimate(
     form: Form,
     plan: Plan,
-    corpus_tokens: int | None,
-    speed: float | None,
+    corpus: Corpus,
+    pace: Pace | None,
     computer: Computer | None,
 ) -> Estimate:
     """Of a form without errors, whose every site has `plan`."""
-    run = planned_run(form, plan, corpus_tokens, speed, computer) if computer else None
+    run = planned_run(form, plan, corpus, pace, computer) if computer else None
     return Estimate(
-        work=_work(form, plan, corpus_tokens),
-        needs=_needs(plan, speed, run),
+        work=_work(form, plan, corpus.train),
+        needs=_needs(run),
+        time=_time(run, pace),
         advice=run.advice if run else (),
         details=tuple(describe(run)) if run else (),
+        run=run,
+        pace=pace,
     )
 
 
 def planned_run(
-    form: Form, plan: Plan, corpus_tokens: int | None, speed: float | None, computer: Computer
+    form: Form, plan: Plan, corpus: Corpus, pace: Pace | None, computer: Computer
 ) -> RunPlan | None:
     """None where the model's row does not say enough about it (one of an older version)."""
     assert form.model is not None
@@ -81,9 +118,12 @@ def planned_run(
         model_shape(summary, WEIGHT_BYTES[computer.precision]),
         tuple(PlannedSite(layer, site, plan) for layer in form.layers),
         source=source,
-        stored_tokens=None if source == "stream" else _stored_tokens(form, plan, corpus_tokens),
+        stored_tokens=None if source == "stream" else _stored_tokens(form, plan, corpus.train),
     )
-    return plan_run(run, computer.machine, measured=Measured(overall=speed))
+    if corpus.heldout:
+        run = replace(run, heldout_tokens=corpus.heldout)
+    pace = pace or Pace("")
+    return plan_run(run, computer.machine, pace.device, pace.measured)
 
 
 def _stored_tokens(form: Form, plan: Plan, corpus_tokens: int | None) -> int:
@@ -107,20 +147,55 @@ def _work(form: Form, plan: Plan, corpus_tokens: int | None) -> str:
     return " • ".join(parts)
 
 
-def _needs(plan: Plan, speed: float | None, run: RunPlan | None) -> str:
-    parts = []
-    if run:
-        machine = run.machine
-        kind = "memory" if machine.host_free is None else "GPU memory"
-        parts.append(f"About {_size(run.memory)} of {kind} ({_size(machine.memory_free)} free)")
-        if machine.host_free is not None:
-            free = _size(machine.host_free)
-            parts.append(f"{_size(run.host_memory)} of main memory ({free} free)")
-        parts.append(f"{_size(run.disk)} of disk")
-    if speed:
-        took = rough_duration(plan.steps * plan.batch_size / speed)
-        parts.append(f"about {took} at the speed of the last run with this model")
+def _needs(run: RunPlan | None) -> str:
+    if run is None:
+        return ""
+    machine = run.machine
+    kind = "memory" if machine.host_free is None else "GPU memory"
+    parts = [f"About {_size(run.memory)} of {kind} ({_size(machine.memory_free)} free)"]
+    if machine.host_free is not None:
+        parts.append(f"{_size(run.host_memory)} of main memory ({_size(machine.host_free)} free)")
+    parts.append(f"{_size(run.disk)} of disk ({_size(machine.disk_free)} free)")
     return " • ".join(parts)
+
+
+# The estimate is never closer than this, however even the measurement was: two seconds do not see
+# what else the computer will do.
+LEAST_SPREAD = 0.15
+
+
+def _time(run: RunPlan | None, pace: Pace | None) -> str:
+    """How long, and how that is known: `About 11 min ± 2 min`."""
+    if run is None or run.seconds is None or pace is None:
+        return "Time: not measured yet"
+    told = rough_duration(run.seconds)
+    if pace.basis == "computed":
+        return f"Roughly {told}"
+    more = run.seconds * max(LEAST_SPREAD, pace.spread)
+    return f"About {told} ± {rough_duration(more)}"
+
+
+def method(pace: Pace | None, now: float | None = None) -> str:
+    """How the time is known: `measured 12 s ago: 1,480 tokens/s`."""
+    if pace is None:
+        return ""
+    if pace.basis == "computed":
+        return "computed from this device's speed"
+    speed = f"{formatting.count(pace.tokens_per_second or 0)} tokens/s"
+    if pace.basis == "earlier run":
+        return f"from an earlier run of this size: {speed}"
+    return f"measured {_ago((now or time.time()) - (pace.at or 0))}: {speed}"
+
+
+def _ago(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 60:
+        return f"{seconds:.0f} s ago"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min ago"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.0f} h ago"
+    return f"{seconds / 86400:.0f} days ago"
 
 
 def _size(n_bytes: float) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from PySide6.QtCore import Qt, Signal
-from PySide6.QtWidgets import QGridLayout, QLineEdit, QSizePolicy, QWidget
+from PySide6.QtWidgets import QGridLayout, QLineEdit, QSizePolicy, QVBoxLayout, QWidget
 
+from mistudio.engine.training.advice import Mend
 from mistudio.engine.training.config import option
 from mistudio.ui.theme import tokens
 from mistudio.ui.training.form import choice_text, default_text, limits_text, times
-from mistudio.ui.widgets import Choice, FormRow, Surface, Text, Toggle, column, row
+from mistudio.ui.widgets import Button, Choice, FormRow, Surface, Text, Toggle, column, row
 
 COLUMNS = 4  # of the whole form
 
@@ -20,6 +21,42 @@ _ALSO = {
     "revive": "Older tools offer ghost gradients for dead latents; AuxK and re-initialisation "
     "replace them.",
 }
+
+
+class Remark(QWidget):
+    """Under what was chosen: advice in yellow, and a small button that mends it or the error above.
+    Takes no room where there is neither."""
+
+    wanted = Signal(object)
+    """The `Mend` whose button was pressed."""
+
+    def __init__(self, what: str, parent: QWidget | None = None) -> None:
+        """`what` is remarked on, for whoever cannot see where the button stands."""
+        super().__init__(parent)
+        self._what = what
+        self._mend: Mend | None = None
+        self.text = Text("", "helper", "yellow", wrap=True)
+        self.button = Button("", "small", "wand-sparkles")
+        self.button.clicked.connect(self._on_button_clicked)
+        layout = column(6)
+        layout.addWidget(self.text)
+        layout.addWidget(self.button, 0, Qt.AlignmentFlag.AlignLeft)
+        self.setLayout(layout)
+        self.show_remark("", None)
+
+    def show_remark(self, advice: str, mend: Mend | None) -> None:
+        self._mend = mend
+        self.text.setText(f"⚠ {advice}" if advice else "")
+        self.text.setVisible(bool(advice))
+        label = mend.label if mend else ""
+        self.button.setText(label)
+        self.button.setAccessibleName(f"{label} for {self._what}" if label else self._what)
+        self.button.setVisible(mend is not None)
+        self.setVisible(bool(advice) or mend is not None)
+
+    def _on_button_clicked(self, checked: bool = False) -> None:
+        if self._mend is not None:
+            self.wanted.emit(self._mend)
 
 
 class OptionField(FormRow):
@@ -50,6 +87,10 @@ class OptionField(FormRow):
             editor = QLineEdit(default)
             editor.textChanged.connect(self._on_editor_changed)
         super().__init__(limits["label"], editor, parent=parent)
+        self.remark = Remark(limits["label"])
+        layout = self.layout()
+        assert isinstance(layout, QVBoxLayout)
+        layout.insertWidget(layout.count() - 1, self.remark)
         self.setObjectName(f"option_{name}")
         self.name = name
         unit = limits.get("unit")
@@ -81,6 +122,12 @@ class OptionField(FormRow):
             else:
                 self.editor.set_value(value)
 
+    def set_advice(self, text: str, mend: Mend | None) -> None:
+        """What is likely to go wrong with a value that is taken; a mend of it or of an error."""
+        self.remark.show_remark(text, mend)
+        if not self.error.text():
+            self.editor.setAccessibleDescription(text)
+
     def set_automatic(self, text: str) -> None:
         """What the field becomes where it is left empty."""
         if isinstance(self.editor, QLineEdit):
@@ -107,11 +154,14 @@ class Columns(QGridLayout):
             self.setColumnMinimumWidth(number, 1)
 
     def place(self, widgets: Sequence[QWidget]) -> None:
+        # `removeWidget` ends the item that held the widget. One that lived on (`takeAt` hands it to
+        # Python) would be told of the widget's changes in place of the new one, whose size would
+        # then be stale for ever: advice would be squeezed.
         while self.count():
-            item = self.takeAt(0)
-            filler = item.widget()
-            if filler is not None and filler in self._fillers:
-                filler.deleteLater()
+            held = self.itemAt(0).widget()
+            self.removeWidget(held)
+            if held in self._fillers:
+                held.deleteLater()
         # A column in which nothing stands would be narrower than the others by the spacing.
         self._fillers = [QWidget() for _ in range(COLUMNS - len(widgets))]
         for number, widget in enumerate([*widgets, *self._fillers]):

@@ -7,15 +7,17 @@ people read. What a training would need is in `estimate.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mistudio import formatting
+from mistudio.engine.training.advice import Advice, Mend, advise, advise_memory, mend_of, size
 from mistudio.engine.training.config import Plan, TrainingConfig, derive, option, parse
+from mistudio.engine.training.planning import RunPlan, fits
 from mistudio.errors import InvalidInput
 from mistudio.library.records import Dataset, Extraction, Model
-from mistudio.ui.training.estimate import NOTHING, Computer, Estimate, estimate, rate
+from mistudio.ui.training.estimate import NOTHING, Computer, Corpus, Estimate, Pace, estimate, rate
 
 SITES = {
     "resid_post": "Residual stream after block",
@@ -247,14 +249,20 @@ class Form:
 
 @dataclass(frozen=True)
 class Check:
-    """`errors`: field -> sentence. `blocker`: why the training cannot start, "" where it can.
+    """`errors`: field -> sentence, of values that are refused. `advice`: of values that are taken
+    but likely to end badly (also of "layers"); it blocks nothing. `mends`: what one click would
+    put right, by the field of the error or advice. `blocker`: why the training cannot start, ""
+    where it can; `doubt`: why it should not (it does not fit), where the user may know better.
     `shown`: the fields that these choices use; `fixed`: those of them that something else decides.
     `notes`: what to say under a field; `automatic`: what the fields left open become. `config`:
     what to submit, defaults written out, so that a row says what was trained even where a later
     version has other defaults."""
 
     errors: dict[str, str]
+    advice: dict[str, str]
+    mends: dict[str, Mend]
     blocker: str
+    doubt: str
     shown: frozenset[str]
     fixed: frozenset[str]
     notes: dict[str, str]
@@ -274,13 +282,13 @@ def applies(name: str, values: Mapping[str, Any]) -> bool:
 
 def check(
     form: Form,
-    corpus_tokens: int | None = None,
-    speed: float | None = None,
+    corpus: Corpus | None = None,
+    pace_of: Callable[[Plan], Pace | None] = lambda plan: None,
     computer: Computer | None = None,
 ) -> Check:
-    """Look at the whole form. `corpus_tokens`: length of the dataset in this model's tokens;
-    `speed`: tokens per second of an earlier run with this model; `computer`: what it trains on;
-    all where known."""
+    """Look at the whole form. `corpus`: how long the dataset is; `pace_of`: how fast a training
+    of these sizes goes; `computer`: what it trains on; all where known."""
+    corpus = corpus or Corpus()
     wrong: dict[str, str] = {}
     read = {name: _read(name, form.values.get(name, default_text(name)), wrong) for name in NAMES}
     chosen = {name: value for name, value in read.items() if value is not None}
@@ -299,10 +307,18 @@ def check(
     plan = None if errors else derived
     needs = NOTHING
     if plan and form.model and form.layers:
-        needs = estimate(form, plan, corpus_tokens, speed, computer)
+        needs = estimate(form, plan, corpus, pace_of(plan), computer)
+    advice = _advice(form, derived, corpus, needs.run, errors, shown)
+    mends = {
+        **{name: item.mend for name, item in advice.items() if item.mend},
+        **_mends(form, config, errors),
+    }
     return Check(
         errors=errors,
+        advice={name: item.sentence for name, item in advice.items()},
+        mends={name: _named(mend) for name, mend in mends.items()},
         blocker=_blocker(form, errors),
+        doubt=_doubt(form, needs.run),
         shown=shown,
         fixed=frozenset({*decided, *(["context"] if form.stored_context else [])}),
         notes=_notes(form, decided, derived),
@@ -315,19 +331,25 @@ def check(
 
 def _read(name: str, text: str | bool, errors: dict[str, str]) -> Any:
     """The value of one field, None where it is left open or wrong (then with an error)."""
-    value = text if isinstance(text, bool) else text.strip().replace(",", "")
+    value = _cleaned(name, text)
     if value == "":
         if default_value(name) is not None:
             errors[name] = f"{option(name)['label']} needs a value: {limits_text(name)}."
         return None
-    if isinstance(value, str) and "choices_hint" in option(name):
-        value = value.rstrip("x×X ")
     try:
         return getattr(parse({name: value}), name)
     except InvalidInput as exc:
         unreadable = "cannot be read" in exc.title
         errors[name] = exc.next_step if unreadable else exc.what
     return None
+
+
+def _cleaned(name: str, text: str | bool) -> str | bool:
+    """A value as `parse` reads it: without the commas and signs that people write."""
+    if isinstance(text, bool):
+        return text
+    value = text.strip().replace(",", "")
+    return value.rstrip("x×X ") if "choices_hint" in option(name) else value
 
 
 def _take_stored_context(form: Form, given: dict[str, Any], errors: dict[str, str]) -> None:
@@ -368,6 +390,79 @@ def _check_optimizer(
 ) -> None:
     if config.optimizer == "adam8bit" and computer and computer.no_8bit:
         errors["optimizer"] = computer.no_8bit
+
+
+def _advice(
+    form: Form,
+    plan: Plan | None,
+    corpus: Corpus,
+    run: RunPlan | None,
+    errors: Mapping[str, str],
+    shown: Collection[str],
+) -> dict[str, Advice]:
+    """By field; the first of each field counts, and none where the value is refused."""
+    found = advise(plan, corpus.train) if plan and form.model else []
+    if run is not None:
+        hints = option("expansion")["choices_hint"]
+        found += advise_memory(run, form.layers, [*hints, *(1, 2)])
+    by_field: dict[str, Advice] = {}
+    for item in found:
+        if item.field not in errors and (item.field in shown or item.field not in NAMES):
+            by_field.setdefault(item.field, item)
+    return by_field
+
+
+def _mends(form: Form, config: TrainingConfig, errors: Mapping[str, str]) -> dict[str, Mend]:
+    """For every refused value the one that would be taken."""
+    found: dict[str, Mend] = {}
+    width = form.model.d_model if form.model else None
+    longest = form.model.summary.get("context_length") if form.model else None
+    for name in errors:
+        if name == "extraction":
+            found[name] = Mend("source", "auto", "Stream from the model")
+        elif name == "context" and longest and config.context > longest:
+            found[name] = Mend(name, longest, f"Use {formatting.count(longest)}")
+        elif name in NAMES:
+            value = _cleaned(name, form.values.get(name, default_text(name)))
+            mend = mend_of(name, value, config, width)
+            if mend is not None:
+                found[name] = mend
+    return found
+
+
+def _named(mend: Mend) -> Mend:
+    """Choices by the names that people read."""
+    if isinstance(mend.value, str) and mend.field in CHOICE_NAMES:
+        return Mend(mend.field, mend.value, f"Use {choice_text(mend.field, mend.value)}")
+    return mend
+
+
+def mended_text(mend: Mend) -> str | bool:
+    """What a mend of a field of the table writes into it."""
+    return value_text(mend.field, mend.value)
+
+
+def _doubt(form: Form, run: RunPlan | None) -> str:
+    """Why a run will not get through, as far as figures can tell. The engine itself finds a way
+    where it can: it takes turns with the model where both do not fit together."""
+    if run is None:
+        return ""
+    machine = run.machine
+    if not run.disk_fits:
+        return (
+            f"It needs {size(run.disk)} of disk and {size(machine.disk_free)} are free. Free some, "
+            "or mend what is marked."
+        )
+    if run.fits or (form.source == "auto" and form.extraction is None and _fits_in_turns(run)):
+        return ""
+    return (
+        f"It needs {size(run.memory)} of memory and {size(machine.memory_free)} are free. Choose "
+        "fewer layers or a smaller dictionary, or close other programs."
+    )
+
+
+def _fits_in_turns(run: RunPlan) -> bool:
+    return fits(replace(run.run, source="extract"), run.machine)
 
 
 def _blocker(form: Form, errors: dict[str, str]) -> str:

@@ -9,7 +9,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from mistudio.device import Device
 from mistudio.engine.training import checkpoints
 from mistudio.engine.training.config import Plan, derive, parse
 from mistudio.engine.training.footprint import Machine
-from mistudio.errors import InvalidInput, UserError
+from mistudio.engine.training.planning import Measured
+from mistudio.errors import Busy, InvalidInput, UserError
 from mistudio.jobs.job import take_up
+from mistudio.jobs.speed import KIND as MEASURE
+from mistudio.jobs.speed import Measure, earlier, forget_old, key_of, speed_key
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Dataset, Extraction, Model, Sae, Training
 from mistudio.ui.services import Services
-from mistudio.ui.training.estimate import Computer
+from mistudio.ui.training.estimate import RUN_SOURCES, Computer, Corpus, Pace
 from mistudio.ui.training.form import Check, Form, check
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,14 @@ log = logging.getLogger(__name__)
 # Kinds of jobs that train. Written out, since mistudio.jobs.kinds is slow to import.
 TRAINING_KINDS = ("train", "demo")
 ENDED_BADLY = ("failed", "interrupted", "cancelled")
+CHEAP_SHARE = 0.125  # of the free memory; a model up to here is loaded to measure it unasked
+# How a run's record names where its activations came from (`mistudio.jobs.training.ORIGINS`).
+SOURCE_RECORDS = {
+    "stored": "stored activations",
+    "stream": "streamed",
+    "extract": "stored for this run",
+    "hybrid": "stored for this run, in portions",
+}
 GPU_SECONDS = 15.0  # between two looks at a GPU's free memory
 
 
@@ -74,6 +86,8 @@ class TrainingPresenter(QObject):
     starting_changed = Signal(bool)
     """A job waits for the engine to be imported."""
     submitted = Signal(int)
+    measuring_changed = Signal()
+    """A measurement of the speed began, went on or ended; or another pace is known."""
 
     def __init__(self, services: Services, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -81,6 +95,10 @@ class TrainingPresenter(QObject):
         self._waiting: deque[Callable[[], int]] = deque()
         self._found: Found | None = None
         self._asking, self._asked = False, 0.0
+        self._paces: dict[str, Pace | None] = {}
+        self._measuring: tuple[int, dict[str, Any]] | None = None  # the job, and what it is for
+        self._measuring_failed = ""
+        services.jobs.job_finished.connect(self._on_job_finished)
         services.changes.changed.connect(self._on_changes_changed)
 
     # --- the form -------------------------------------------------------------------------------
@@ -105,25 +123,138 @@ class TrainingPresenter(QObject):
 
     def check(self, form: Form) -> Check:
         self._look_at_computer()
-        corpus, speed = None, None
+        corpus = Corpus()
         if form.model and form.dataset:
-            corpus = self._corpus_tokens(form.model, form.dataset)
-        if form.model:
-            speed = self._speed(form.model, len(form.layers))
-        return check(form, corpus, speed, self.computer(form.model))
+            corpus = self._corpus(form.model, form.dataset)
+        computer = self.computer(form.model)
 
-    def _corpus_tokens(self, model: Model, dataset: Dataset) -> int | None:
+        def pace_of(plan: Plan) -> Pace | None:
+            return self._pace(form, plan, computer)
+
+        return check(form, corpus, pace_of, computer)
+
+    def _corpus(self, model: Model, dataset: Dataset) -> Corpus:
         for record in self._services.library.tokenizations.of_dataset(dataset.id):
             if record.statistics.get("tokenizer") == model.name:
-                return record.statistics.get("split_tokens", {}).get("train", record.tokens)
-        return None
+                parts = record.statistics.get("split_tokens", {})
+                return Corpus(parts.get("train", record.tokens), parts.get("heldout"))
+        return Corpus()
 
-    def _speed(self, model: Model, layers: int) -> float | None:
-        """Tokens/s of the last run with this model and as many layers."""
-        for training in self._services.library.trainings.all("model_id = ?", (model.id,)):
-            if len(training.record.get("sites", ())) == layers:
-                return training.record.get("tokens_per_second") or None
-        return None
+    # --- how fast it would go -------------------------------------------------------------------
+
+    def _pace(self, form: Form, plan: Plan, computer: Computer) -> Pace | None:
+        """Of the newest measurement or earlier run of these sizes; both stay known, so that going
+        back to old settings loses nothing."""
+        if form.model is None or not form.layers:
+            return None
+        key = speed_key(form.model.id, form.points, plan)
+        source = "stored" if form.extraction else RUN_SOURCES[form.source]
+        place = json.dumps([key, source, computer.precision], sort_keys=True)
+        if place not in self._paces:
+            self._paces[place] = self._known_pace(key, source, form.model, computer.precision)
+        return self._paces[place]
+
+    def _known_pace(
+        self, key: dict[str, Any], source: str, model: Model, precision: str
+    ) -> Pace | None:
+        library = self._services.library
+        found = earlier(library, key)
+        if found and precision not in (found["precision"], "auto") and model.precision != "auto":
+            found = None
+        names = ("forward", "step", "encode", "whole")
+        measured = Measured(**{name: found[name] for name in names}) if found else Measured()
+        at = _seconds(found["measured_at"]) if found else 0.0
+        for run in library.trainings.all("model_id = ?", (model.id,)):
+            job, speed = run.record.get("job", {}), run.record.get("tokens_per_second")
+            if not speed or key_of(library, job) != key or _seconds(run.created_at) < at:
+                continue
+            if run.record.get("source") == SOURCE_RECORDS[source]:
+                known = replace(measured, overall=speed)
+                return Pace("earlier run", known, None, speed, at=_seconds(run.created_at))
+        if found is None:
+            return None
+        passes = 0.0 if source == "stored" else 1 / found["forward"]
+        speed = 1 / (passes + 1 / found["step"])
+        return Pace("measured", measured, None, speed, found["spread"], at)
+
+    @property
+    def measuring(self) -> bool:
+        return self._measuring is not None
+
+    @property
+    def measuring_failed(self) -> str:
+        """Why the last measurement gave nothing; "" where it did, or was stopped."""
+        return self._measuring_failed
+
+    @property
+    def device_is_free(self) -> bool:
+        """No job uses the device, in this window or beside it."""
+        return not self.starting and not any(
+            job.lane == "compute" for job in self._services.jobs.active()
+        )
+
+    def measurable(self, form: Form, found: Check) -> bool:
+        """Whether a measurement would tell anything now."""
+        run = found.estimate.run
+        fits = run is not None and (run.fits or not found.doubt)
+        return not found.blocker and found.plan is not None and fits and self.device_is_free
+
+    def is_cheap(self, form: Form) -> bool:
+        """Whether the model is loaded already, or so small that nobody minds."""
+        if form.model is None:
+            return False
+        if engine_imported():
+            loaded = sys.modules["mistudio.jobs.loaded"].loaded_models()
+            if any(entry.model_id == form.model.id for entry in loaded):
+                return True
+        free = self.computer(form.model).machine.memory_free
+        return form.model.parameters * 4 <= CHEAP_SHARE * free
+
+    def measure(self, form: Form) -> None:
+        """Queue a measurement of what the form describes; the one before it is stopped."""
+        found = self.check(form)
+        if not self.measurable(form, found):
+            return
+        assert form.model and form.dataset and found.plan
+        model_id, dataset_id, points = form.model.id, form.dataset.id, form.points
+        config, key = found.config, speed_key(model_id, points, found.plan)
+        self.stop_measuring()
+
+        def submit() -> int:
+            if not self.device_is_free:  # a training was started while the engine was imported
+                raise Busy("The device is in use", "The speed is not measured beside other work.")
+            job_id = self._services.jobs.submit(Measure(model_id, dataset_id, points, config))
+            self._measuring, self._measuring_failed = (job_id, key), ""
+            self.measuring_changed.emit()
+            return 0
+
+        self._submit(submit)
+
+    def stop_measuring(self, unless: Form | None = None) -> None:
+        """Stop what is measured, unless it is for just this form."""
+        if self._measuring is None:
+            return
+        job_id, key = self._measuring
+        plan = self.check(unless).plan if unless is not None and unless.model else None
+        if plan and unless and unless.model:
+            same = speed_key(unless.model.id, unless.points, plan) == key
+            if same:
+                return
+        self._measuring = None
+        self._services.jobs.cancel(job_id)
+        self.measuring_changed.emit()
+
+    def _on_job_finished(self, job_id: int, status: str) -> None:
+        library = self._services.library
+        record = library.jobs.find(job_id)
+        if record is None or record.kind != MEASURE:
+            return
+        if self._measuring and self._measuring[0] == job_id:
+            self._measuring = None
+            self._measuring_failed = record.error.get("what", "") if status == "failed" else ""
+        forget_old(library)
+        self._paces.clear()
+        self.measuring_changed.emit()
 
     # --- the computer ---------------------------------------------------------------------------
 
@@ -242,11 +373,15 @@ class TrainingPresenter(QObject):
 
     # --- commands -------------------------------------------------------------------------------
 
-    def start(self, form: Form) -> None:
-        """Queue the training that the form describes. InvalidInput where it cannot start."""
+    def start(self, form: Form, anyway: bool = False) -> None:
+        """Queue the training that the form describes. InvalidInput where it cannot start or,
+        unless `anyway`, where it does not fit."""
         found = self.check(form)
         if found.blocker:
             raise InvalidInput("The training cannot start", found.blocker)
+        if found.doubt and not anyway:
+            raise InvalidInput("The training does not fit", found.doubt)
+        self.stop_measuring()  # the training waits in the same lane until it has ended
         assert form.model and form.dataset
         model_id, dataset_id = form.model.id, form.dataset.id
         points, config = form.points, found.config
@@ -364,7 +499,8 @@ class TrainingPresenter(QObject):
 
     def _run(self, submit: Callable[[], int]) -> None:
         try:
-            self.submitted.emit(submit())
+            if job_id := submit():
+                self.submitted.emit(job_id)
         except UserError as exc:
             self._services.toasts.error(exc)
 
@@ -382,10 +518,18 @@ class TrainingPresenter(QObject):
         )
 
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
+        if table in ("trainings", "models"):
+            self._paces.clear()
+            self.measuring_changed.emit()
         if table in ("datasets", "models", "extractions", "tokenizations"):
             self.choices_changed.emit()
         if table in ("jobs", "trainings", "saes", "feature_runs", "models", "datasets"):
             self.list_changed.emit()
+
+
+def _seconds(at: str | None) -> float:
+    """A record's time as `time.time` has it; 0 where there is none."""
+    return datetime.fromisoformat(at).timestamp() if at else 0.0
 
 
 def find_computer() -> Found:

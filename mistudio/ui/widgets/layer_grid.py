@@ -85,6 +85,7 @@ class LayerGrid(QWidget):
             button.installEventFilter(self)
             button.toggled.connect(self._on_layer_toggled)
             self._grid.addWidget(button, layer // self._columns, layer % self._columns)
+            button.show()  # what the layout would show later has no size yet
             self._buttons.append(button)
         for place in range(self._columns):
             self._grid.setColumnStretch(place, 1)
@@ -110,7 +111,8 @@ class LayerGrid(QWidget):
             self.changed.emit(self.selected())
 
     def _show_count(self) -> None:
-        text = f"{self._label_text} ({len(self.selected())} selected)"
+        selected, layers = len(self.selected()), len(self._buttons)
+        text = f"{self._label_text} ({selected} of {layers})" if layers else self._label_text
         self._label.setText(text)
         self._inner.setAccessibleName(text)
 
