@@ -1,4 +1,5 @@
-"""The Training tab: the form, and below it every training that runs, failed or ended well."""
+"""The Training tab: the form, and below it every training that runs, failed or ended well, and
+every SAE that was imported."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from mistudio.library.jobs import JobRecord
 from mistudio.ui.services import Services
 from mistudio.ui.training.cards import JobCard, RunCard
 from mistudio.ui.training.configuration import ConfigurationCard
+from mistudio.ui.training.imported import Imported, ImportedCard
+from mistudio.ui.training.intake import Intake
 from mistudio.ui.training.presenter import Run, TrainingPresenter
+from mistudio.ui.training.selection import Key, Selection
 from mistudio.ui.widgets import (
     Button,
     Card,
@@ -40,6 +44,10 @@ class TrainingPage(QWidget):
         self.presenter = TrainingPresenter(services, self)
         self._jobs: dict[int, JobCard] = {}
         self._runs: dict[int, RunCard] = {}
+        self.intake = Intake(services, self)
+        self._imported: dict[int, ImportedCard] = {}
+        self.selection = Selection(self)
+        self.selection.changed.connect(self._on_selection_changed)
         self._dismissed: set[int] = set()
         self._shown = SHOWN
         self._goal: QWidget | None = None
@@ -47,6 +55,13 @@ class TrainingPage(QWidget):
         self.configuration = ConfigurationCard(services, self.presenter)
         self._heading = Text("Training Jobs", "card")
         self._count = Text("", "helper")
+        self.clear_selection = Button("Clear selection", "link")
+        self.clear_selection.clicked.connect(self._on_clear_clicked)
+        self.compare = Button("Compare", "secondary", "git-compare")
+        self.compare.clicked.connect(self._on_compare_clicked)
+        self.import_saes = Button("Import SAEs…", "secondary", "download")
+        self.import_saes.setToolTip("SAEs of other libraries, from this computer or from the Hub")
+        self.import_saes.clicked.connect(self._on_import_clicked)
         self._cards = column(16)
         self._more = Button("Show more", "secondary", "chevron-down")
         self._more.clicked.connect(self._on_more_clicked)
@@ -57,7 +72,14 @@ class TrainingPage(QWidget):
         self.column_page = ColumnPage()
         self.column_page.add(
             self.configuration,
-            row(self._heading, self._count, None),
+            row(
+                self._heading,
+                self._count,
+                None,
+                self.clear_selection,
+                self.compare,
+                self.import_saes,
+            ),
             self._cards,
             row(None, self._more, None),
             self._empty,
@@ -70,14 +92,16 @@ class TrainingPage(QWidget):
         self._refresh_soon = debounced(self, 50, self.refresh)
         self.presenter.list_changed.connect(self._refresh_soon)
         self.presenter.submitted.connect(self._on_presenter_submitted)
+        self.intake.changed.connect(self._refresh_soon)
         services.jobs.tick.connect(self._on_jobs_tick)
+        self._on_selection_changed()
         self.refresh()
 
     # --- the page protocol ----------------------------------------------------------------------
 
     def activate(self, **context: Any) -> None:
-        """`training_id` or `job_id` scrolls to its card; `model_id`, `dataset_id` and
-        `extraction_id` fill the form."""
+        """`training_id`, `job_id` or `sae_id` (imported) scrolls to its card; `model_id`,
+        `dataset_id` and `extraction_id` fill the form."""
         self.configuration.choose(context.get("dataset_id"), context.get("model_id"))
         if "extraction_id" in context:
             self.configuration.choose_extraction(int(context["extraction_id"]))
@@ -87,6 +111,8 @@ class TrainingPage(QWidget):
             card = self._runs.get(int(context["training_id"]))
         elif "job_id" in context:
             card = self._jobs.get(int(context["job_id"]))
+        elif "sae_id" in context:
+            card = self._imported.get(int(context["sae_id"]))
         self._scroll_to(card)
 
     def save_state(self) -> dict[str, Any]:
@@ -107,30 +133,38 @@ class TrainingPage(QWidget):
     def run_cards(self) -> list[RunCard]:
         return list(self._runs.values())
 
+    def imported_cards(self) -> list[ImportedCard]:
+        return list(self._imported.values())
+
     def refresh(self) -> None:
         """Bring the cards in line with the library, newest first; active jobs on top."""
         jobs = [job for job in self.presenter.jobs() if job.id not in self._dismissed]
-        runs = self.presenter.runs()
-        items: list[tuple[bool, str, JobRecord | Run]] = [
+        items: list[tuple[bool, str, JobRecord | Run | Imported]] = [
             *((job.active, job.created_at, job) for job in jobs),
-            *((False, run.training.created_at, run) for run in runs),
+            *((False, run.training.created_at, run) for run in self.presenter.runs()),
+            *((False, one.sae.created_at, one) for one in self.intake.imported()),
         ]
         items.sort(key=lambda item: item[:2], reverse=True)
         shown = [item[2] for item in items[: self._shown]]
-        self._drop({i.id for i in shown if isinstance(i, JobRecord)},
-                   {i.training.id for i in shown if isinstance(i, Run)})  # fmt: skip
+        keys = [_key(item) for item in shown]
+        self._drop(set(keys))
         for place, item in enumerate(shown):
-            card = self._job_card(item) if isinstance(item, JobRecord) else self._run_card(item)
+            card = self._card(item)
             if self._cards.indexOf(card) != place:
                 self._cards.insertWidget(place, card)
+        self.selection.set_order(keys)
         self._count.setText(f"({formatting.count(len(items))})" if items else "")
         self._more.setVisible(len(items) > self._shown)
         self._empty.setVisible(not items)
 
-    def _drop(self, jobs: set[int], runs: set[int]) -> None:
-        for cards, kept in ((self._jobs, jobs), (self._runs, runs)):
-            for key in [key for key in cards if key not in kept]:
-                card = cards.pop(key)
+    def _kinds(self) -> dict[str, Any]:
+        return {"job": self._jobs, "run": self._runs, "sae": self._imported}
+
+    def _drop(self, kept: set[Key]) -> None:
+        for kind, cards in self._kinds().items():
+            for number in [number for number in cards if (kind, number) not in kept]:
+                card = cards.pop(number)
+                self.selection.detach(card)
                 self._cards.removeWidget(card)
                 card.hide()
                 card.deleteLater()
@@ -142,9 +176,15 @@ class TrainingPage(QWidget):
 
     def _on_scroll(self) -> None:
         card, self._goal = self._goal, None
-        if card is not None and card in (*self._jobs.values(), *self._runs.values()):
+        shown = (*self._jobs.values(), *self._runs.values(), *self._imported.values())
+        if card is not None and card in shown:
             self.column_page.widget().layout().activate()
             self.column_page.ensureWidgetVisible(card, 0, 24)
+
+    def _card(self, item: JobRecord | Run | Imported) -> Card:
+        if isinstance(item, JobRecord):
+            return self._job_card(item)
+        return self._run_card(item) if isinstance(item, Run) else self._imported_card(item)
 
     def _job_card(self, job: JobRecord) -> JobCard:
         card = self._jobs.get(job.id)
@@ -153,6 +193,7 @@ class TrainingPage(QWidget):
             card.retry_wanted.connect(self._on_card_retry_wanted)
             card.go_on_wanted.connect(self._on_card_go_on_wanted)
             card.dismissed.connect(self._on_card_dismissed)
+            self.selection.attach(card, ("job", job.id), self.presenter.job_title(job))
         elif card.job != job:
             card.show_job(job)
         return card
@@ -165,8 +206,23 @@ class TrainingPage(QWidget):
             card.explore_wanted.connect(self._on_card_explore_wanted)
             card.export_wanted.connect(self._on_card_export_wanted)
             card.delete_wanted.connect(self._on_card_delete_wanted)
+            self.selection.attach(card, ("run", run.training.id), run.training.name)
         elif card.run != run:
             card.show_run(run)
+        return card
+
+    def _imported_card(self, one: Imported) -> ImportedCard:
+        card = self._imported.get(one.sae.id)
+        if card is None:
+            card = self._imported[one.sae.id] = ImportedCard(self._services, one)
+            card.discover_wanted.connect(self._on_imported_discover_wanted)
+            card.explore_wanted.connect(self._on_imported_explore_wanted)
+            card.measure_wanted.connect(self._on_imported_measure_wanted)
+            card.export_wanted.connect(self._on_imported_export_wanted)
+            card.delete_wanted.connect(self._on_imported_delete_wanted)
+            self.selection.attach(card, ("sae", one.sae.id), one.sae.name)
+        elif card.imported != one:
+            card.show_imported(one)
         return card
 
     def _on_jobs_tick(self) -> None:
@@ -177,6 +233,8 @@ class TrainingPage(QWidget):
                 card.show_progress()
         for run_card in self._runs.values():
             run_card.show_progress()
+        for imported_card in self._imported.values():
+            imported_card.show_progress()
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -191,7 +249,8 @@ class TrainingPage(QWidget):
 
     def _on_card_go_on_wanted(self, job_id: int) -> None:
         if (card := self._jobs.get(job_id)) is not None:
-            self._drop(set(self._jobs) - {job_id}, set(self._runs))  # its charts begin anew
+            kept = {(kind, n) for kind, cards in self._kinds().items() for n in cards}
+            self._drop(kept - {("job", job_id)})  # its charts begin anew
             self.presenter.go_on(card.job)
 
     def _on_card_dismissed(self, job_id: int) -> None:
@@ -244,3 +303,87 @@ class TrainingPage(QWidget):
     def _on_more_clicked(self, checked: bool = False) -> None:
         self._shown += SHOWN
         self.refresh()
+
+    # --- comparing ------------------------------------------------------------------------------
+
+    def _on_selection_changed(self) -> None:
+        chosen = len(self.selection.keys)
+        self.compare.setText(f"Compare ({chosen})" if chosen else "Compare")
+        self.compare.setEnabled(chosen > 1)
+        self.compare.setToolTip(
+            "Curves, settings that differ, final metrics, FVU against L0"
+            if chosen > 1
+            else "Choose two or more by the box on their cards, or with Ctrl+click or Shift+click"
+        )
+        self.clear_selection.setVisible(chosen > 0)
+
+    def _on_clear_clicked(self, checked: bool = False) -> None:
+        self.selection.clear()
+
+    def _on_compare_clicked(self, checked: bool = False) -> None:
+        # Its charts need a library that is slow to import.
+        from mistudio.ui.training.compare.dialog import CompareDialog
+
+        CompareDialog(self._services, self.selection.keys, self).show()
+
+    # --- imported SAEs --------------------------------------------------------------------------
+
+    def _on_import_clicked(self, checked: bool = False) -> None:
+        from mistudio.ui.training.import_saes import ImportDialog
+
+        ImportDialog(self._services, self.intake, self).open()
+
+    def _on_imported_discover_wanted(self, sae_id: int, dataset_id: int) -> None:
+        try:
+            self.intake.discover(sae_id, dataset_id)
+        except UserError as exc:
+            self._services.toasts.error(exc)
+
+    def _on_imported_measure_wanted(self, sae_id: int, dataset_id: int) -> None:
+        try:
+            self.intake.measure(sae_id, dataset_id)
+        except UserError as exc:
+            self._services.toasts.error(exc)
+
+    def _on_imported_explore_wanted(self, sae_id: int) -> None:
+        self._services.navigate("features", sae_id=sae_id)
+
+    def _on_imported_export_wanted(self, sae_id: int) -> None:
+        sae = self._imported[sae_id].imported.sae
+        folder = QFileDialog.getExistingDirectory(self, f"Export {sae.name} into a folder")
+        if not folder:
+            return
+        try:
+            target = self.intake.export(sae, Path(folder))
+        except UserError as exc:
+            self._services.toasts.error(exc)
+        else:
+            self._services.toasts.info("Exporting", f"Into {target}")
+
+    def _on_imported_delete_wanted(self, sae_id: int) -> None:
+        one = self._imported[sae_id].imported
+        if refusal := self.intake.delete_refusal(one.sae):
+            self._services.toasts.warning(f"{one.sae.name} cannot be deleted", refusal)
+            return
+        features = " with the features discovered in it and your labels" if one.discovered else ""
+        what = (
+            f"“{one.sae.name}”{features} goes to the trash, where the files stay for seven days. "
+            "The files that it was imported from are not touched."
+        )
+        if not ConfirmDialog.ask(self, "Delete this SAE?", what):
+            return
+        try:
+            self.intake.delete(one.sae)
+        except UserError as exc:
+            self._services.toasts.error(exc)
+        else:
+            self._services.toasts.info(
+                f"{one.sae.name} was deleted", "It is in the library's trash."
+            )
+
+
+def _key(item: JobRecord | Run | Imported) -> Key:
+    """What tells cards apart, over all their kinds."""
+    if isinstance(item, JobRecord):
+        return "job", item.id
+    return ("run", item.training.id) if isinstance(item, Run) else ("sae", item.sae.id)

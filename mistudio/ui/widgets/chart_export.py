@@ -6,10 +6,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import QBuffer, QIODevice
+from PySide6.QtCore import QBuffer, QIODevice, QPoint
 from PySide6.QtGui import QPainter
 from PySide6.QtSvg import QSvgGenerator
-from PySide6.QtWidgets import QApplication, QFileDialog, QMenu, QMessageBox, QWidget
+from PySide6.QtWidgets import (
+    QApplication,
+    QFileDialog,
+    QGraphicsView,
+    QMenu,
+    QMessageBox,
+    QWidget,
+)
 
 from mistudio.errors import explain
 
@@ -59,7 +66,10 @@ class ExportedChart(QWidget):
         generator.setViewBox(drawing.rect())
         generator.setTitle(self._title)
         painter = QPainter(generator)
-        drawing.render(painter)
+        if isinstance(drawing, QGraphicsView):
+            drawing.render(painter)
+        else:
+            drawing.render(painter, QPoint())
         painter.end()
         return bytes(buffer.data().data())
 
