@@ -19,6 +19,7 @@ from PySide6.QtWidgets import (
     QGridLayout,
     QHeaderView,
     QLineEdit,
+    QPushButton,
     QScrollArea,
     QTableView,
     QTabWidget,
@@ -252,6 +253,8 @@ class ImportDialog(QDialog):
         outer.addLayout(head)
         outer.addWidget(area, 1)
         outer.addLayout(foot)
+        for button in self.findChildren(QPushButton):  # Enter in a field means that field
+            button.setAutoDefault(False)
         self.path.setFocus()
 
     # --- asking ---------------------------------------------------------------------------------
