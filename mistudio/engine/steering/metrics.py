@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
@@ -24,7 +23,9 @@ class SteeringEffect:
     prefix, nats, temperature 1; `kl_by_token` are its terms.
     perplexity: exp(mean NLL) of the continuation's tokens under the unsteered model.
     perplexity_ratio: steered over unsteered. similarity: cosine of word counts.
-    word_overlap: Jaccard of word sets. distinct_2: share of bigrams that are different.
+    word_overlap: Jaccard of word sets. distinct_n: share of n-grams that are different;
+    repetition_4: share of 4-grams that stood before. longest_run: the most times in a row that a
+    token follows itself.
     first_difference: index of the first token that differs, None where none does.
     """
 
@@ -36,8 +37,11 @@ class SteeringEffect:
     perplexity_ratio: float
     similarity: float
     word_overlap: float
+    distinct_1: float
     distinct_2: float
     distinct_2_unsteered: float
+    longest_run: int
+    repetition_4: float
     first_difference: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,41 +62,80 @@ def steering_effect(
 ) -> SteeringEffect:
     """Measure by two parallel forward passes; token ids are used as generated, never re-read
     from text."""
-    kl: list[float] = []
-    nll_steered = nll_unsteered = math.nan
-    if steered_ids:
-        both = torch.tensor([[*prompt_ids, *steered_ids]] * 2, device=model.device)
-        steering = Steering(model, [None, variant], special_ids, len(prompt_ids), scope)
-        steering.expect(both, 0)
-        with model.intervene(steering.edits()):
-            logits = model.model(both, use_cache=False).logits
-        # Position p predicts token p + 1.
-        first = len(prompt_ids) - 1
-        base, steered = logits[:, first:-1].float().log_softmax(-1)
-        kl = (steered.exp() * (steered - base)).sum(-1).clamp_min(0.0).tolist()
-        nll_steered = _nll(base, steered_ids)
-    if unsteered_ids:
-        ids = torch.tensor([[*prompt_ids, *unsteered_ids]], device=model.device)
-        logits = model.model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
-        nll_unsteered = _nll(logits.float().log_softmax(-1), unsteered_ids)
+    texts = [steered_ids, unsteered_ids]
+    steered, unsteered = divergences(model, [variant, None], prompt_ids, texts, special_ids, scope)
+    nll_steered, nll_unsteered = _mean(steered.nll), _mean(unsteered.nll)
     return SteeringEffect(
         tokens=len(steered_ids),
-        kl_per_token=sum(kl) / len(kl) if kl else math.nan,
-        kl_by_token=kl,
+        kl_per_token=_mean(steered.kl),
+        kl_by_token=steered.kl,
         perplexity=math.exp(nll_steered),
         perplexity_unsteered=math.exp(nll_unsteered),
         perplexity_ratio=math.exp(nll_steered - nll_unsteered),
         similarity=word_cosine(unsteered_text, steered_text),
         word_overlap=word_jaccard(unsteered_text, steered_text),
+        distinct_1=distinct(steered_ids, 1),
         distinct_2=distinct(steered_ids, 2),
         distinct_2_unsteered=distinct(unsteered_ids, 2),
+        longest_run=longest_run(steered_ids),
+        repetition_4=1.0 - distinct(steered_ids, 4),
         first_difference=first_difference(unsteered_ids, steered_ids),
     )
 
 
-def _nll(log_probabilities: Tensor, ids: Sequence[int]) -> float:
-    chosen = torch.tensor(list(ids), device=log_probabilities.device)
-    return float(-log_probabilities.gather(1, chosen[:, None]).mean())
+@dataclass(frozen=True)
+class Divergence:
+    """Of one continuation, by token: KL(p_steered || p_unsteered) before it, and its negative log
+    probability under the unsteered model; both in nats, on the continuation's own prefix."""
+
+    kl: list[float]
+    nll: list[float]
+
+
+@torch.inference_mode()
+def divergences(
+    model: HookedDecoder,
+    variants: Sequence[Variant | None],
+    prompt_ids: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    special_ids: Sequence[int],
+    scope: Scope | None = None,
+) -> list[Divergence]:
+    """How far each variant moves the model's predictions along its continuation of the prompt.
+
+    One after another: the logits of a large vocabulary are what takes memory.
+    """
+    pairs = zip(variants, continuations, strict=True)
+    return [_divergence(model, v, prompt_ids, ids, special_ids, scope) for v, ids in pairs]
+
+
+def _divergence(
+    model: HookedDecoder,
+    variant: Variant | None,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    special_ids: Sequence[int],
+    scope: Scope | None,
+) -> Divergence:
+    if not ids:
+        return Divergence([], [])
+    rows: list[Variant | None] = [None] if variant is None else [None, variant]
+    fed = torch.tensor([[*prompt_ids, *ids]] * len(rows), device=model.device)
+    steering = Steering(model, rows, special_ids, len(prompt_ids), scope)
+    steering.expect(fed, 0)
+    with model.intervene(steering.edits()):
+        # Position p predicts token p + 1.
+        out = model.model(fed, use_cache=False, logits_to_keep=len(ids) + 1)
+    logits = out.logits[:, -len(ids) - 1 : -1].float().log_softmax(-1)
+    base, steered = logits[0], logits[-1]
+    chosen = torch.tensor(list(ids), device=base.device)
+    nll = -base.gather(1, chosen[:, None])[:, 0]
+    kl = (steered.exp() * (steered - base)).sum(-1).clamp_min(0.0)
+    return Divergence(kl.tolist(), nll.tolist())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def words(text: str) -> list[str]:
@@ -120,6 +163,15 @@ def distinct(ids: Sequence[int], n: int) -> float:
     """Share of n-grams that are different from each other; low means repetition. NaN if short."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def longest_run(ids: Sequence[int]) -> int:
+    """The most times in a row that one token stands; 0 for no tokens."""
+    longest = run = 0
+    for before, token in zip([None, *ids], ids, strict=False):
+        run = run + 1 if token == before else 1
+        longest = max(longest, run)
+    return longest
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
