@@ -92,7 +92,7 @@ class Person:
         self.until(page.isVisible)
         return page
 
-    def until(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = SECONDS) -> None:
         self.qtbot.waitUntil(lambda: bool(condition()), timeout=round(1000 * seconds))
 
     def close(self, answer: str = "") -> str:
