@@ -311,6 +311,14 @@ def _parser() -> argparse.ArgumentParser:
     saved.add_argument("job", type=int, nargs="?", help="default: all")
     saved.add_argument("--delete", type=int, metavar="STEP", help="delete this one of the job")
 
+    record = add(
+        "record", _record, "how a run came about: settings, seeds, versions, hashes, results"
+    )
+    record.add_argument("run", metavar="RUN", help="a run's name or number")
+    record.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write it as a page to print"
+    )
+
     discover = add("discover", _discover, "find what every latent fires on")
     discover.add_argument("run", metavar="RUN", help=RUN_HELP)
     discover.add_argument(
@@ -1338,6 +1346,32 @@ def _checkpoints(options: argparse.Namespace, library: Library) -> dict[str, Any
     if rows:
         print(f"{size(total)} in all.")
     return {"checkpoints": rows}
+
+
+def _record(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.run_records import save_record
+    from mistudio.terminal import table
+
+    training = _find(library.trainings, options.run)
+    record: dict[str, Any] = training.record
+    versions = record.get("versions", {})
+    print(f"{training.name}, {training.status}, {duration(training.seconds)}")
+    print(f"{record['model']['name']} + {record['dataset']['name']}, on {record.get('device')}")
+    print(f"miStudio {versions.get('mistudio')}, torch {versions.get('torch')}")
+    rows = [
+        {
+            "site": site,
+            "explained": number(row.get("explained_variance"), 3),
+            "l0": number(row.get("l0"), 1),
+            "dead": percent(row.get("dead_share")),
+            "ce recovered": percent(row.get("ce_loss_score")),
+        }
+        for site, row in record.get("sites", {}).items()
+    ]
+    print(table(rows, {key: key for key in rows[0]}) if rows else "No SAEs.")
+    if options.html:
+        print(f"Written to {save_record(library, training.id, options.html, to_print=True)}")
+    return record
 
 
 def _job_retry(options: argparse.Namespace, library: Library) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from mistudio.jobs.models import (
     check_layers,
     loaded_model,
     parse_points,
-    precision_of,
     unload_model,
 )
+from mistudio.jobs.run_records import run_record
 from mistudio.jobs.sources import Origin, Text, choose, in_turns, open_source
 from mistudio.jobs.stages import Stage, Within
 from mistudio.jobs.tokenizing import text_for
@@ -52,14 +52,6 @@ TRAIN_PARTS = {
 
 
 EVENTS = "events.jsonl"  # beside the checkpoints
-
-# How a run's record names where its activations came from.
-ORIGINS = {
-    "stored": "stored activations",
-    "stream": "streamed",
-    "extract": "stored for this run",
-    "hybrid": "stored for this run, in portions",
-}
 
 
 @dataclass(frozen=True)
@@ -146,22 +138,21 @@ def train(
     }
     if context.metrics:
         shutil.copy(context.metrics.path, folder / "metrics.jsonl")
-    notes = [*learning.notes, *trained.notes]
-    record = _run_record(
-        library, job, model, tokenization, trained, metrics, source, learning.origin, notes
+    record = run_record(
+        library, job, model, tokenization, trained, metrics, source, learning.origin
     )
-    record["events"] = learning.events
-    (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    name = job.name or _default_name(library, job)
+    seconds = learning.seconds_before + time.monotonic() - began
+    record |= {
+        "name": name,
+        "wall_seconds": seconds,
+        "notes": [*learning.notes, *trained.notes],
+        "events": learning.events,
+    }
+    text = json.dumps(record, indent=1, allow_nan=False)
+    (folder / "run.json").write_text(text, encoding="utf-8")
     return _commit(
-        library,
-        folder,
-        job,
-        tokenization,
-        trained,
-        record,
-        metrics,
-        context.job_id,
-        learning.seconds_before + time.monotonic() - began,
+        library, folder, name, job, tokenization, record, metrics, context.job_id, seconds
     )
 
 
@@ -467,50 +458,12 @@ def _save_site(
     }
 
 
-def _run_record(
-    library: Library,
-    job: Train,
-    model: HookedDecoder,
-    tokenization: Tokenization,
-    trained: TrainedRun,
-    metrics: dict[Site, dict[str, Any]],
-    source: ActivationSource,
-    origin: Origin,
-    notes: list[str],
-) -> dict[str, Any]:
-    """Everything that says how the run came about, kept beside the SAEs."""
-    dataset = library.datasets.get(job.dataset_id)
-    record = library.models.get(job.model_id)
-    return {
-        "job": asdict(job),
-        "model": {
-            "name": record.name,
-            "origin": record.origin,
-            "provenance": record.provenance,
-            "precision": precision_of(model),
-        },
-        "dataset": {"name": dataset.name, "provenance": dataset.provenance},
-        "tokenizer_hash": tokenization.tokenizer_hash,
-        "source": ORIGINS[origin.kind],
-        "dropped": asdict(source.dropped),
-        "tokens": trained.tokens,
-        "tokens_per_second": trained.tokens_per_second,
-        "training_seconds": trained.seconds,
-        "stopped": trained.stopped,
-        "processes": distributed.current().size,
-        "notes": notes,
-        "sites": {site.name: row for site, row in metrics.items()},
-        "versions": device.versions(),
-        "device": device.current().name,
-    }
-
-
 def _commit(
     library: Library,
     folder: Path,
+    name: str,
     job: Train,
     tokenization: Tokenization,
-    trained: TrainedRun,
     record: dict[str, Any],
     metrics: dict[Site, dict[str, Any]],
     job_id: int,
@@ -518,7 +471,6 @@ def _commit(
 ) -> Training:
     from mistudio.engine.training.config import parse
 
-    name = job.name or _default_name(library, job)
     target = library.new_folder("trainings", name)
     with library.commit(folder, target):
         training_id = library.trainings.add(
@@ -528,7 +480,7 @@ def _commit(
             tokenization_id=tokenization.id,
             extraction_id=job.extraction_id,
             job_id=job_id,
-            status="stopped" if trained.stopped else "completed",
+            status=record["status"],
             config=job.config,
             record=record,
             folder=target,
