@@ -136,7 +136,8 @@ def test_a_folder_is_seen_then_imported_and_stands_in_the_list(
     assert told["Format"] == "SAELens" and told["Reads"] == "128 channels"
     assert told["Latents"] == "64" and told["Activation"] == "topk, k 4"
     assert told["Where it belongs"] == "Layer 1 • Residual stream after block"
-    assert told["Problem"] == "none" and told["Model it names"] == "tiny-llama-0.9m"
+    assert "Problem" not in told and told["Model it names"] == "tiny-llama-0.9m"
+    assert dialog.site.currentText() == "As the files say"
     assert dialog.model.currentText() == "tiny-llama-0.9m"
     assert not dialog.site.isEnabled() and not dialog.layer.isEnabled()
     shot(dialog, f"import-seen-{size[0]}")

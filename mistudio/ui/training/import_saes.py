@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import QItemSelection, Qt
+from PySide6.QtCore import QItemSelection, Qt, QTimer
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
 from PySide6.QtWidgets import (
     QAbstractItemView,
@@ -21,8 +22,8 @@ from PySide6.QtWidgets import (
     QLineEdit,
     QPushButton,
     QScrollArea,
+    QTabBar,
     QTableView,
-    QTabWidget,
     QVBoxLayout,
     QWidget,
 )
@@ -73,8 +74,8 @@ SAFE = (
     "SAELens, sparsify, Gemma Scope, Llama Scope, dictionary_learning, OpenAI and miStudio's own "
     "files are read; only numbers are, never code. The files themselves are left as they are."
 )
-_SEEN = ("Format", "Size", "Reads", "Latents", "Activation", "Where it belongs", "Model it names",
-         "Problem")  # fmt: skip
+_SEEN = ("Problem", "Format", "Size", "Reads", "Latents", "Activation", "Where it belongs",
+         "Model it names")  # fmt: skip
 
 
 class Lines(QTableView):
@@ -196,25 +197,29 @@ class ImportDialog(QDialog):
         self.accept_button.clicked.connect(self._on_accept_clicked)
 
     def _build(self) -> None:
-        here = column(12, 16)
+        here = column(12)
         here.addWidget(FormRow("File or folder", self.path))
         here.addLayout(row(self.browse, self.browse_file, None, spacing=8))
-        here.addStretch(1)
-        hub = column(12, 16)
+        hub = column(12)
         hub.addWidget(FormRow("Hub repository", self.repository, beside=self.look))
         hub.addWidget(self.results)
         hub.addWidget(self.filter)
         hub.addWidget(self.files)
         hub.addWidget(self.token_row)
-        hub.addStretch(1)
-        self.sources = QTabWidget()
+        # Not a tab widget: that is as high as its highest page.
+        self.sources = QTabBar()
         self.sources.setAccessibleName("Where the SAEs are")
+        self.sources.setExpanding(False)
+        self.sources.setDrawBase(False)
+        self._pages = []
         for title, layout in (("From this computer", here), ("From the Hub", hub)):
             page = QWidget()
             page.setProperty("surface", "clear")
             page.setLayout(layout)
-            self.sources.addTab(page, title)
+            self.sources.addTab(title)
+            self._pages.append(page)
         self.sources.currentChanged.connect(self._on_sources_changed)
+        self._show_page(0)
         close = IconButton("x", "Close")
         close.clicked.connect(self.reject)
         head = row(Text("Import SAEs", "h1"), None, close)
@@ -230,6 +235,8 @@ class ImportDialog(QDialog):
         body.setContentsMargins(24, 4, 24, 8)
         body.addWidget(Text(SAFE, "helper", wrap=True))
         body.addWidget(self.sources)
+        for page in self._pages:
+            body.addWidget(page)
         body.addWidget(self.said)
         body.addLayout(self._problem)
         body.addWidget(self.found)
@@ -237,7 +244,7 @@ class ImportDialog(QDialog):
         body.addLayout(grid)
         body.addStretch(1)
         inner.setLayout(body)
-        area = QScrollArea()
+        area = self._area = QScrollArea()
         area.setWidgetResizable(True)
         area.setFrameShape(QFrame.Shape.NoFrame)
         area.setProperty("surface", "clear")
@@ -381,6 +388,7 @@ class ImportDialog(QDialog):
             f"{formatting.count(len(found.saes))} {noun} ({formatting.size(total)} together"
             f"{licence}). Choose one, or several with Ctrl or Shift.{gated}"
         )
+        self.files.setFocus()
         if len(found.saes) == 1:
             self.files.selectRow(0)
 
@@ -424,12 +432,22 @@ class ImportDialog(QDialog):
     def _show_seen(self, seen: list[SeenSae], place: Place) -> None:
         self.seen, self.place = seen, place
         lines = tuple(_line(one) for one in seen)
-        self.found.show_table(Table(_SEEN, lines), 5)
+        shown = Table(_SEEN, lines)
+        if not any(one.problem for one in seen):
+            shown = Table(_SEEN[1:], tuple(replace(line, cells=line.cells[1:]) for line in lines))
+        self.found.show_table(shown, 5)
         self.found.setVisible(bool(seen))
         notes = dict.fromkeys(note for one in seen for note in one.notes)
         self.notes.setText("\n".join(notes))
         self.notes.setVisible(bool(notes))
         self._show_choices()
+        if seen:
+            QTimer.singleShot(0, self, self._scroll_to_found)
+
+    def _scroll_to_found(self) -> None:
+        """What was found has no place before the layout has run."""
+        self._area.widget().layout().activate()
+        self._area.ensureWidgetVisible(self.name_row, 0, 8)
 
     def _show_choices(self) -> None:
         """The guess stands in the field; what the files say cannot be said otherwise."""
@@ -444,7 +462,7 @@ class ImportDialog(QDialog):
             self.model.set_value(guess.id if guess else None)
             self.model_row.set_helper(self._guessed(guess is not None, bool(models)))
             says = [one for one in self.seen if one.reads]
-            self.site.set_options([(None, self._unsaid()), *SITES.items()])
+            self.site.set_options([(None, self._unsaid(bool(says))), *SITES.items()])
             self.site.setEnabled(not says)
             self.site_row.set_helper(_placed(says) if says else "Its files do not say.")
             self._show_layers()
@@ -457,13 +475,13 @@ class ImportDialog(QDialog):
             return f"{told}The library has no model yet: add it in the Models tab first."
         return told + ("" if guessed else "Which one it is cannot be told.")
 
-    def _unsaid(self) -> str:
-        return AS_FILES_SAY if self.place.on_hub else "Choose…"
+    def _unsaid(self, said: bool) -> str:
+        return AS_FILES_SAY if said or self.place.on_hub else "Choose…"
 
     def _show_layers(self) -> None:
         model = self._model()
         known = any(one.layer is not None or one.reads for one in self.seen)
-        options: list[tuple[int | None, str]] = [(None, AS_FILES_SAY if known else self._unsaid())]
+        options: list[tuple[int | None, str]] = [(None, self._unsaid(known))]
         if model and not known:
             options += [(number, str(number)) for number in range(model.n_layers)]
         self.layer.set_options(options)
@@ -494,8 +512,13 @@ class ImportDialog(QDialog):
     def _on_source_changed(self, text: str) -> None:
         self._forget()
 
+    def _show_page(self, index: int) -> None:
+        for place, page in enumerate(self._pages):
+            page.setVisible(place == index)
+
     def _on_sources_changed(self, index: int) -> None:
         self._forget()
+        self._show_page(index)
         if index == 1:
             self._show_files()
 
@@ -537,6 +560,7 @@ def _line(seen: SeenSae) -> Line:
     if seen.d_out and seen.d_out != seen.d_in:
         width = f"{width} → {formatting.count(seen.d_out)}"
     cells = (
+        f"⚠ {seen.problem}" if seen.problem else "none",
         FORMATS.get(seen.format, seen.format),
         formatting.size(seen.bytes),
         f"{width} channels" if seen.d_in else "—",
@@ -544,7 +568,6 @@ def _line(seen: SeenSae) -> Line:
         seen.architecture + (f", k {seen.k:g}" if seen.k else "") or "—",
         _where(seen),
         seen.model_name or "—",
-        f"⚠ {seen.problem}" if seen.problem else "none",
     )
     return Line(seen.place, seen.problem or "\n".join(seen.notes), cells)
 

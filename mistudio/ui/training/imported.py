@@ -116,7 +116,7 @@ class ImportedCard(Card):
         self._measured = Text("", "helper", wrap=True)
         self.progress = ProgressRow("Working")
         self.dataset = Choice([])
-        self.dataset.setAccessibleName(f"Text to look through: {sae.name}")
+        self.dataset.setAccessibleName(f"Dataset to look through: {sae.name}")
         self.discover = Button("Discover Features", "primary", "zap")
         self.explore = Button("Explore Features", "primary", "microscope")
         self.measure = Button("Measure", "secondary", "gauge")
@@ -132,7 +132,7 @@ class ImportedCard(Card):
         ):
             button.clicked.connect(slot)
             button.setAccessibleName(f"{button.text()}: {sae.name}")
-        label = Text("Text", "label")
+        label = Text("Dataset", "label")
         label.setBuddy(self.dataset)
         self.add(self.head, grid, self._measured, self.progress)
         self.add(row(self.explore, self.discover, self.measure, label, self.dataset, None,
