@@ -28,6 +28,7 @@ the inputs, and fp32, bf16 and fp16 all work.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, ClassVar
 
 import torch
@@ -199,8 +200,17 @@ class Int8Linear(QuantisedLinear):
         return codes, scale
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        # bitsandbytes' `MatMul8bitFp`, step for step.
-        return self.weight.to(dtype).mul_(self.scale[:, None].mul(1.0 / 127.0))
+        # The numbers of bitsandbytes' `MatMul8bitFp`; some rows at a time, because on a CPU a
+        # product of mixed types first copies both sides to fp32.
+        values = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        scale = self.scale[:, None].mul(1.0 / 127.0)
+        step = len(values)
+        if values.device.type == "cpu":
+            step = max(1, _CHUNK // self.in_features)
+        for first in range(0, len(values), step):
+            rows = slice(first, first + step)
+            torch.mul(self.weight[rows], scale[rows], out=values[rows])
+        return values
 
 
 class Nf4Linear(QuantisedLinear):
@@ -223,10 +233,11 @@ class Nf4Linear(QuantisedLinear):
         codes = torch.empty(weights // 2, 1, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(weights // block, dtype=torch.float32, device=weight.device)
         # So many rows at a time that blocks stay whole.
-        step = block * max(1, _CHUNK // (self.in_features * block))
+        rows = block // gcd(block, self.in_features)
+        step = rows * max(1, _CHUNK // (self.in_features * rows))
         for first in range(0, len(weight), step):
-            rows = weight[first : first + step].contiguous()
-            packed, state = functional.quantize_4bit(rows, blocksize=block, quant_type="nf4")
+            some = weight[first : first + step].contiguous()
+            packed, state = functional.quantize_4bit(some, blocksize=block, quant_type="nf4")
             start = first * self.in_features
             codes[start // 2 : start // 2 + len(packed)] = packed
             scale[start // block : start // block + len(state.absmax)] = state.absmax

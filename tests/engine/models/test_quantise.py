@@ -42,7 +42,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("precision", "missed"), [("q8", 0.008), ("q4", 0.11), ("q2", 0.40)])
-@pytest.mark.parametrize("shape", [(96, 128), (32, 48), (64, 80), (33, 64), (1000, 192)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(96, 128), (32, 48), (64, 80), (33, 64), (1000, 192), (4000, 80)], ids=str
+)
 def test_error_of_normal_weights_is_what_the_bits_allow(
     precision: str, missed: float, shape: tuple[int, int]
 ) -> None:
