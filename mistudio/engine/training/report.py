@@ -75,9 +75,10 @@ _CURVES = (
 )
 _COLUMNS = 4  # sites side by side in the table of all measures
 POINTS = 400  # of a curve on paper
-_INKS = ("#047857", "#1d4ed8", "#b91c1c", "#7e22ce", "#a16207", "#0f766e")
+_INKS = ("#047857", "#1d4ed8", "#b91c1c", "#7e22ce", "#a16207", "#475569")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _DASH = "—"
+_TEXT = 99  # columns of a table without numbers
 
 _STYLE = """
 @page { size: A4; margin: 16mm 14mm; }
@@ -94,7 +95,9 @@ table { border-collapse: collapse; width: 100%; margin: 8px 0; }
 th, td { text-align: left; padding: 4px 8px; border-bottom: 1px solid #e2e8f0;
   vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: 600; color: #1e293b; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
+td.s, th.s { min-width: 10em; }
 tr { break-inside: avoid; }
 code { font: 13px/1.4 ui-monospace, "SF Mono", "Cascadia Mono", Consolas, monospace;
   overflow-wrap: anywhere; }
@@ -183,7 +186,7 @@ def _results(record: Mapping[str, Any]) -> str:
         f"On {_count(_get(first, 'tokens'))} held-out tokens; cross-entropy (CE, KL: nats) over "
         f"{_count(_get(first, 'loss_tokens'))} held-out predictions. Definitions stand at the end."
     )
-    return f"<h2>Results</h2>\n{_table(heads, body, 1)}\n<p class=about>{escape(sizes)}</p>"
+    return f'<h2>Results</h2>\n{_table(heads, body, 1)}\n<p class="about">{escape(sizes)}</p>'
 
 
 def _history(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -427,10 +430,12 @@ def _look(number: int) -> str:
 
 def _ticks(low: float, high: float, logarithmic: bool, wanted: int = 5) -> list[float]:
     """Round values from `low` to `high`."""
-    if logarithmic and high - low >= 2:
-        return [float(n) for n in range(math.ceil(low), math.floor(high) + 1)]
-    if logarithmic:  # less than two decades: round numbers, not round exponents
-        return [math.log10(value) for value in _ticks(10**low, 10**high, False) if value > 0]
+    if logarithmic:
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        every = -(-len(powers) // 8)
+        factors = (1, 2, 5) if high - low < 3 else (1,)
+        found = [n + math.log10(f) for n in powers if n % every == 0 for f in factors]
+        return [value for value in found if low - 1e-9 <= value <= high + 1e-9]
     rough = (high - low) / wanted
     unit = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough * 0.999)
@@ -442,12 +447,13 @@ def _ticks(low: float, high: float, logarithmic: bool, wanted: int = 5) -> list[
 
 
 def _table(
-    heads: Sequence[str], body: Sequence[Sequence[str]], text: int = 99, escaped: bool = False
+    heads: Sequence[str], body: Sequence[Sequence[str]], text: int = _TEXT, escaped: bool = False
 ) -> str:
     """Rows of escaped cells; from column `text` on they are numbers, at the right."""
 
     def cell(kind: str, place: int, value: str) -> str:
-        return f"<{kind}{' class=n' if place >= text else ''}>{value}</{kind}>"
+        look = "" if text == _TEXT else ' class="n"' if place >= text else ' class="s"'
+        return f"<{kind}{look}>{value}</{kind}>"
 
     head = "".join(cell("th", n, x if escaped else escape(x)) for n, x in enumerate(heads))
     lines = ("".join(cell("td", n, x) for n, x in enumerate(row)) for row in body)

@@ -31,6 +31,7 @@ from mistudio.ui.training.layers import Field, Layer, LayerTable
 from mistudio.ui.training.presenter import ENDED_BADLY, Run, TrainingPresenter
 from mistudio.ui.training.quality import FailingNote, QualityLights
 from mistudio.ui.training.queue import QueueNote
+from mistudio.ui.training.record import RecordButton
 from mistudio.ui.training.usage import DeviceUse, Usage
 from mistudio.ui.widgets import (
     Badge,
@@ -275,7 +276,11 @@ class JobCard(Card):
         return bool(self._n_rows) and snapshot is not None and snapshot.phase == "evaluate"
 
     def show_progress(self) -> None:
-        """A tick: pull the snapshot and what was measured since the last one."""
+        """A tick: now and then, pull the snapshot and what was measured since the last one."""
+        now = time.monotonic()
+        if now - self._shown_at < SHOW_SECONDS:
+            return
+        self._shown_at = now
         generation = self._services.jobs.generation(self.job.id)
         if generation != self._generation:
             self._generation = generation
@@ -284,10 +289,6 @@ class JobCard(Card):
         if rows:
             self._append(rows)
         self.checkpoints.show_progress()
-        now = time.monotonic()
-        if now - self._shown_at < SHOW_SECONDS:
-            return
-        self._shown_at = now
         if self._stale:
             self._show_values()
         self._show_badge()
@@ -356,7 +357,6 @@ class JobCard(Card):
         self._watch(rows)
         if first:
             self._show_parts()
-            self._shown_at = 0.0
             if self.live.expanded:
                 self._make_charts()
         self._feed()
@@ -683,6 +683,7 @@ class RunCard(Card):
         self.export = Button("Export…", "secondary", "download",
                              "Write the SAEs to a folder in SAELens' format")  # fmt: skip
         self.delete = Button("Delete", "secondary", "trash-2")
+        self.record = RecordButton(services, presenter, training, run.title)
         for button, slot in (
             (self.discover, self._on_discover_clicked),
             (self.explore, self._on_explore_clicked),
@@ -691,7 +692,7 @@ class RunCard(Card):
         ):
             button.clicked.connect(slot)
             button.setAccessibleName(f"{button.text()}: {run.title}")
-        self.add(row(self.explore, self.discover, None, self.export, self.delete))
+        self.add(row(self.explore, self.discover, None, self.record, self.export, self.delete))
         self.add(self.history)
         self.show_run(run)
 

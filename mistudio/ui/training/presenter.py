@@ -29,6 +29,7 @@ from mistudio.jobs.speed import KIND as MEASURE
 from mistudio.jobs.speed import Measure, earlier, forget_old, key_of, speed_key
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Dataset, Extraction, Model, Sae, Training
+from mistudio.ui.pauses import set_imports_aside
 from mistudio.ui.services import Services
 from mistudio.ui.training.estimate import RUN_SOURCES, Computer, Corpus, Pace
 from mistudio.ui.training.form import Check, Form, check
@@ -479,6 +480,24 @@ class TrainingPresenter(QObject):
     def take_over(self, record: JobRecord) -> None:
         self._submit(lambda: self._services.jobs.take_over(record))
 
+    def save_record(
+        self,
+        training_id: int,
+        path: Path,
+        to_print: bool,
+        then: Callable[[Any], None],
+        or_else: Callable[[Any], None],
+    ) -> None:
+        """Write a run's record, as JSON or to print; `then` gets the path."""
+        library = self._services.library
+
+        def save() -> Path:
+            from mistudio.jobs.run_records import save_record  # imports torch
+
+            return save_record(library, training_id, path, to_print)
+
+        self._services.background.run(save, then, or_else)
+
     # --- submitting without a pause of the window -----------------------------------------------
 
     @property
@@ -554,6 +573,8 @@ def engine_imported() -> bool:
 def import_engine() -> None:
     import mistudio.engine.models.hooks
     import mistudio.jobs.kinds  # noqa: F401
+
+    set_imports_aside()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -224,4 +224,7 @@ def test_ticks_are_round() -> None:
     assert _ticks(0, 10, False) == [0, 2, 4, 6, 8, 10]
     assert _ticks(0, 976, False) == [0, 200, 400, 600, 800]
     assert _ticks(-3.2, 1.1, True) == [-3, -2, -1, 0, 1]
+    shown = [round(10**value, 6) for value in _ticks(-0.7, 1.1, True)]
+    assert shown == [0.2, 0.5, 1, 2, 5, 10]
+    assert len(_ticks(-300, 300, True)) < 10
     assert all(3 <= len(_ticks(0, top, False)) <= 7 for top in (0.013, 0.7, 1, 7, 23, 1e6))
