@@ -84,6 +84,7 @@ class AddModel:
         return {"model_id": model_id}
 
 
+_ADAPTER = "adapter_config.json"  # transformers would load the model that it names instead
 IMPORT_PARTS = {
     "Downloading the sample model": (0.0, 0.25),
     "Unpacking the model": (0.25, 0.3),
@@ -194,6 +195,7 @@ def add_model(
         provenance = gguf.import_gguf(path, folder, library.require_space, progress)
     elif path.exists():
         loading.check_folder(path, own_code=consent is not None)
+        checks.check_sizes(path)
         copied = _copy_model(library, path, folder, progress, consent)
         kind, name, origin = "local", path.resolve().name, str(path.resolve())
         provenance = {"source": f"local folder {path.resolve()}"}
@@ -214,10 +216,13 @@ def add_model(
     # Built without weights: numbers that fit no model, and a tokenizer of another one, show here.
     found = architecture.read_architecture(folder)
     checks.check_tokenizer(folder, found.vocab_size)
+    if consent is not None:
+        consent = _tried(folder, consent, found)
+    checks.check_tensors(folder, found, consent)
     files = checks.check_weights(folder, progress)
     checks.verify(folder, copied, files)
     provenance["weights"] = [asdict(file) for file in files]
-    if consent is not None and _try_program(folder, consent, found):
+    if consent is not None:
         provenance["code"] = consent.as_dict()
     return _commit_model(library, folder, kind, name, origin, precision, provenance)
 
@@ -241,17 +246,17 @@ def code_of(source: str, access: Access | None = None) -> OwnCode | None:
     return hub.model_code(source, info.revision, access)
 
 
-def _try_program(folder: Path, consent: Consent, found: Architecture) -> bool:
-    """Whether the model in the work folder needs its own program: then it is the one that was
-    consented to, it builds here (without weights), and what it builds is what the files hold."""
+def _tried(folder: Path, consent: Consent, found: Architecture) -> Consent | None:
+    """The consent, where the model in the work folder needs its own program: then it is the one
+    that was consented to, it builds here (without weights), and builds what the files hold."""
     from mistudio.engine.models import custom_code, loading
 
     if not custom_code.needs_code(loading.read_config(folder)):
         for name in consent.files:  # transformers has its own: these would only lie there
             (folder / name).unlink(missing_ok=True)
-        return False
+        return None
     custom_code.try_building(folder, consent, found.n_layers, found.vocab_size)
-    return True
+    return consent
 
 
 def _copy_model(
@@ -260,10 +265,14 @@ def _copy_model(
     """Only what a model needs: configuration, tokenizer, safetensors, and the Python files that
     were consented to. Size and SHA-256 of each file as it was read."""
     from mistudio.engine.models.custom_code import check_link
+    from mistudio.engine.models.loading import MODEL_FILES
 
-    wanted = (".json", ".safetensors", ".model", ".txt", ".jinja")
     program = consent.files if consent else {}
-    files = [f for f in sorted(source.iterdir()) if f.suffix in wanted or f.name in program]
+    files = [
+        f
+        for f in sorted(source.iterdir())
+        if (f.suffix in MODEL_FILES and f.name != _ADAPTER) or f.name in program
+    ]
     for file in files:
         check_link(source, file)
     files = [f for f in files if f.is_file()]

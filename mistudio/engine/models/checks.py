@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mistudio.engine.models import custom_code
 from mistudio.engine.models.loading import (
+    MODEL_FILES,
     TensorInfo,
     is_parameter,
+    load_config,
     load_tokenizer,
+    quiet_transformers,
+    read_config,
+    read_headers,
     read_safetensors_header,
     special_ids,
     weight_files,
 )
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import CorruptFile, Incompatible
+from mistudio.errors import CorruptFile, Incompatible, UnsupportedModel
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mistudio.engine.models.architecture import Architecture
+    from mistudio.engine.models.custom_code import Consent
+
+TEXT_LIMIT = 128 * 1024**2  # bytes; the largest tokenizers (262,144 entries) have 35 MB
 _PIECE = 8 * 1024**2  # bytes; a multiple of every number's size
 # Unsigned type of the same width, and the bits of the exponent: all set in infinities and NaN.
 _EXPONENTS = {
@@ -102,10 +113,114 @@ def _not_finite(piece: bytes, info: TensorInfo, name: str) -> int:
     return int(np.count_nonzero((bits & exponent) == exponent))
 
 
+def check_sizes(folder: Path) -> None:
+    """Raise `CorruptFile` where a file that is read whole is far larger than any model's."""
+    for path in folder.iterdir():
+        apart = path.suffix == ".safetensors" or not path.is_file()
+        if not apart and path.suffix in MODEL_FILES and path.stat().st_size > TEXT_LIMIT:
+            raise CorruptFile(
+                "A file of the model is far too long",
+                f"{path.name} has {path.stat().st_size:,} bytes, beyond the {TEXT_LIMIT:,} that "
+                "are read.",
+                "Download the model again.",
+            )
+
+
+def check_tensors(folder: Path, made: Architecture, consent: Consent | None = None) -> None:
+    """Load the model as `load_model` would, but with the shapes of the files' tensors alone: raise
+    `CorruptFile` where one is missing or of another shape than the configuration asks for,
+    `UnsupportedModel` where transformers cannot load it here. No numbers are read; takes no memory
+    to speak of."""
+    import torch
+
+    from mistudio.engine.models.hf import AutoModelForCausalLM
+
+    headers = read_headers(folder)
+    held = sum(info.bytes for info in headers.values())
+    # What is missing would be made up in memory: where it is most of it, that is said before.
+    smallest = 1 / 8 if "quantization_config" in read_config(folder) else 1  # bytes of a number
+    if made.parameters * smallest > held:
+        raise CorruptFile(
+            "The model's weights are incomplete",
+            f"config.json asks for {made.parameters:,} numbers, the files have {held:,} bytes.",
+            "Download the model again.",
+        )
+    reader: Any = AutoModelForCausalLM
+    if consent is not None:
+        program = custom_code.load_classes(folder, consent)
+        reader, config = program.model, program.config
+    else:
+        config = load_config(folder)
+        reader = reader._model_mapping[type(config)]
+    shapes = {name: _shape_only(info) for name, info in headers.items()}
+    try:
+        with quiet_transformers():
+            _, found = reader.from_pretrained(
+                None,
+                config=config,
+                state_dict=shapes,
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as exc:  # as many kinds as there are formats and architectures
+        raise UnsupportedModel(
+            "The model cannot be loaded here",
+            f"transformers says: {' '.join(str(exc).split())[:300]}",
+            "Choose another version of the model (its unquantised one, if this one is quantised).",
+        ) from exc
+    _refuse_misfits(found)
+
+
+def _refuse_misfits(found: dict[str, Any]) -> None:
+    other = sorted(found["mismatched_keys"], key=str)
+    if other:
+        name, in_file, wanted = other[0]
+        raise CorruptFile(
+            "The model's weights do not fit its configuration",
+            f"{len(other):,} tensors have another shape than config.json asks for; {name} is "
+            f"{_size(in_file)} instead of {_size(wanted)}.",
+            "Download the model again.",
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CorruptFile(
+            "The model's weights are incomplete",
+            f"{len(missing):,} tensors are missing, the first is {missing[0]}.",
+            "Download the model again.",
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(f"{n:,}" for n in shape) or "one number"
+
+
+@cache
+def _shape_class() -> Any:
+    """A tensor without numbers that stays so when it is moved to a device."""
+    import torch
+
+    class Shape(torch.Tensor):
+        def to(self, *_args: Any, dtype: Any = None, **_kwargs: Any) -> Any:
+            return super().to(dtype=dtype) if dtype is not None else self
+
+    return Shape
+
+
+def _shape_only(info: TensorInfo) -> Any:
+    import torch
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
+    kind = kinds.get(info.dtype, torch.float32 if info.dtype[0] in "FB" else torch.int32)
+    return torch.empty(info.shape, dtype=kind, device="meta").as_subclass(_shape_class())
+
+
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Raise `Incompatible` where the tokenizer gives ids that a model of `vocab_size` embeddings
     does not have. Special tokens beyond it are let pass: Gemma 3's text models ship the marker of
-    the image models that they have no row for. Raises `CorruptFile` where it cannot be read."""
+    the image models that they have no row for. Raises `CorruptFile` where it cannot be read or is
+    far too large."""
+    check_sizes(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     known = special_ids(tokenizer)

@@ -253,11 +253,18 @@ def _read(folder: Path, name: str) -> bytes:
 
 def check_link(folder: Path, path: Path) -> None:
     """Refuse links that lead out of a model's folder, save those that huggingface_hub's cache is
-    made of (`snapshots/<commit>/file` -> `blobs/<hash>`). FileNotFoundError where it leads
-    nowhere."""
+    made of (`snapshots/<commit>/file` -> `blobs/<hash>`)."""
     if not path.is_symlink():
         return
-    target, home = path.resolve(strict=True), folder.resolve()
+    home = folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as exc:
+        raise CorruptFile(
+            "A file of the model is not there",
+            f"{path.name} in {folder.name} is a link that leads nowhere.",
+            "Put the file itself there, or download the model again.",
+        ) from exc
     cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not (target.is_relative_to(home) or cached):
         raise CorruptFile(

@@ -12,9 +12,12 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistudio.engine.models.gguf_header import check_gguf_header
+from mistudio.engine.models.loading import is_fault_of_file
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import CorruptFile, NotFound, UnsupportedModel
 
@@ -74,7 +77,9 @@ def import_gguf(
 def write_gguf_config(path: Path, folder: Path) -> None:
     """Only the configuration of a GGUF file's model, so that it can be planned for before it is
     converted. Raises what `convert_gguf` raises."""
-    _write_config(_open_gguf(path), folder)
+    reader = _open_gguf(path)
+    with _in_words(path):
+        _write_config(reader, folder)
 
 
 def _sha256(path: Path, progress: Progress) -> str:
@@ -97,11 +102,12 @@ def convert_gguf(gguf: Path, folder: Path, progress: Progress = SILENT) -> None:
     progress.report(0, None, "Reading the model file")
     reader = _open_gguf(gguf)
     progress.check()
-    config = _write_config(reader, folder)
-    progress.report(0, None, "Writing the tokenizer")
-    _write_tokenizer(reader, folder)
-    progress.check()
-    _write_weights(reader, config, folder / "model.safetensors", progress)
+    with _in_words(gguf):
+        config = _write_config(reader, folder)
+        progress.report(0, None, "Writing the tokenizer")
+        _write_tokenizer(reader, folder)
+        progress.check()
+        _write_weights(reader, config, folder / "model.safetensors", progress)
 
 
 def _open_gguf(path: Path) -> GGUFReader:
@@ -109,12 +115,23 @@ def _open_gguf(path: Path) -> GGUFReader:
 
     if not path.is_file():
         raise NotFound("File not found", f"{path} does not exist.", "Check the path.")
+    check_gguf_header(path)
+    with _in_words(path):
+        reader = GGUFReader(path)
+    return reader
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Whatever the libraries raise for entries that are not what their names promise."""
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as exc:
+        yield
+    except BaseException as exc:
+        if not is_fault_of_file(exc):
+            raise
         raise CorruptFile(
             "The model file is damaged",
-            f"{path.name} is not readable as GGUF: {exc}.",
+            f"{path.name} is not readable as GGUF: {' '.join(str(exc).split())[:300]}.",
             "Fetch it again.",
         ) from exc
 

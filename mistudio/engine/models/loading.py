@@ -33,8 +33,12 @@ PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16", "q8", "q4",
 QUANTISED = ("q8", "q4", "q2")
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # by their ends
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
+# Bytes. A model of 160 files with 90,000 tensors has 9 MB of headers in all; the safetensors
+# library takes 100 MB, which as Python objects would be two GB.
+_HEADER_LIMIT = 16 * 1024**2
+_INDEX_LIMIT = 64 * 1024**2  # bytes; 9 MB of that model
 _CONFIG_LIMIT = 16 * 1024**2  # bytes of config.json; real ones have a few thousand
 # Bits of an element. Types of less than a byte appear in files that are already quantised.
 _BITS = {
@@ -105,12 +109,15 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises `CorruptFile` where the file is empty, cut off or not in the format.
     """
+    if not path.is_file():  # a pipe would be waited for without end
+        raise _damaged(path.name, "it is no plain file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         # The longest header there can be; what it says of itself is judged below.
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        data = start + (b"" if start.startswith(b"version ") else file.read(min(length, size)))
+        wanted = 0 if start.startswith(b"version ") else min(length, size, _HEADER_LIMIT)
+        data = start + file.read(wanted)
     return parse_safetensors_header(data, size, path.name)
 
 
@@ -130,7 +137,11 @@ def parse_safetensors_header(data: bytes, size: int, name: str) -> dict[str, Ten
     if data.startswith(b"version "):
         raise _damaged(name, "it is a Git LFS pointer, not the file it points to")
     length = header_length(data) - 8 if len(data) >= 8 else size
-    if length > min(size - 8, _HEADER_LIMIT) or len(data) < 8 + length:
+    if _HEADER_LIMIT < length <= size - 8:
+        raise _damaged(
+            name, f"its header has {length:,} bytes, beyond the {_HEADER_LIMIT:,} that are read"
+        )
+    if length > size - 8 or len(data) < 8 + length:
         raise _damaged(name, f"its header would take {length:,} bytes, but the file has {size:,}")
     try:
         entries: dict[str, Any] = json.loads(data[8 : 8 + length])
@@ -159,7 +170,9 @@ def _tensor_info(name: str, entry: dict[str, Any]) -> TensorInfo:
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in shape) or len(shape) > 16:
         raise ValueError(f"tensor {name[:80]} has a shape that no tensor has")
     dtype = str(entry["dtype"])
-    if dtype in _BITS and (prod(shape) * _BITS[dtype] + 7) // 8 != last - first:
+    if dtype not in _BITS:
+        raise ValueError(f"tensor {name[:80]} has numbers of an unknown type {dtype[:20]!r}")
+    if (prod(shape) * _BITS[dtype] + 7) // 8 != last - first:
         raise ValueError(f"tensor {name[:80]} does not have the bytes that its shape needs")
     return TensorInfo(dtype, shape, last - first, first)
 
@@ -179,7 +192,9 @@ def _damaged(name: str, why: str) -> CorruptFile:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the model, in the order of their names."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.is_file():
+        if index.stat().st_size > _INDEX_LIMIT:
+            raise _damaged(index.name, f"it has {index.stat().st_size:,} bytes")
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             if any(Path(name).name != name for name in names):
@@ -196,7 +211,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
-    if single.exists():
+    if single.is_file():
         return [single]
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
     if pickled:
@@ -227,7 +242,7 @@ def describe(folder: Path) -> ModelSummary:
     if custom_code.needs_code(raw):
         return _describe_own(folder, raw)
     refuse_foreign_code(raw)
-    config = _load_config(folder)
+    config = load_config(folder)
     text: Any = config.get_text_config()
     tensors = read_headers(folder)
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -305,10 +320,13 @@ def check_folder(folder: Path, own_code: bool = False) -> None:
     `custom_code.NeedsConsent` for a model that brings its own program, unless `own_code` says that
     somebody has consented to it."""
     raw = read_config(folder)
+    for path in folder.iterdir():
+        if path.suffix in MODEL_FILES:
+            custom_code.check_link(folder, path)
     if not (own_code and custom_code.needs_code(raw)):
         refuse_foreign_code(raw)
         refuse_other_kinds(raw)
-        _load_config(folder)
+        load_config(folder)
     read_headers(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UnsupportedModel(
@@ -387,13 +405,44 @@ def _refuse_bombs(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict) and "config" in key:
             _refuse_bombs(value)
-        elif (limit := _LIMITS.get(_KEYS.get(key, key))) is not None and value is not None:
+        elif (limit := _limit_of(key)) is not None and value is not None:
             if isinstance(value, list):  # one for each layer
                 value = max((n for n in value if isinstance(n, int)), default=0)
+            exact = _KEYS.get(key, key) in _LIMITS
             if isinstance(value, bool) or not isinstance(value, int | float):
+                if not exact:
+                    continue  # only its name sounds like a number
                 raise _bad_config(f"{key} is {str(value)[:40]!r}, not a number")
-            if not 0 <= value <= limit:
-                raise _bad_config(f"{key} is {value:,}, beyond the {limit:,} that are read")
+            if not (0 if exact else -1) <= value <= limit:
+                raise _bad_config(
+                    f"{key} is {f'{value:,}'[:40]}, beyond the {limit:,} that are read"
+                )
+    layers, experts = (_most(config, part) for part in ("layer", "expert"))
+    if layers * experts > _MODULES:
+        raise _bad_config(f"it asks for {layers:,} layers of {experts:,} experts")
+
+
+def _limit_of(key: str) -> int | None:
+    """What a number under this name may be at most; None where it may be anything. Names that no
+    list has (`num_nextn_predict_layers`) are judged by what they count."""
+    known = _LIMITS.get(_KEYS.get(key, key))
+    if known is not None or not key.startswith(("n_", "num_")):
+        return known
+    return next((limit for part, limit in _COUNTED.items() if part in key), None)
+
+
+_COUNTED = {"vocab": 10_000_000, "expert": 4_096, "head": 4_096, "layer": 1_000, "block": 100_000}
+_MODULES = 100_000  # experts of all layers; the largest models have some 25,000
+
+
+def _most(config: dict[str, Any], part: str) -> int:
+    """The largest whole number under a name that counts such parts, at least 1."""
+    found = [
+        value
+        for key, value in config.items()
+        if part in key and _limit_of(key) and isinstance(value, int)
+    ]
+    return max(found, default=1)
 
 
 _KEYS = {
@@ -453,7 +502,8 @@ def refuse_other_kinds(raw: dict[str, Any]) -> None:
     )
 
 
-def _load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """What transformers makes of config.json."""
     from mistudio.engine.models.hf import AutoConfig
 
     try:
@@ -685,11 +735,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = reader.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except Exception as exc:
-        # The tokenizers library raises bare Exception for files it cannot parse.
-        if not isinstance(exc, ValueError | KeyError | TypeError | AttributeError | OSError) and (
-            type(exc) is not Exception
-        ):
+    except BaseException as exc:
+        if not (isinstance(exc, OSError) or is_fault_of_file(exc)):
             raise
         raise CorruptFile(
             "The tokenizer cannot be read",
@@ -701,6 +748,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         name for name in tokenizer.model_input_names if name != "token_type_ids"
     ]
     return tokenizer
+
+
+def is_fault_of_file(exc: BaseException) -> bool:
+    """Whether libraries raise this for files that are not what they should be, rather than for what
+    the user or the computer does. The tokenizers library raises bare Exception, and panics: that
+    is no Exception at all and would end the thread."""
+    if isinstance(
+        exc,
+        ArithmeticError | AttributeError | LookupError | RecursionError | TypeError | ValueError,
+    ):
+        return True
+    return type(exc) is Exception or type(exc).__name__ == "PanicException"
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
