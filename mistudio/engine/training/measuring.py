@@ -57,15 +57,17 @@ def measure_speeds(
     sites: tuple[Site, ...],
     config: TrainingConfig,
     *,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     progress: Progress = SILENT,
 ) -> Speeds:
-    """Measure within about `seconds` (one pass and one step are made however long they take).
+    """Measure within about `seconds`, by default `SECONDS` (one pass and one step are made however
+    long they take).
 
     Raises InvalidInput where the text has not one window of the configuration's context, and
     whatever memory running out raises.
     """
     text.require_windows(config.context, 1, "Measuring the speed")
+    seconds = SECONDS if seconds is None else seconds
     began = time.perf_counter()
     meter = _Meter(model, text, sites, config, progress)
     forward = meter.passes(seconds * FORWARD)
