@@ -167,6 +167,7 @@ def test_two_or_more_are_chosen_by_boxes_keys_and_clicks(qtbot: Any, page: Train
     first.setChecked(True)
     qtbot.mouseClick(cards["wide"], Qt.MouseButton.LeftButton, Qt.KeyboardModifier.ShiftModifier)
     assert page.compare.text() == "Compare (3)"  # the one between too
+    page.resize(1280, 1500)
     shot(page, "training-chosen")
     assert nameless(page) == [] and too_small(page) == []
     qtbot.mouseClick(page.clear_selection, Qt.MouseButton.LeftButton)

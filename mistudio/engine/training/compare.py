@@ -6,7 +6,6 @@ Plain data in and out; imports neither torch nor Qt.
 
 from __future__ import annotations
 
-import itertools
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -255,11 +254,12 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = DRAWN) -> tuple[np.ndarray
     n = len(x)
     if n <= most:
         return x, y
-    bins = (most - 2) // 2
-    edges = np.linspace(0, n, bins + 1).astype(np.int64)
-    kept = {0, n - 1}
-    for start, end in itertools.pairwise(edges.tolist()):
-        part = y[start:end]
-        kept.update((start + int(part.argmin()), start + int(part.argmax())))
-    places = np.fromiter(sorted(kept), dtype=np.int64)
+    size = -(-n // ((most - 2) // 2))
+    whole = n // size * size
+    blocks = y[:whole].reshape(-1, size)
+    starts = np.arange(0, whole, size)
+    found = [starts + blocks.argmin(1), starts + blocks.argmax(1), [0, n - 1]]
+    if whole < n:
+        found.append([whole + y[whole:].argmin(), whole + y[whole:].argmax()])
+    places = np.unique(np.concatenate(found))
     return x[places], y[places]

@@ -33,8 +33,10 @@ class Selection(QObject):
         """Give a card its box, in its first line before what stands at the right."""
         box = QCheckBox("Compare")
         box.setAccessibleName(f"Compare {title}")
-        box.setToolTip("Choose it for a comparison. Ctrl+click on the card does the same, "
-                       "Shift+click chooses all from the last one to here.")  # fmt: skip
+        box.setToolTip(
+            f"Choose “{title}” for a comparison. Ctrl+click on the card does the same, "
+            "Shift+click chooses all from the last one to here."
+        )
         head = card.body.itemAt(0).layout()
         if isinstance(head, QBoxLayout):
             head.insertWidget(min(2, head.count()), box)
