@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mistudio import device, formatting
+from mistudio.ui.pauses import set_imports_aside
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ def find_device(threads: int = 0) -> DeviceInfo:
     """
     import torch
 
+    set_imports_aside()
     torch.set_num_threads(threads or device.cores())
     found = device.current()
     detail = (

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pyqtgraph as pg
-from PySide6.QtCore import QSize, Qt
-from PySide6.QtGui import QColor, QFont, QWheelEvent
+from PySide6.QtCore import QSize, Qt, QTimer
+from PySide6.QtGui import QColor, QFont, QPaintEvent, QWheelEvent
 from PySide6.QtWidgets import QCheckBox, QStackedLayout, QWidget
 
 from mistudio.ui.theme import fonts, tokens
@@ -288,8 +288,9 @@ class MetricChart(ExportedChart):
             self._dirty = True
 
     def draw_if_needed(self) -> bool:
-        """Bring the picture up to date where it is seen and something was added."""
-        if not self._dirty or not self.isVisible():
+        """Bring the picture up to date where something was added and it is in sight (what is
+        scrolled away is drawn when it comes back)."""
+        if not self._dirty or self.visibleRegion().isEmpty():
             return False
         self._stack.setCurrentIndex(0 if self.is_empty else 1)
         self._draw()
@@ -417,7 +418,14 @@ class MetricChart(ExportedChart):
         for series in self._series.values():
             series.draw(self._axis.key, log_y, columns, start, stop)
         self._drawing = False
+        self._view.prepareForPaint()  # else the axes follow while it paints, and it paints twice
         self._describe()
+
+    def paintEvent(self, event: QPaintEvent) -> None:
+        """Also where it is scrolled into sight."""
+        super().paintEvent(event)
+        if self._dirty:
+            QTimer.singleShot(0, self, self.draw_if_needed)
 
     def _on_view_changed(self, *_: object) -> None:
         """Another part is looked at, or in another size: cut down anew."""
