@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Progress
@@ -16,24 +16,34 @@ from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mistudio.engine.datasets.tokens import TokenSplit
-    from mistudio.engine.models.hooks import HookedDecoder
+    from mistudio.engine.models.hooks import HookedDecoder, HookPoint
     from mistudio.engine.sae.files import SavedSae
+    from mistudio.engine.steering.interventions import FeatureEdit, SiteSteering, Variant
 
 STEER_PARTS = {"generate": (0.0, 0.9), "measure": (0.9, 1.0)}
 
 
+MOST_VARIANTS = 4
+
+
 @dataclass(frozen=True)
 class Steer:
-    """Continue a prompt without and with features added.
+    """Continue a prompt without and with features changed.
 
-    `features`: [[feature, strength], ...], strength in multiples of the feature's largest
-    activation. `scales` are the variants generated beside the unsteered one: each multiplies all
-    strengths.
+    `features`: [[feature, strength], ...] of the SAE, or [feature, strength, method]; strength in
+    multiples of the feature's largest activation, "add" where no method is named (see
+    `engine/steering/interventions.py`). `others` are those of further SAEs of the same model:
+    [[sae_id, feature, strength, method], ...]. `scales` are the variants generated beside the
+    unsteered one: each multiplies all strengths. With `layers` the sum of the added features acts
+    after each of those blocks instead, at the same share of each layer's median norm, divided by
+    the root of their number. `control` adds a variant of the same size in a random direction.
     """
 
     sae_id: int
-    features: list[list[float]]
+    features: list[list[Any]]
     prompt: str
     temperature: float = 0.7
     top_p: float = 1.0
@@ -41,14 +51,23 @@ class Steer:
     seed: int = 0
     chat: bool = False
     scales: tuple[float, ...] = (1.0,)
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    scope: str = "all"
+    positions: tuple[int, ...] = ()
+    keep_norm: bool = False
+    others: tuple[list[Any], ...] = ()
+    layers: tuple[int, ...] = ()
+    control: bool = False
 
     kind: ClassVar[str] = "steer"
     lane: ClassVar[str] = "compute"
     phases: ClassVar[tuple[Phase, ...]] = (Phase("load model", 5), Phase("generate", 20))
 
     def title(self, library: Library) -> str:
-        names = ", ".join(f"#{int(feature)} x {strength:g}" for feature, strength in self.features)
-        return f"Steer with {names}"
+        names = [f"#{int(entry[0])} x {entry[1]:g}" for entry in self.features]
+        names += [f"#{int(entry[1])} x {entry[2]:g}" for entry in self.others]
+        return f"Steer with {', '.join(names)}"
 
     def run(self, context: JobContext) -> dict[str, Any]:
         sae = context.library.saes.get(self.sae_id)
@@ -61,95 +80,234 @@ class Steer:
 
 
 def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress) -> dict[str, Any]:
-    """Generate and measure. The result is plain JSON: `unsteered`, and per scale a `variants`
-    entry with `text`, `coefficients`, `percent_of_norm` and the effect's measures."""
-    import torch
-
+    """Generate and measure. The result is plain JSON: `unsteered`, and per scale (and for the
+    control) a `variants` entry with `text`, `coefficients`, `percent_of_norm` and the effect's
+    measures."""
     from mistudio.engine.models import loading
-    from mistudio.engine.sae.files import load_sae
     from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
-    from mistudio.engine.steering.interventions import adding, steering_vector
+    from mistudio.engine.steering.interventions import Scope
     from mistudio.engine.steering.metrics import steering_effect
 
-    if not job.features:
-        raise InvalidInput(
-            "No feature chosen", next_step="Add at least one feature.", field="features"
-        )
-    sae = library.saes.get(job.sae_id)
-    store, tokens = open_features(library, newest_run(library, job.sae_id))
-    saved = load_sae(library.path(sae.folder))
-    point = saved.site.output  # where decoder rows are directions: what a transcoder writes to
-    dictionary = saved.dictionary.to(model.device)
-    edits = [_edit(store.columns["max_activation"], f, s) for f, s in job.features]
-    median = _median_norm(model, tokens, saved)
-    vector = steering_vector(dictionary, edits)
-    if dictionary.norm == "layer_norm":
-        # Its decoder speaks of normalised activations: in raw ones it is multiplied by a token's
-        # standard deviation, of which the median norm over sqrt(d) is the usual size.
-        vector = vector * (median / dictionary.d_out**0.5)
-    vectors = torch.stack([vector * scale for scale in job.scales])
-    tokenizer = loading.load_tokenizer(library.path(library.models.get(sae.model_id).folder))
+    recipe = Recipe(library, job, model)
+    planned = recipe.planned()
+    tokenizer = loading.load_tokenizer(library.path(recipe.model_folder))
     special = sorted(loading.special_ids(tokenizer))
     prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
-    sampling = Sampling(job.temperature, job.top_p, job.max_new_tokens, job.seed)
+    sampling = Sampling(
+        job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
+    )
+    scope = Scope(job.scope, tuple(job.positions))
     began = time.monotonic()
     generated = generate(
         model,
         tokenizer,
         prompt_ids,
-        [adding(point, vector) for vector in vectors],
+        [one.variant for one in planned],
         sampling,
         special_ids=special,
         stop_ids=_stop_ids(model, tokenizer),
+        scope=scope,
         progress=progress,
     )
     seconds = time.monotonic() - began
     unsteered = generated.rows[0]
     variants = []
-    for number, (scale, row) in enumerate(zip(job.scales, generated.rows[1:], strict=True)):
-        progress.report(number, len(job.scales), phase="measure")
+    for number, (one, row) in enumerate(zip(planned, generated.rows[1:], strict=True)):
+        progress.report(number, len(planned), phase="measure")
         effect = steering_effect(
             model,
-            adding(point, vectors[number]),
+            one.variant,
             prompt_ids,
             unsteered.ids,
             row.ids,
             unsteered.text,
             row.text,
             special,
+            scope,
         )
         variants.append(
             {
-                "scale": scale,
+                "scale": one.scale,
+                "control": one.variant.control is not None,
                 "text": row.text,
                 "ids": row.ids,
                 "pieces": [tokenizer.decode([token]) for token in row.ids],
-                "coefficients": [edit.coefficient * scale for edit in edits],
-                "percent_of_norm": 100.0 * float(vectors[number].norm()) / median,
+                "coefficients": one.coefficients,
+                "percent_of_norm": one.percent_of_norm,
                 **effect.as_dict(),
             }
         )
     return {
         "prompt": job.prompt,
-        "hook_point": point.name,
+        "prompt_pieces": [tokenizer.decode([token]) for token in prompt_ids],
+        "hook_point": recipe.point.name,
         "precision": precision_of(model),
         "unsteered": unsteered.text,
         "unsteered_ids": unsteered.ids,
         "unsteered_pieces": [tokenizer.decode([token]) for token in unsteered.ids],
         "variants": variants,
-        "median_norm": median,
+        "median_norm": recipe.median,
+        "together": generated.together,
         "seconds": seconds,
         "tokens_per_second": sum(len(row.ids) for row in generated.rows) / max(seconds, 1e-9),
     }
 
 
-def _edit(max_activations: Any, feature: float, strength: float) -> Any:
-    from mistudio.engine.steering.interventions import FeatureEdit
+@dataclass(frozen=True)
+class Planned:
+    """A variant at one scale: the raw coefficients of its features, and the size of what is added
+    at the first site in percent of the median norm there (None where that depends on the text)."""
 
-    index = int(feature)
-    known = 0 <= index < len(max_activations)
-    # An index outside the SAE gets its clear refusal from `steering_vector`.
-    return FeatureEdit(index, float(strength), float(max_activations[index]) if known else 1.0)
+    variant: Variant
+    scale: float
+    coefficients: list[float]
+    percent_of_norm: float | None
+
+
+class Recipe:
+    """The variants that a job asks for, of SAEs, features and norms of this library. Raises
+    InvalidInput where something it names does not exist or does not go together."""
+
+    def __init__(self, library: Library, job: Steer, model: HookedDecoder) -> None:
+        if not job.features and not job.others:
+            raise InvalidInput(
+                "No feature chosen", next_step="Add at least one feature.", field="features"
+            )
+        if not 1 <= len(job.scales) <= MOST_VARIANTS:
+            raise InvalidInput(
+                "Too many variants",
+                f"{len(job.scales)} were asked for; at most {MOST_VARIANTS} fit beside each other.",
+                field="scales",
+            )
+        self._library, self._job, self._model = library, job, model
+        self._parts: dict[int, _Part] = {}
+        self._norms: dict[HookPoint, float] | None = None
+        chosen = [(job.sae_id, *entry) for entry in job.features]
+        chosen += [(int(entry[0]), *entry[1:]) for entry in job.others]
+        for sae_id, feature, strength, *method in chosen:
+            part = self._parts.get(sae_id) or self._part(sae_id)
+            self._parts[sae_id] = part
+            part.add(int(feature), float(strength), str(method[0]) if method else "add")
+        first = next(iter(self._parts.values()))
+        self.point, self.median = first.point, first.median
+        self.model_folder = library.models.get(library.saes.get(job.sae_id).model_id).folder
+
+    def _part(self, sae_id: int) -> _Part:
+        from mistudio.engine.sae.files import load_sae
+
+        sae = self._library.saes.get(sae_id)
+        if sae.model_id != self._library.saes.get(self._job.sae_id).model_id:
+            raise InvalidInput(
+                "These SAEs are of different models",
+                f"{sae.hook_point} belongs to another model than the first feature.",
+                "Steer with SAEs of one model.",
+                field="features",
+            )
+        store, tokens = open_features(self._library, newest_run(self._library, sae_id))
+        saved = load_sae(self._library.path(sae.folder))
+        median = _median_norm(self._model, tokens, saved)
+        return _Part(saved, store.columns["max_activation"], median, tokens, self._model.device)
+
+    def planned(self) -> list[Planned]:
+        """One for each scale, and the control of the last."""
+        found = [self._at(scale) for scale in self._job.scales]
+        if self._job.control:
+            last = found[-1]
+            control = replace(last.variant, control=self._job.seed)
+            found.append(replace(last, variant=control))
+        return found
+
+    def _at(self, scale: float) -> Planned:
+        from mistudio.engine.steering.interventions import Variant
+
+        parts = list(self._parts.values())
+        sites = [part.steering(scale) for part in parts]
+        coefficients = [e.coefficient for site in sites for e in site.edits]
+        percent = parts[0].percent(scale)
+        if self._job.layers:
+            sites = self._across_layers(scale)
+            percent = None if percent is None else percent / len(self._job.layers) ** 0.5
+        variant = Variant(tuple(sites), keep_norm=self._job.keep_norm)
+        return Planned(variant, scale, coefficients, percent)
+
+    def _across_layers(self, scale: float) -> list[SiteSteering]:
+        """The summed vector after each layer, at the same share of that layer's median norm."""
+        from mistudio.engine.activations.source import calibrate_medians
+        from mistudio.engine.models.hooks import HookPoint
+        from mistudio.engine.sae.site import Site
+        from mistudio.engine.steering.interventions import SiteSteering
+
+        (part,) = self._parts.values() if len(self._parts) == 1 else (None,)
+        if part is None or part.point.site not in ("resid_post", "resid_pre") or not part.adds:
+            raise InvalidInput(
+                "One vector at several layers must be added features of one SAE",
+                "Only directions in the residual stream mean the same after every block.",
+                "Choose “add” and one SAE of the residual stream, or no layers.",
+                field="layers",
+            )
+        points = [HookPoint("resid_post", layer) for layer in sorted(set(self._job.layers))]
+        for point in points:
+            self._model.check_point(point)
+        if self._norms is None:
+            context = min(128, part.context)
+            self._norms = calibrate_medians(self._model, part.tokens, tuple(points), context)
+        vector = part.vector(scale)
+        share = 1 / (part.median * len(points) ** 0.5)
+        return [
+            SiteSteering(Site.at(point), vector=vector * (share * self._norms[point]))
+            for point in points
+        ]
+
+
+class _Part:
+    """What is done with the features of one SAE."""
+
+    def __init__(
+        self, saved: SavedSae, largest: Any, median: float, tokens: TokenSplit, device: Any
+    ) -> None:
+        self.dictionary = saved.dictionary.to(device)
+        self.site, self.median, self.tokens = saved.site, median, tokens
+        self.point = saved.site.output  # where decoder rows are directions
+        self.context = int(saved.metadata.get("context_size", 128))
+        self._largest = largest
+        self._edits: list[FeatureEdit] = []
+
+    @property
+    def adds(self) -> bool:
+        return all(edit.method == "add" for edit in self._edits)
+
+    def add(self, feature: int, strength: float, method: str) -> None:
+        from mistudio.engine.steering.interventions import FeatureEdit
+
+        # A feature outside the SAE gets its clear refusal from `SiteSteering.check`.
+        known = 0 <= feature < len(self._largest)
+        largest = float(self._largest[feature]) if known else 1.0
+        self._edits.append(FeatureEdit(feature, strength, largest, method))
+
+    def steering(self, scale: float) -> SiteSteering:
+        from mistudio.engine.steering.interventions import SiteSteering
+
+        edits = tuple(replace(edit, strength=edit.strength * scale) for edit in self._edits)
+        found = SiteSteering(self.site, self.dictionary, edits, gain=self._gain)
+        found.check()
+        return found
+
+    @property
+    def _gain(self) -> float:
+        """A decoder of normalised activations: in raw ones it is multiplied by a token's standard
+        deviation, of which the median norm over sqrt(d) is the usual size."""
+        if self.dictionary.norm != "layer_norm":
+            return 1.0
+        return float(self.median / self.dictionary.d_out**0.5)
+
+    def vector(self, scale: float) -> Tensor:
+        from mistudio.engine.steering.interventions import steering_vector
+
+        return self._gain * steering_vector(self.dictionary, self.steering(scale).edits)
+
+    def percent(self, scale: float) -> float | None:
+        """Of what is added in the median norm; None where that depends on the text."""
+        return 100.0 * float(self.vector(scale).norm()) / self.median if self.adds else None
 
 
 def _stop_ids(model: HookedDecoder, tokenizer: Any) -> set[int]:
