@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import twelve_layers
 from engine.training.json_schema import problems
 from journeys import road
 
@@ -26,32 +26,6 @@ from .test_training_jobs import POINT, done, history, run, training
 SCHEMA = json.loads(
     Path(report.__file__).with_name("run_record.schema.json").read_text(encoding="utf-8")
 )
-LAYERS = 12
-
-
-def twelve_layers(folder: Path) -> Path:
-    """A random model of twelve blocks with the tokenizer of the tiny one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shutil.copytree(road.MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    known = json.loads((road.MODEL / "config.json").read_text(encoding="utf-8"))
-    config = LlamaConfig(
-        vocab_size=known["vocab_size"],
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=known.get("bos_token_id"),
-        eos_token_id=known.get("eos_token_id"),
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.save_pretrained(folder)
-    return folder
 
 
 def record_of(library: Library, training_id: int) -> dict[str, Any]:
@@ -136,8 +110,10 @@ def test_interruptions_and_rollbacks_are_in_the_record(library: Library) -> None
 def test_a_run_of_twelve_layers_has_all_of_them_everywhere(
     library: Library, tmp_path: Path
 ) -> None:
-    model = done(library, AddModel(str(twelve_layers(tmp_path / "twelve")), "fp32"))["model_id"]
-    points = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
+    model = done(library, AddModel(str(twelve_layers.model(tmp_path / "twelve")), "fp32"))[
+        "model_id"
+    ]
+    points = twelve_layers.POINTS
     job = training(
         {"steps": 8, "autosave_steps": 4}, points=points, extraction_id=None, loss_tokens=128
     )
@@ -160,9 +136,9 @@ def test_a_run_of_twelve_layers_has_all_of_them_everywhere(
     assert list(record["sites"]) == [point["site"] for point in record["hook_points"]]
     assert set(record["sites"]) == set(record["configuration"]["derived"]) == set(points)
     fvus = {values["fvu"] for values in record["sites"].values()}
-    assert len(fvus) == LAYERS, "every layer has its own"
+    assert len(fvus) == len(points), "every layer has its own"
     steps = {row["step"] for row in history(library, training_id)}
-    assert len(history(library, training_id)) == LAYERS * len(steps)
+    assert len(history(library, training_id)) == len(points) * len(steps)
 
     folder = library.path(library.trainings.get(training_id).folder)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(points)

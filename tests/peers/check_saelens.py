@@ -3,7 +3,7 @@
     peers/bin/python tests/peers/check_saelens.py OUT
 
 Prints a table; exits with 1 where anything does not load or is off by more than 1e-5 of the
-largest value.
+largest value, or where the run over twelve layers is not whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 TOLERANCE = 1e-5
+RUN = "twelve-layers-"
 
 
 def off_by(want: torch.Tensor, got: torch.Tensor) -> float:
@@ -43,6 +44,7 @@ def main(out: Path) -> int:
     )
     header = ("dictionary", "architecture", "hook_name -> out", "L0", "encode", "forward")
     rows, worst, misread = [header], 0.0, 0
+    layers: list[str] = []
     outcomes = json.loads((out / "outcomes.json").read_text())
     for name, outcome in outcomes.items():
         if outcome["saelens"].startswith("refused"):
@@ -59,6 +61,8 @@ def main(out: Path) -> int:
         errors = (off_by(want["acts"], acts), off_by(want["out"], forward))
         worst = max(worst, *errors)
         meta = sae.cfg.metadata
+        if name.startswith(RUN) and name == RUN + str(meta.hook_name):
+            layers.append(str(meta.hook_name))
         place = str(meta.hook_name).removeprefix("blocks.3.")
         if meta.hook_name_out != meta.hook_name:
             place += f" -> {str(meta.hook_name_out).removeprefix('blocks.3.')}"
@@ -70,7 +74,9 @@ def main(out: Path) -> int:
         print("  ".join([*cells, row[5]]).rstrip())
     loaded = sum(not outcome["saelens"].startswith("refused") for outcome in outcomes.values())
     print(f"\n{loaded} loaded, {len(outcomes) - loaded} refused at export; worst error {worst:.1e}")
-    return int(worst > TOLERANCE or misread > 0)
+    wanted = {f"blocks.{layer}.hook_resid_post" for layer in range(12)}
+    print(f"{len(layers)} layers of one run, each from its own folder")
+    return int(worst > TOLERANCE or misread > 0 or set(layers) != wanted)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     peers/bin/python tests/peers/check_saelens.py OUT
     peers/bin/python tests/peers/check_sparsify.py OUT
 
-`peers` is an environment as in make_fixtures.py. Any folder of SAEs that miStudio saved may be
+`peers` is an environment as in make_fixtures.py. A run over twelve layers is trained and exported
+too, each layer from its own folder. Any folder of SAEs that miStudio saved may be
 named too: they are exported as they are.
 """
 
@@ -19,7 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import twelve_layers
 
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae.activation import Gated, JumpReLU, ReLU, TopK
@@ -31,6 +35,7 @@ from mistudio.engine.sae.site import Site
 from mistudio.errors import Incompatible
 
 D, M, N = 64, 512, 256
+RUN = "twelve-layers"  # what the exports of that run are called before their site
 SPARSITIES = ("topk", "batchtopk", "matryoshka", "jumprelu", "standard", "gated")
 WIRINGS = ("sae", "skip_sae_fixed", "skip_sae_low_rank", "transcoder", "skip_transcoder")
 
@@ -123,9 +128,11 @@ def main() -> None:
             training_architecture=sparsity,
         )
         outcomes[name] = export(name, source, folder, options.out)
-    for root in options.saved:
+    twelve = twelve_layers.run(options.out / "run")
+    for root in (twelve, *options.saved):
         for record in sorted(root.rglob(OURS)):
-            name = f"{root.name}-{record.parent.name}"
+            kind = RUN if root == twelve else root.name
+            name = f"{kind}-{record.parent.name}"
             saved = load_sae(record.parent).dictionary
             outcomes[name] = export(name, saved, record.parent, options.out)
     (options.out / "outcomes.json").write_text(json.dumps(outcomes, indent=1))
