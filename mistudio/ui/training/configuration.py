@@ -489,7 +489,7 @@ class ConfigurationCard(Card):
         text = method(found.estimate.pace) or presenter.measuring_failed
         self._method.setText("Measuring the speed…" if presenter.measuring else text)
         self._method.setVisible(bool(self._method.text()))
-        known = found.estimate.pace is not None
+        known = found.estimate.measured
         self.measure.setText("Measure again" if known else "Measure the speed")
         self.measure.setVisible(not presenter.measuring)
         can = not presenter.measuring and presenter.measurable(self.form(), found)
@@ -534,11 +534,14 @@ class ConfigurationCard(Card):
         self._recheck.flush()
         found, form = self.check, self.form()
         self._presenter.stop_measuring(unless=form)
-        if found is None or found.estimate.pace is not None or self._presenter.measuring:
+        if found is None or found.estimate.measured or self._presenter.measuring:
             return
-        wanted = self.isVisible() and self._presenter.is_cheap(form)
-        if wanted and self._presenter.measurable(form, found):
+        if not self.isVisible() or not self._presenter.measurable(form, found):
+            return
+        if self._presenter.is_cheap(form):
             self._presenter.measure(form)
+        else:
+            self._presenter.look_at_speed()
 
     def _on_measure_clicked(self, checked: bool = False) -> None:
         self._recheck.flush()

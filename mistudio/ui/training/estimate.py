@@ -79,6 +79,11 @@ class Estimate:
     run: RunPlan | None = None
     pace: Pace | None = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether something of these sizes has run, so that a measurement would add little."""
+        return self.pace is not None and self.pace.basis != "computed"
+
 
 NOTHING = Estimate()
 
@@ -176,15 +181,15 @@ def _time(run: RunPlan | None, pace: Pace | None) -> str:
 
 
 def method(pace: Pace | None, now: float | None = None) -> str:
-    """How the time is known: `measured 12 s ago: 1,480 tokens/s`."""
+    """How the time is known: `Measured 12 s ago: 1,480 tokens/s`."""
     if pace is None:
         return ""
     if pace.basis == "computed":
-        return "computed from this device's speed"
+        return "Computed from this device's speed"
     speed = f"{formatting.count(pace.tokens_per_second or 0)} tokens/s"
     if pace.basis == "earlier run":
-        return f"from an earlier run of this size: {speed}"
-    return f"measured {_ago((now or time.time()) - (pace.at or 0))}: {speed}"
+        return f"From an earlier run of this size: {speed}"
+    return f"Measured {_ago((now or time.time()) - (pace.at or 0))}: {speed}"
 
 
 def _ago(seconds: float) -> str:

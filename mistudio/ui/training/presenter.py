@@ -21,6 +21,7 @@ from PySide6.QtCore import QObject, Signal
 from mistudio.device import Device
 from mistudio.engine.training import checkpoints
 from mistudio.engine.training.config import Plan, derive, parse
+from mistudio.engine.training.cost import DeviceSpeed, probe_device
 from mistudio.engine.training.footprint import Machine
 from mistudio.engine.training.planning import Measured
 from mistudio.errors import Busy, InvalidInput, UserError
@@ -47,6 +48,7 @@ SOURCE_RECORDS = {
     "extract": "stored for this run",
     "hybrid": "stored for this run, in portions",
 }
+_device_speed: list[DeviceSpeed] = []  # of this process' device, once it was looked at
 GPU_SECONDS = 15.0  # between two looks at a GPU's free memory
 
 
@@ -99,6 +101,7 @@ class TrainingPresenter(QObject):
         self._paces: dict[str, Pace | None] = {}
         self._measuring: tuple[int, dict[str, Any]] | None = None  # the job, and what it is for
         self._measuring_failed = ""
+        self._probing = False
         services.jobs.job_finished.connect(self._on_job_finished)
         services.changes.changed.connect(self._on_changes_changed)
 
@@ -173,7 +176,7 @@ class TrainingPresenter(QObject):
                 known = replace(measured, overall=speed)
                 return Pace("earlier run", known, None, speed, at=_seconds(run.created_at))
         if found is None:
-            return None
+            return Pace("computed", device=_device_speed[0]) if _device_speed else None
         passes = 0.0 if source == "stored" else 1 / found["forward"]
         speed = 1 / (passes + 1 / found["step"])
         return Pace("measured", measured, None, speed, found["spread"], at)
@@ -230,6 +233,25 @@ class TrainingPresenter(QObject):
             return 0
 
         self._submit(submit)
+
+    def look_at_speed(self) -> None:
+        """Learn in the background what the device does in a second, once per process, so that a
+        time can be computed where nothing of these sizes has run."""
+        if _device_speed or self._probing or not self.device_is_free:
+            return
+        self._probing = True
+        self._services.background.run(probe_speed, self._on_probed, self._on_not_probed)
+
+    def _on_probed(self, speed: DeviceSpeed) -> None:
+        self._probing = False
+        _device_speed[:] = [speed]
+        self._paces.clear()
+        self.measuring_changed.emit()
+
+    def _on_not_probed(self, error: Exception) -> None:
+        """Times are then told where they were measured."""
+        self._probing = False
+        log.warning("The device's speed could not be measured", exc_info=error)
 
     def stop_measuring(self, unless: Form | None = None) -> None:
         """Stop what is measured, unless it is for just this form."""
@@ -549,6 +571,13 @@ class TrainingPresenter(QObject):
 def _seconds(at: str | None) -> float:
     """A record's time as `time.time` has it; 0 where there is none."""
     return datetime.fromisoformat(at).timestamp() if at else 0.0
+
+
+def probe_speed() -> DeviceSpeed:
+    """Imports torch and takes most of a second: for the background."""
+    from mistudio import device
+
+    return probe_device(device.current().kind)
 
 
 def find_computer() -> Found:
