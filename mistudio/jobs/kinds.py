@@ -9,7 +9,7 @@ from mistudio.errors import Incompatible
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.extraction import Extract
-from mistudio.jobs.features import Discover
+from mistudio.jobs.features import Discover, DiscoverRun
 from mistudio.jobs.hub_datasets import DownloadDataset
 from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, CheckQuality
@@ -32,6 +32,7 @@ __all__ = [
     "CheckQuality",
     "Demo",
     "Discover",
+    "DiscoverRun",
     "DownloadDataset",
     "DownloadSae",
     "Export",
@@ -61,6 +62,7 @@ KINDS: dict[str, Any] = {
         Measure,
         Train,
         Discover,
+        DiscoverRun,
         Steer,
         Export,
         ImportSae,

@@ -146,24 +146,6 @@ DISCOVERY = (
         "",
     ),
     Column(
-        "nearest_cosine",
-        "Nearest decoder",
-        "",
-        "The largest cosine of its decoder direction to another feature's: near 1, the two are "
-        "duplicates or one was split.",
-        "n_features",
-        "lower",
-    ),
-    Column(
-        "nearest_feature",
-        "Nearest feature",
-        "feature",
-        "The feature whose decoder direction has the largest cosine to this one's.",
-        "n_features",
-        dtype="int32",
-        none=-1,
-    ),
-    Column(
         "burst_length",
         "Burst length",
         "tokens",
@@ -253,7 +235,25 @@ DISCOVERY = (
 )
 
 # What analyses of the decoder directions add.
-LOGITS = (
+ANALYSES = (
+    Column(
+        "nearest_cosine",
+        "Nearest decoder",
+        "",
+        "The largest cosine of its decoder direction to another feature's: near 1, the two are "
+        "duplicates or one was split.",
+        "n_features",
+        "lower",
+    ),
+    Column(
+        "nearest_feature",
+        "Nearest feature",
+        "feature",
+        "The feature whose decoder direction has the largest cosine to this one's.",
+        "n_features",
+        dtype="int32",
+        none=-1,
+    ),
     Column(
         "logit_std",
         "Logit deviation",
@@ -295,7 +295,7 @@ LOGITS = (
     ),
 )
 
-TABLE = DISCOVERY + LOGITS
+TABLE = DISCOVERY + ANALYSES
 BY_NAME = {column.name: column for column in TABLE}
 
 

@@ -1,248 +1,415 @@
-"""Discovery: one pass over tokens that finds, for every latent, its exact top examples, how often
-it fires and what it promotes. Memory does not grow with the number of tokens."""
+"""Discovery: one pass over text that finds, for every latent of every dictionary of a run, its
+exact strongest examples, samples of every tenth of its activations, how often and how strongly it
+fires, on which tokens, in which windows it does not; and what it promotes.
+
+Memory does not grow with the text (`plan`). With a folder to keep its state in, a pass that was
+interrupted goes on where that was last written, to the same bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
-from mistudio.engine.activations.source import TokenRows
-from mistudio.engine.datasets.tokens import TokenSplit
-from mistudio.engine.features.logit_lens import logit_lens
-from mistudio.engine.features.store import EARLIER_META, FeatureMeta
-from mistudio.engine.models.hooks import HookedDecoder, HookPoint
-from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.sae.dictionary import Codes, Dictionary
+from mistudio.engine.features import store
+from mistudio.engine.features.accumulators import (
+    POOL,
+    Collector,
+    Size,
+    collector_bytes,
+    priority,
+)
+from mistudio.engine.features.logit_lens import full_logit_lens, written_directions
+from mistudio.engine.features.passing import Passage, exclusions
+from mistudio.engine.features.store import FeatureMeta, write_store
+from mistudio.engine.features.summary import Examined, finished, input_scores, same_tokens
+from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.progress import SILENT, Interrupted, Progress
+from mistudio.engine.sae.dictionary import CHUNK_CELLS, Dictionary
+from mistudio.engine.sae.site import Site
+from mistudio.errors import UnsupportedModel
 
 RADIUS = 24  # tokens kept on each side of an example's strongest token
+TOP_K = 20
+LOGIT_TOKENS = 20  # of each side
+SAVE_EVERY = 64  # chunks between two savings, at least
+SAVING_SHARE = 0.02  # of the time at most goes into saving
+STATE, PART = "state.json", ".part"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dictionary to look into, its site, and the folder that gets its store. `name` tells it
+    from the others of the pass; `provenance` goes into the store's description."""
+
+    name: str
+    site: Site
+    dictionary: Dictionary
+    folder: Path
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """`one_per_context`: a window gives at most its strongest token to a feature's top examples."""
+
+    top_k: int = TOP_K
+    one_per_context: bool = True
+    seed: int = 0
+    radius: int = RADIUS
+
+
+@dataclass(frozen=True)
+class DiscoveryPlan:
+    """What a pass will take on top of the loaded model, in bytes by part."""
+
+    memory: dict[str, int]
+    disk: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def plan(
+    shapes: Sequence[tuple[int, int, int]],
+    *,
+    context: int,
+    windows: int,
+    vocabulary: int,
+    options: Options | None = None,
+    batch_tokens: int = 2048,
+    active: float = 64,
+) -> DiscoveryPlan:
+    """Memory and disk for dictionaries of (d_sae, d_in, d_out); `active` is how many latents a
+    token activates. Neither grows with the text: windows beyond `POOL` change nothing."""
+    options = options or Options()
+    sizes = [
+        Size(n, context, options.top_k, options.radius, min(windows, POOL), vocabulary)
+        for n, _, _ in shapes
+    ]
+    largest = max((size.features for size in sizes), default=0)
+    memory = {
+        "dictionaries": sum(4 * n * (d_in + d_out + 2) for n, d_in, d_out in shapes),
+        "gathered": sum(map(collector_bytes, sizes)),
+        # Activations of a chunk at all sites; pre-activations and what choosing from them takes.
+        "activations": sum(4 * batch_tokens * d_in for _, d_in, _ in shapes),
+        "encoding": 3 * 4 * min(CHUNK_CELLS, batch_tokens * largest),
+        "sorting": round(15 * 8 * batch_tokens * active),
+        # Of one dictionary at a time: its finished arrays, and blocks of work.
+        "finishing": _stored_bytes(largest, options, vocabulary) + 96 * 1024**2,
+    }
+    disk = sum(_stored_bytes(size.features, options, vocabulary) for size in sizes)
+    return DiscoveryPlan(memory, disk)
+
+
+def _stored_bytes(features: int, options: Options, vocabulary: int) -> int:
+    """Upper bound of a store."""
+    entry, span = store.ENTRY.itemsize, 2 * (2 * options.radius + 1)
+    each = options.top_k * (entry + span)
+    each += store.DECILES * store.PER_DECILE * entry + 4 * (store.DECILES + 1)
+    each += store.NEGATIVES * (4 + store.PLACE.itemsize)
+    each += 4 * store.BINS + store.TOKENS * store.TOKEN.itemsize + 8
+    each += 2 * LOGIT_TOKENS * 8 + 4 * 50 + 8 + 8 * len(store.BY_NAME)
+    return features * each + 4 * vocabulary
 
 
 def discover(
-    rows: Iterable[TokenRows],
-    dictionary: Dictionary,
-    tokens: TokenSplit,
-    folder: Path,
+    passage: Passage,
+    subjects: Sequence[Subject],
     *,
     model: HookedDecoder,
-    hook_point: HookPoint,
-    context: int,
-    total_tokens: int,
-    top_k: int = 20,
+    tokenizer: Any,
+    options: Options | None = None,
+    keep: Path | None = None,
     progress: Progress = SILENT,
-) -> FeatureMeta:
-    """Run every latent of `dictionary` over `rows` and write a feature store.
+) -> list[FeatureMeta]:
+    """Look at every latent of the subjects' dictionaries over `passage` and write their stores.
 
-    Top examples hold at most one position of a window (the strongest), ties going to the earlier
-    window and position; each keeps the activations of `RADIUS` tokens on both sides.
+    In `keep` the pass saves what it has gathered, now and then and when it is interrupted; a state
+    that lies there and belongs to the same pass is gone on from.
     """
-    totals = _Totals(dictionary.d_sae)
-    top = _TopExamples(dictionary.d_sae, top_k, RADIUS, context)
-    for chunk in rows:
-        progress.check()
-        codes = dictionary.encode(chunk.activations.to(dictionary.device))
-        active = _Active.of(codes, chunk)
-        totals.add(active, chunk)
-        top.add(active)
-        progress.report(totals.tokens, total_tokens, phase="examples", tokens=totals.tokens)
-    ids, logits = logit_lens(model, dictionary.decoder, progress=progress)
-    token_share, token = _top_tokens(top, tokens, context)
-    meta = FeatureMeta(
-        n_features=dictionary.d_sae,
-        tokens=totals.tokens,
-        contexts=totals.contexts,
-        context=context,
-        split=tokens.name,
-        top_k=top_k,
-        radius=RADIUS,
-        hook_point=hook_point.name,
-        statistics=totals.summary(),
-    )
-    arrays = totals.columns() | top.arrays()
-    arrays |= {
-        "top_token_share": token_share,
-        "top_token": token,
-        "logit_ids": ids.numpy(),
-        "logit_values": logits.numpy(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    (folder / EARLIER_META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
-    return meta
+    options = options or Options()
+    work = _Pass(passage, subjects, options, keep, len(tokenizer), progress)
+    work.run()
+    same = same_tokens(tokenizer, work.vocabulary)
+    return [work.write(subject, model, same) for subject in subjects]
 
 
-class _Active:
-    """The active entries of a chunk, sorted by (window, feature, position)."""
+class _Pass:
+    """The collectors of a pass, and how far it is."""
 
     def __init__(
-        self, feature: np.ndarray, window: np.ndarray, position: np.ndarray, value: np.ndarray
-    ) -> None:
-        order = np.lexsort((position, feature, window))
-        self.feature, self.window = feature[order], window[order]
-        self.position, self.value = position[order], value[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (self.feature[1:] != self.feature[:-1]) | (self.window[1:] != self.window[:-1])
-        self.starts = np.flatnonzero(new)  # one group per (window, feature)
-        self.ends = np.append(self.starts[1:], len(order))
-
-    @classmethod
-    def of(cls, codes: Codes, chunk: TokenRows) -> _Active:
-        rows = codes.rows.cpu().numpy()
-        return cls(
-            codes.latents.cpu().numpy(),
-            chunk.windows[rows],
-            chunk.positions[rows],
-            codes.values.float().cpu().numpy(),
-        )
-
-
-class _Totals:
-    def __init__(self, n: int) -> None:
-        self.tokens = 0
-        self.contexts = 0
-        self._active = np.zeros(n, np.int64)
-        self._in_contexts = np.zeros(n, np.int64)
-        self._sum = np.zeros(n)
-        self._squares = np.zeros(n)
-        self._max = np.zeros(n, np.float32)
-
-    def add(self, active: _Active, chunk: TokenRows) -> None:
-        n = len(self._active)
-        value = active.value.astype(np.float64)
-        self.tokens += len(chunk.windows)
-        self.contexts += len(np.unique(chunk.windows))
-        self._active += np.bincount(active.feature, minlength=n)
-        self._in_contexts += np.bincount(active.feature[active.starts], minlength=n)
-        self._sum += np.bincount(active.feature, weights=value, minlength=n)
-        self._squares += np.bincount(active.feature, weights=value**2, minlength=n)
-        np.maximum.at(self._max, active.feature, active.value)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        fired = np.maximum(self._active, 1)
-        mean = self._sum / fired
-        variance = np.maximum(self._squares / fired - mean**2, 0.0)
-        return {
-            "density": (self._active / max(self.tokens, 1)).astype(np.float32),
-            "context_density": (self._in_contexts / max(self.contexts, 1)).astype(np.float32),
-            "max_activation": self._max,
-            "mean_activation": mean.astype(np.float32),
-            "std_activation": np.sqrt(variance).astype(np.float32),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        alive = self._active > 0
-        return {
-            "alive": int(alive.sum()),
-            "l0": float(self._active.sum() / max(self.tokens, 1)),
-            "median_density_alive": float(
-                np.median(self._active[alive] / max(self.tokens, 1)) if alive.any() else 0.0
-            ),
-        }
-
-
-class _TopExamples:
-    """The k strongest windows of every latent, merged chunk by chunk, exactly."""
-
-    def __init__(self, n: int, k: int, radius: int, context: int) -> None:
-        self._k, self._radius, self._context = k, radius, context
-        self.value = np.zeros((n, k), np.float32)
-        self.window = np.zeros((n, k), np.uint32)
-        self.position = np.zeros((n, k), np.uint16)
-        self.span = np.zeros((n, k, 2 * radius + 1), np.float16)
-
-    def add(self, active: _Active) -> None:
-        if not len(active.starts):
-            return
-        peaks = self._peaks(active)
-        groups = np.arange(len(peaks))
-        feature, value = active.feature[peaks], active.value[peaks]
-        # What cannot enter any more is dropped before the sort (ties stay in for exactness).
-        kept = value >= self.value[feature, -1]
-        groups, peaks, feature, value = groups[kept], peaks[kept], feature[kept], value[kept]
-        if not len(peaks):
-            return
-        spans = self._spans(active, groups, peaks)
-        self._merge(feature, value, active.window[peaks], active.position[peaks], spans)
-
-    def _peaks(self, active: _Active) -> np.ndarray:
-        """Index of the strongest entry of every group; the earliest position wins ties."""
-        highest = np.maximum.reduceat(active.value, active.starts)
-        is_peak = active.value == np.repeat(highest, active.ends - active.starts)
-        return np.minimum.reduceat(
-            np.where(is_peak, np.arange(len(active.value)), len(active.value)), active.starts
-        )
-
-    def _spans(self, active: _Active, groups: np.ndarray, peaks: np.ndarray) -> np.ndarray:
-        """Activations around each peak, [n, 2 * radius + 1], zero where inactive."""
-        spans = np.zeros((len(peaks), 2 * self._radius + 1), np.float16)
-        sizes = active.ends[groups] - active.starts[groups]
-        owner = np.repeat(np.arange(len(groups)), sizes)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        entry = active.starts[groups][owner] + within
-        column = active.position[entry] - active.position[peaks][owner] + self._radius
-        inside = (column >= 0) & (column < spans.shape[1])
-        spans[owner[inside], column[inside]] = active.value[entry[inside]]
-        return spans
-
-    def _merge(
         self,
-        feature: np.ndarray,
-        value: np.ndarray,
-        window: np.ndarray,
-        position: np.ndarray,
-        spans: np.ndarray,
+        passage: Passage,
+        subjects: Sequence[Subject],
+        options: Options,
+        keep: Path | None,
+        vocabulary: int,
+        progress: Progress,
     ) -> None:
-        touched = np.unique(feature)
-        old = np.repeat(touched, self._k)
-        features = np.concatenate([old, feature])
-        values = np.concatenate([self.value[touched].ravel(), value])
-        windows = np.concatenate([self.window[touched].ravel(), window.astype(np.uint32)])
-        positions = np.concatenate([self.position[touched].ravel(), position.astype(np.uint16)])
-        all_spans = np.concatenate([self.span[touched].reshape(len(old), -1), spans])
-        order = np.lexsort((positions, windows, -values, features))
-        sorted_features = features[order]
-        first = np.searchsorted(sorted_features, touched)
-        rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
-        kept = order[rank < self._k]
-        shape = (len(touched), self._k)
-        self.value[touched] = values[kept].reshape(shape)
-        self.window[touched] = windows[kept].reshape(shape)
-        self.position[touched] = positions[kept].reshape(shape)
-        self.span[touched] = all_spans[kept].reshape(*shape, -1)
+        self._passage, self._subjects, self._options = passage, subjects, options
+        self._keep, self._progress = keep, progress
+        self.vocabulary = max(vocabulary, passage.tokens.meta.vocab_size)
+        self._begin()
+        self._identity: dict[str, Any] = {}
+        if keep is not None:
+            self._identity = json.loads(json.dumps(self._identified()))
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def _begin(self) -> None:
+        passage, options = self._passage, self._options
+        pool = pool_of(passage.windows, options.seed)
+        self._collectors = {
+            subject.name: Collector(
+                Size(
+                    subject.dictionary.d_sae,
+                    passage.context,
+                    options.top_k,
+                    options.radius,
+                    len(pool),
+                    self.vocabulary,
+                ),
+                pool=pool,
+                seed=options.seed,
+                one_per_context=options.one_per_context,
+            )
+            for subject in self._subjects
+        }
+        self._done = 0
+
+    def run(self) -> None:
+        if self._keep is not None:
+            self._take_up(self._keep)
+        saved_at, last, cost = self._done, time.monotonic(), 0.0
+        try:
+            for chunk in self._passage.chunks(self._done, self._progress):
+                self._add(chunk)
+                self._done += 1
+                self._report()
+                due = self._done - saved_at >= SAVE_EVERY
+                if self._keep and due and time.monotonic() - last >= cost / SAVING_SHARE:
+                    began = time.monotonic()
+                    self._save(self._keep)
+                    saved_at, last = self._done, time.monotonic()
+                    cost = last - began
+        except Interrupted:
+            if self._keep and self._done > saved_at:
+                self._save(self._keep)
+            raise
+        if self._keep and self._done > saved_at:
+            self._save(self._keep)
+
+    @torch.inference_mode()
+    def _add(self, chunk: Any) -> None:
+        for subject in self._subjects:
+            self._progress.check()
+            site = chunk[subject.site.input]
+            if len(site.rows.windows):
+                x = site.activations.to(subject.dictionary.device).float()
+                self._collectors[subject.name].add(subject.dictionary.encode(x), site.rows)
+
+    def _report(self) -> None:
+        tokens = max(held.totals.tokens for held in self._collectors.values())
+        self._progress.report(self._done, len(self._passage), phase="examples", tokens=tokens)
+
+    # --- what is kept ---------------------------------------------------------------------------
+
+    def _identified(self) -> dict[str, Any]:
+        """All that the gathered figures depend on, the model apart."""
         return {
-            "top_value": self.value,
-            "top_window": self.window,
-            "top_position": self.position,
-            "top_span": self.span,
+            "format": store.FORMAT,
+            "passage": self._passage.identity(),
+            "options": asdict(self._options),
+            "subjects": {
+                subject.name: [subject.site.input.name, digest(subject.dictionary)]
+                for subject in self._subjects
+            },
         }
 
+    def _save(self, keep: Path) -> None:
+        """The state as a folder that is whole once it has its name; earlier ones then go."""
+        keep.mkdir(parents=True, exist_ok=True)
+        target = keep / f"{self._done:08d}"
+        part = keep / (target.name + PART)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for number, collector in enumerate(self._collectors.values()):
+            for name, array in collector.state().items():
+                with _flushed(part / f"{number}.{name}.npy") as file:
+                    np.save(file, array)
+        with _flushed(part / STATE) as file:
+            file.write(json.dumps({"identity": self._identity, "done": self._done}).encode())
+        _flush(part)
+        os.replace(part, target)
+        _flush(keep)
+        for other in keep.iterdir():
+            if other != target and other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
 
-def _top_tokens(
-    top: _TopExamples, tokens: TokenSplit, context: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The most common strongest token over a latent's top examples, and its share of them."""
-    n, k = top.value.shape
-    share = np.zeros(n, np.float32)
-    token = np.full(n, -1, np.int32)
-    for start in range(0, n, 4096):
-        stop = min(start + 4096, n)
-        valid = top.value[start:stop] > 0
-        windows, places = np.unique(top.window[start:stop][valid], return_inverse=True)
-        if not len(windows):
-            continue
-        ids = tokens.windows(windows.astype(np.int64), context)
-        peak = np.full((stop - start, k), -1, np.int64)
-        peak[valid] = ids.numpy()[places, top.position[start:stop][valid]]
-        for row in range(stop - start):
-            seen, counts = np.unique(peak[row][valid[row]], return_counts=True)
-            if len(seen):
-                token[start + row] = seen[counts.argmax()]
-                share[start + row] = counts.max() / counts.sum()
-    return share, token
+    def _take_up(self, keep: Path) -> None:
+        """Go on from the newest state of this pass; what lies there else is of no use."""
+        found = [path for path in keep.glob("*") if path.is_dir()]
+        for folder in sorted(found, reverse=True):
+            if not folder.name.endswith(PART) and self._restored(folder):
+                break
+        for folder in found:
+            if folder.name != f"{self._done:08d}":
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _restored(self, folder: Path) -> bool:
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if state["identity"] != self._identity:
+                return False
+            for number, collector in enumerate(self._collectors.values()):
+                names = collector.state()
+                paths = {name: folder / f"{number}.{name}.npy" for name in names}
+                collector.restore(
+                    {
+                        name: np.load(path, mmap_mode="r", allow_pickle=False)
+                        for name, path in paths.items()
+                    }
+                )
+            self._done = int(state["done"])
+        except (OSError, ValueError, KeyError, EOFError):
+            self._begin()
+            self._progress.report(
+                0,
+                len(self._passage),
+                phase="examples",
+                note="What was kept of the interrupted discovery is damaged: it begins anew.",
+            )
+            return False
+        self._report()
+        return True
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def write(self, subject: Subject, model: HookedDecoder, same: np.ndarray) -> FeatureMeta:
+        passage, collector = self._passage, self._collectors[subject.name]
+        median = passage.medians[subject.site.input]
+        examined = Examined(subject.dictionary, median, passage.tokens, same)
+        columns, arrays = finished(collector, examined)
+        more_columns, more_arrays = _logits(model, subject, self._progress)
+        columns |= more_columns
+        arrays |= more_arrays
+        if more_columns:
+            columns["input_score"] = input_scores(
+                arrays["top"], arrays["logit_ids"][:, 0], passage.tokens, passage.context
+            )
+        totals = collector.totals
+        meta = FeatureMeta(
+            n_features=subject.dictionary.d_sae,
+            tokens=totals.tokens,
+            contexts=totals.contexts,
+            context=passage.context,
+            split=passage.tokens.name,
+            top_k=self._options.top_k,
+            radius=self._options.radius,
+            hook_point=subject.site.input.name,
+            statistics=_totals(collector),
+            format=store.FORMAT,
+            one_per_context=self._options.one_per_context,
+            seed=self._options.seed,
+            median_norm=median,
+            exclusions=exclusions(passage),
+            provenance={
+                "tokenizer": passage.tokens.meta.tokenizer_hash,
+                "documents": passage.tokens.meta.documents_sha256,
+                **subject.provenance,
+            },
+        )
+        write_store(subject.folder, meta, columns, arrays)
+        return meta
+
+
+def _logits(
+    model: HookedDecoder, subject: Subject, progress: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(columns, arrays) of the logit lens; no columns and no tokens where it does not apply."""
+    try:
+        directions = written_directions(subject.dictionary, subject.site.output)
+    except UnsupportedModel:
+        nothing = np.empty((subject.dictionary.d_sae, 2, 0))
+        return {}, {
+            "logit_ids": nothing.astype(np.int32),
+            "logit_values": nothing.astype(np.float32),
+        }
+    lens = full_logit_lens(model, directions, top=LOGIT_TOKENS, progress=progress)
+    columns = {
+        "logit_std": lens.std.numpy(),
+        "logit_skewness": lens.skew.numpy(),
+        "logit_kurtosis": lens.kurtosis.numpy() - 3,
+        "logit_top_gap": lens.top_gap.numpy(),
+    }
+    arrays = {
+        "logit_ids": lens.ids.numpy(),
+        "logit_values": lens.values.numpy(),
+        "logit_histogram": lens.histogram.numpy(),
+        "logit_range": np.stack([lens.low.numpy(), lens.high.numpy()], axis=1),
+    }
+    return columns, arrays
+
+
+def _totals(collector: Collector) -> dict[str, Any]:
+    n_active, tokens = collector.totals.arrays["n_active"], max(collector.totals.tokens, 1)
+    alive = n_active > 0
+    return {
+        "alive": int(alive.sum()),
+        "l0": float(n_active.sum() / tokens),
+        "median_density_alive": float(np.median(n_active[alive] / tokens)) if alive.any() else 0.0,
+    }
+
+
+def pool_of(windows: np.ndarray, seed: int) -> np.ndarray:
+    """The windows that negatives are drawn from, ascending: all, or `POOL` of them at random."""
+    order = np.argsort(priority(seed, 0, windows, 4), kind="stable")[:POOL]
+    return np.sort(windows[order])
+
+
+def digest(dictionary: Dictionary) -> str:
+    """SHA-256 of what `encode` depends on, and of the decoder."""
+    found = hashlib.sha256()
+    activation = asdict(dictionary.activation)  # type: ignore[call-overload]
+    tensors = [dictionary.encoder, dictionary.b_enc, dictionary.decoder, dictionary.b_dec]
+    tensors += [] if dictionary.centre is None else [dictionary.centre]
+    plain = [dictionary.scale, dictionary.norm]
+    for name, value in sorted(activation.items()):
+        plain.append(name)
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        else:
+            plain.append(value)
+    found.update(json.dumps(plain).encode())
+    for tensor in tensors:
+        found.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
+    return found.hexdigest()
+
+
+@contextmanager
+def _flushed(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    if os.name == "nt":  # Windows flushes folders by itself and does not open them
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -4,7 +4,7 @@ fixed stride that are opened without being read.
     run.json              `FeatureMeta`; written last, so a folder without it is not whole
     columns/<name>.npy    [F], one statistic each (see `columns.py` for what they mean)
     top.npy               [F, top_k] `ENTRY`, strongest first: the exact top examples
-    top_span.npy          f16 [F, top_k, 2 radius + 1]: activations around each of them
+    top_span.npy          f16 [F, top_k, 2 radius + 1]: activations around each, as shares of it
     deciles.npy           [F, 10, 5] `ENTRY`: examples of each tenth of the active tokens, weakest
                           tenth first; a uniform sample, in no meaningful order
     decile_edges.npy      f32 [F, 11]
@@ -14,7 +14,10 @@ fixed stride that are opened without being read.
     histogram.npy         u32 [F, 64], histogram_top.npy i16 [F]: see `Histogram`
     tokens.npy            [F, 16] `TOKEN`: its commonest tokens, token_error.npy u32 [F]
     token_counts.npy      u32 [vocabulary]: how often each token id counted in this pass
-    logit_ids.npy         i32 [F, 2, n], logit_values.npy f32 [F, 2, n]: promoted and suppressed
+    logit_ids.npy         i32 [F, 2, 20], logit_values.npy f32 [F, 2, 20]: promoted and suppressed
+    logit_histogram.npy   i32 [F, 50], logit_range.npy f32 [F, 2]: logits of all tokens, in bins of
+                          equal width between the lowest and the highest. Where the logit lens does
+                          not apply, these two are missing and the two above are [F, 2, 0].
 
 An entry whose value is 0, a window or token `NONE` is an empty place; full places come first.
 
@@ -201,7 +204,7 @@ class FeatureStore:
             }
             for column in DISCOVERY:
                 if column.name not in self.columns:
-                    raise _damaged(folder / COLUMN_FOLDER / f"{column.name}.npy")
+                    raise damaged(folder / COLUMN_FOLDER / f"{column.name}.npy")
             self.top = self.array("top")
         self._spans = self.array("top_span")
 
@@ -277,6 +280,8 @@ class FeatureStore:
             position = int(entry["position"])
             first, last = max(0, position - radius), min(context, position + radius + 1)
             span = np.asarray(self._spans[feature, i], dtype=np.float32)
+            # Kept as shares of the example's own; the first format kept them as they were.
+            span = span * entry["value"] if self.meta.format > 1 else span
             offset = first - (position - radius)
             found.append(
                 Example(
@@ -365,18 +370,18 @@ def _read_meta(folder: Path) -> FeatureMeta:
         known = {entry.name for entry in fields(FeatureMeta)}
         return FeatureMeta(**{name: v for name, v in values.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError) as exc:
-        raise _damaged(path) from exc
+        raise damaged(path) from exc
 
 
 def _open(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as exc:
-        raise _damaged(path) from exc
+        raise damaged(path) from exc
     return array
 
 
-def _damaged(path: Path) -> CorruptFile:
+def damaged(path: Path) -> CorruptFile:
     return CorruptFile(
         "The features are damaged",
         f"{path} is missing or not what was written.",
