@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mistudio import device
 from mistudio.engine.training import distributed
-from mistudio.engine.training.report import DEFINITIONS, page
 from mistudio.jobs.job import read_metrics
+from mistudio.jobs.run_page import DEFINITIONS, page
 from mistudio.library.library import Library
 from mistudio.library.records import Tokenization, Training
 from mistudio.library.table import now
@@ -46,10 +46,11 @@ def run_record(
     source: ActivationSource,
     origin: Origin,
 ) -> dict[str, Any]:
-    """What is known when a training ends; `engine/training/run_record.schema.json` describes it.
+    """What is known when a training ends; `run_record.schema.json` describes it.
 
     The caller adds `name`, `notes`, `events` and `wall_seconds`.
     """
+    from mistudio.engine.models.methods import method_of
     from mistudio.jobs.models import precision_of
 
     dataset = library.datasets.get(job.dataset_id)
@@ -83,6 +84,7 @@ def run_record(
                 "origin": record.origin,
                 "revision": str(record.provenance.get("revision", "")),
                 "precision": precision_of(model),
+                "quantised_by": method_of(precision_of(model)),
                 "files": record.provenance.get("weights", []),
                 "provenance": record.provenance,
             },

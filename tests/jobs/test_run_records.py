@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 import torch
 import twelve_layers
-from engine.training.json_schema import problems
 from journeys import road
 
 from mistudio.engine.sae.files import load_sae
 from mistudio.engine.sae.formats.reading import read_sae
-from mistudio.engine.training import report
+from mistudio.jobs import run_page
 from mistudio.jobs.control import Control
 from mistudio.jobs.kinds import AddModel
 from mistudio.jobs.run_records import printable_page, save_record
 from mistudio.library.library import Library
 
+from .json_schema import problems
 from .test_rollback_jobs import Acts, interrupted
 from .test_training_jobs import POINT, done, history, run, training
 
 SCHEMA = json.loads(
-    Path(report.__file__).with_name("run_record.schema.json").read_text(encoding="utf-8")
+    Path(run_page.__file__).with_name("run_record.schema.json").read_text(encoding="utf-8")
 )
 
 

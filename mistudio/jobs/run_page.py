@@ -245,6 +245,7 @@ def _origins(record: Mapping[str, Any]) -> str:
         ("Model's origin", model.get("origin")),
         ("Model's revision", model.get("revision")),
         ("Precision", model.get("precision")),
+        ("Quantised by", model.get("quantised_by")),
         ("Dataset", dataset.get("name")),
         ("Dataset's origin", dataset.get("origin")),
         ("Dataset's revision", dataset.get("revision")),

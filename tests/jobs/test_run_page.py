@@ -13,7 +13,7 @@ import pytest
 
 from mistudio.engine.sae.loss import LossRecovered
 from mistudio.engine.sae.metrics import ReconstructionQuality
-from mistudio.engine.training.report import (
+from mistudio.jobs.run_page import (
     DEFINITIONS,
     POINTS,
     _ticks,
