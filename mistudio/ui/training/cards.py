@@ -243,6 +243,8 @@ class JobCard(Card):
             error = {**job.error, "retryable": False}  # Retry stands below
             self._error.addWidget(ErrorPanel.of_row(error))
         self.checkpoints.show_job(job)
+        if not job.active:
+            self.tiles["use"].set_value("—")
         self._shown_at = 0.0
         self.show_progress()
 
@@ -488,6 +490,8 @@ class JobCard(Card):
         self._show_values()
 
     def _on_use_changed(self, usage: Usage) -> None:
+        if not self.job.active:  # it ended while this was measured
+            return
         share = formatting.percent(usage.share, 0)
         self.tiles["use"].set_value(share, usage.label, _rich(usage.help))
 
