@@ -42,6 +42,7 @@ def test_one_point_that_stands_out_is_drawn_at_any_zoom(themed: Any, qtbot: Any)
     chart._view.setXRange(0, 10_000, padding=0)
     QApplication.processEvents()
     assert 9.0 not in drawn(chart, "a"), "only what is looked at is drawn"
+    assert chart._view.viewRange()[1][1] > 9.0, "the scale stays while one pans"
     chart.show_all()
     QApplication.processEvents()
     assert 9.0 in drawn(chart, "a")

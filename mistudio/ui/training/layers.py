@@ -15,7 +15,7 @@ from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.training.quality import LOOKS
 
 ROW = 34  # px
-SHOWN = 10  # rows without scrolling
+SHOWN = 13  # rows without scrolling: twelve layers, and all of them
 WORST = ("poor", "fair", "good")
 Index = QModelIndex | QPersistentModelIndex
 
@@ -127,7 +127,7 @@ def _swatch(colour: str) -> QIcon | None:
 
 
 class LayerTable(QTableView):
-    """As high as its rows, up to ten; arrow keys and clicks choose."""
+    """As high as its rows, up to `SHOWN`; arrow keys and clicks choose."""
 
     chosen = Signal(object)
     """The key of the layer that is looked at now."""

@@ -9,6 +9,7 @@ points and for a million, and a single point that stands out is always one of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +23,14 @@ class Growing:
     valid (what is appended later is not in it)."""
 
     def __init__(self, dtype: type) -> None:
-        self._data = np.empty(64, dtype)
+        self._data: NDArray[Any] = np.empty(64, dtype)
         self.size = 0
 
     @property
-    def view(self) -> NDArray:  # type: ignore[type-arg]
+    def view(self) -> NDArray[Any]:
         return self._data[: self.size]
 
-    def extend(self, values: NDArray) -> None:  # type: ignore[type-arg]
+    def extend(self, values: NDArray[Any]) -> None:
         wanted = self.size + len(values)
         if wanted > len(self._data):
             # A new buffer, never a resized one: views of the old one stay as they were.
