@@ -67,8 +67,10 @@ def look(path: Path, check: Callable[[], None] = lambda: None) -> list[SeenSae]:
 
 def _seen(found: Any, root: Path) -> SeenSae:
     from mistudio.engine.sae.activation import TopK
+    from mistudio.engine.sae.formats.common import spelled_out
 
-    inside = found.path.resolve().relative_to(root.expanduser().resolve()).as_posix()
+    # Not resolved: the files of a download cache are links out of their folder.
+    inside = spelled_out(found.path).relative_to(spelled_out(root.expanduser())).as_posix()
     place = found.path.name if inside == "." else inside
     size = _size(found.path)
     try:

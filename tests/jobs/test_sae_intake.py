@@ -74,6 +74,19 @@ def test_a_look_names_what_is_wrong_and_goes_on(tmp_path: Path) -> None:
     assert second.place == "b" and second.problem.startswith("The SAE's files are damaged.")
 
 
+def test_a_download_cache_is_looked_into_by_its_links(tmp_path: Path) -> None:
+    real = a_folder(tmp_path / "blobs")
+    folder = tmp_path / "snapshot" / "layer_1"
+    folder.mkdir(parents=True)
+    for file in real.iterdir():
+        (folder / file.name).symlink_to(file)
+    plain_file = tmp_path / "blobs" / "x.npz"
+    plain_file.write_bytes(b"no zip")
+    (tmp_path / "snapshot" / "params.npz").symlink_to(plain_file)
+    places = [(seen.place, bool(seen.problem)) for seen in look(tmp_path / "snapshot")]
+    assert places == [("layer_1", False), ("params.npz", True)]
+
+
 def test_a_look_can_be_stopped(tmp_path: Path) -> None:
     class Stop(Exception):
         pass

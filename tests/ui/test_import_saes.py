@@ -322,6 +322,21 @@ def test_without_text_nothing_can_be_looked_through(
     assert not card.discover.isEnabled() and "Add a dataset first" in card.measure.toolTip()
 
 
+def test_only_what_the_files_leave_open_is_handed_to_the_job() -> None:
+    from mistudio.jobs.sae_preview import SeenSae
+    from mistudio.ui.training.intake import Choices, placing
+
+    said = SeenSae("a", "saelens", 1, reads=POINT, layer=1)
+    open_one = SeenSae("a", "dictionary_learning", 1)
+    layered = SeenSae("a", "gemma_scope", 1, layer=7)
+    chosen = Choices(None, 3, "mlp_out")
+    assert placing([said], chosen, False) == placing([said], chosen, True) == (None, None)
+    assert placing([open_one], chosen, False) == (3, "mlp_out")
+    assert placing([layered], chosen, False) == (None, "mlp_out")
+    assert placing([layered], Choices(None, None, "mlp_out"), True) == (7, "mlp_out")
+    assert placing([layered], Choices(), True) == (None, None)
+
+
 # --- from the Hub -------------------------------------------------------------------------------
 
 

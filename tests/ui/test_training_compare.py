@@ -21,7 +21,7 @@ from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.training.compare.dialog import CompareDialog, fairness
 from mistudio.ui.training.compare.gather import gather, setting_text
-from mistudio.ui.training.compare.tables import BEST
+from mistudio.ui.training.compare.tables import BEST, metrics_table
 from mistudio.ui.training.page import TrainingPage
 
 from .checks import cut_off, nameless, too_small
@@ -251,6 +251,18 @@ def test_the_best_is_marked_by_a_word_and_l0_never(
     model = dialog.metrics.model
     tip = model.data(model.index(0, 1), Qt.ItemDataRole.ToolTipRole)
     assert "54,386 held-out tokens" in tip and "variance" in tip
+
+
+def test_the_best_of_each_site_is_marked(library: Library) -> None:
+    add_model(library)
+    add_tokens(library, add_dataset(library), "tokens")
+    layers = ({1: {"fvu": 0.3, "l0": 9}, 2: {"fvu": 0.1, "l0": 9}},
+              {1: {"fvu": 0.2, "l0": 9}, 2: {"fvu": 0.15, "l0": 9}})  # fmt: skip
+    numbers = [add_run(library, n, {}, m) for n, m in zip("ab", layers, strict=True)]
+    subjects = [s for one in gather(library, [("run", n) for n in numbers]) for s in one.subjects]
+    (line,) = [one for one in metrics_table(subjects).lines if one.label.startswith("FVU")]
+    assert line.marked == {1, 2}  # a's second site, b's first
+    assert [BEST in cell for cell in line.cells] == [False, True, True, False]
 
 
 def test_the_front_joins_what_nothing_beats(

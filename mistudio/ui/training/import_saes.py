@@ -480,7 +480,8 @@ class ImportDialog(QDialog):
 
     def _show_layers(self) -> None:
         model = self._model()
-        known = any(one.layer is not None or one.reads for one in self.seen)
+        guessed = self.place.on_hub  # by the folder's name
+        known = any(one.reads or (one.layer is not None and not guessed) for one in self.seen)
         options: list[tuple[int | None, str]] = [(None, self._unsaid(known))]
         if model and not known:
             options += [(number, str(number)) for number in range(model.n_layers)]

@@ -75,12 +75,18 @@ def blocker(seen: Sequence[SeenSae], choices: Choices, on_hub: bool) -> str:
     return ""
 
 
-def placing(seen: Sequence[SeenSae], choices: Choices) -> tuple[int | None, str | None]:
+def placing(
+    seen: Sequence[SeenSae], choices: Choices, on_hub: bool
+) -> tuple[int | None, str | None]:
     """The layer and the site to hand to the job: only what the files leave open, since the job
-    refuses to contradict them."""
+    refuses to contradict them. Of a download a layer is only guessed by the name of its folder:
+    with a site that was chosen it is handed over too."""
     if any(one.reads for one in seen):
         return None, None
-    named = any(one.layer is not None for one in seen)
+    named = {one.layer for one in seen if one.layer is not None}
+    if on_hub:
+        guessed = named.pop() if len(named) == 1 and choices.site is not None else None
+        return (choices.layer if choices.layer is not None else guessed), choices.site
     return (None if named else choices.layer), choices.site
 
 
@@ -131,7 +137,7 @@ class Intake(QObject):
         if why := blocker(seen, choices, place.on_hub):
             raise InvalidInput("This cannot be imported", why)
         assert choices.model
-        layer, site = placing(seen, choices)
+        layer, site = placing(seen, choices, place.on_hub)
         if place.on_hub:
             download = DownloadSae(
                 place.repository,

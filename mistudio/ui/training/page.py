@@ -193,7 +193,8 @@ class TrainingPage(QWidget):
             card.retry_wanted.connect(self._on_card_retry_wanted)
             card.go_on_wanted.connect(self._on_card_go_on_wanted)
             card.dismissed.connect(self._on_card_dismissed)
-            self.selection.attach(card, ("job", job.id), self.presenter.job_title(job))
+            if job.params.get("hook_points"):
+                self.selection.attach(card, ("job", job.id), self.presenter.job_title(job))
         elif card.job != job:
             card.show_job(job)
         return card
