@@ -34,7 +34,7 @@ THREE_B = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
-GPT2_TOKENS = 140_000  # trained on; a default run has 20 million
+GPT2_TOKENS, GPT2_HELDOUT = 20_480, 8192  # a default run learns from 20 million
 GB = 1024**3
 SMALL = {
     "vocab_size": 32000,
@@ -191,17 +191,30 @@ def train_beside(folder: Path) -> dict[str, Any]:
     model_plan = plan_model(read_architecture(folder), "fp32", here)
     shape, config = shape_of(read_architecture(folder), model_plan), TrainingConfig()
     plans = [
-        plan_run(RunShape(shape, planned_sites(c, [(8, "resid_pre")], shape.d_model)), here)
-        for c in (TrainingConfig(tokens=GPT2_TOKENS), config)
+        plan_run(
+            RunShape(
+                shape,
+                planned_sites(of, [(8, "resid_pre")], shape.d_model),
+                heldout_tokens=GPT2_HELDOUT,
+            ),
+            here,
+        )
+        for of in (TrainingConfig(tokens=GPT2_TOKENS), config)
     ]
     decoder, store = load_model(folder, "fp32"), _tokens(folder)
     loaded = peak()
     forget_peak()
     source = LiveActivations(decoder, store, (HookPoint("resid_pre", 8),), config.context)
-    run = train(source, TrainingConfig(tokens=GPT2_TOKENS), heldout_tokens=len(store.heldout))
+    run = train(source, TrainingConfig(tokens=GPT2_TOKENS), heldout_tokens=GPT2_HELDOUT)
     for site, result in run.sites.items():
         loss_recovered(
-            decoder, store.heldout, site, result.dictionary, source.medians, context=config.context
+            decoder,
+            store.heldout,
+            site,
+            result.dictionary,
+            source.medians,
+            context=config.context,
+            max_tokens=2048,
         )
         latents = result.dictionary.d_sae
     return {
