@@ -321,6 +321,24 @@ def test_a_measurement_ends_where_a_training_starts(
     assert card.check.estimate.pace.basis == "earlier run"
 
 
+def test_start_stays_free_while_a_measurement_waits_for_the_engine(
+    qtbot: Any, services: Services, trained_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_engine()
+    page = open_page(qtbot, services)
+    card = page.configuration
+    fill(page, k="8", context="64", batch_size="128", expansion="4", tokens="1,000")
+    monkeypatch.setattr(presenter_module, "engine_imported", lambda: False)
+    click(qtbot, card.measure)
+    assert page.presenter.measuring and card.start.isEnabled()
+    assert card._method.text() == "Measuring the speed…"
+    click(qtbot, card.start)  # the training goes first, and nothing is measured after it
+    assert not page.presenter.measuring
+    qtbot.waitUntil(lambda: services.jobs.running() != [], timeout=LONG)
+    qtbot.waitUntil(lambda: services.jobs.running() == [], timeout=LONG)
+    assert trained_library.jobs.all("kind = 'measure'") == []
+
+
 def test_nothing_is_measured_beside_other_work(qtbot: Any, services: Services) -> None:
     from .small_jobs import Count
 

@@ -24,7 +24,7 @@ from mistudio.engine.training.config import Plan, derive, parse
 from mistudio.engine.training.cost import DeviceSpeed, probe_device
 from mistudio.engine.training.footprint import Machine
 from mistudio.engine.training.planning import Measured
-from mistudio.errors import Busy, InvalidInput, UserError
+from mistudio.errors import InvalidInput, UserError
 from mistudio.jobs.job import take_up
 from mistudio.jobs.speed import KIND as MEASURE
 from mistudio.jobs.speed import Measure, earlier, forget_old, key_of, speed_key
@@ -100,6 +100,7 @@ class TrainingPresenter(QObject):
         self._asking, self._asked = False, 0.0
         self._paces: dict[str, Pace | None] = {}
         self._measuring: tuple[int, dict[str, Any]] | None = None  # the job, and what it is for
+        self._to_measure: tuple[Measure, dict[str, Any]] | None = None  # once the engine is there
         self._measuring_failed = ""
         self._probing = False
         services.jobs.job_finished.connect(self._on_job_finished)
@@ -183,7 +184,7 @@ class TrainingPresenter(QObject):
 
     @property
     def measuring(self) -> bool:
-        return self._measuring is not None
+        return self._measuring is not None or self._to_measure is not None
 
     @property
     def measuring_failed(self) -> str:
@@ -223,16 +224,29 @@ class TrainingPresenter(QObject):
         model_id, dataset_id, points = form.model.id, form.dataset.id, form.points
         config, key = found.config, speed_key(model_id, points, found.plan)
         self.stop_measuring()
+        self._to_measure = (Measure(model_id, dataset_id, points, config), key)
+        self.measuring_changed.emit()
+        if engine_imported():
+            self._on_ready_to_measure()
+        else:  # Start stays free meanwhile
+            self._services.background.run(
+                import_engine, self._on_ready_to_measure, self._on_engine_failed
+            )
 
-        def submit() -> int:
-            if not self.device_is_free:  # a training was started while the engine was imported
-                raise Busy("The device is in use", "The speed is not measured beside other work.")
-            job_id = self._services.jobs.submit(Measure(model_id, dataset_id, points, config))
-            self._measuring, self._measuring_failed = (job_id, key), ""
+    def _on_ready_to_measure(self, _: object = None) -> None:
+        """Unless something else was wanted while the engine was imported."""
+        wanted, self._to_measure = self._to_measure, None
+        if wanted is None or not self.device_is_free:
             self.measuring_changed.emit()
-            return 0
-
-        self._submit(submit)
+            return
+        try:
+            self._measuring, self._measuring_failed = (
+                (self._services.jobs.submit(wanted[0]), wanted[1]),
+                "",
+            )
+        except UserError as exc:
+            self._measuring_failed = exc.what
+        self.measuring_changed.emit()
 
     def look_at_speed(self) -> None:
         """Learn in the background what the device does in a second, once per process, so that a
@@ -255,16 +269,17 @@ class TrainingPresenter(QObject):
 
     def stop_measuring(self, unless: Form | None = None) -> None:
         """Stop what is measured, unless it is for just this form."""
-        if self._measuring is None:
+        if not self.measuring:
             return
-        job_id, key = self._measuring
+        key = (self._measuring or self._to_measure or (0, None))[1]
         plan = self.check(unless).plan if unless is not None and unless.model else None
         if plan and unless and unless.model:
             same = speed_key(unless.model.id, unless.points, plan) == key
             if same:
                 return
-        self._measuring = None
-        self._services.jobs.cancel(job_id)
+        stopped, self._measuring, self._to_measure = self._measuring, None, None
+        if stopped is not None:
+            self._services.jobs.cancel(stopped[0])
         self.measuring_changed.emit()
 
     def _on_job_finished(self, job_id: int, status: str) -> None:
@@ -540,8 +555,7 @@ class TrainingPresenter(QObject):
 
     def _run(self, submit: Callable[[], int]) -> None:
         try:
-            if job_id := submit():
-                self.submitted.emit(job_id)
+            self.submitted.emit(submit())
         except UserError as exc:
             self._services.toasts.error(exc)
 
@@ -552,6 +566,7 @@ class TrainingPresenter(QObject):
 
     def _on_engine_failed(self, error: Exception) -> None:
         self._waiting.clear()
+        self.stop_measuring()
         self.starting_changed.emit(False)
         self._services.toasts.error(
             "The engine cannot be loaded",
