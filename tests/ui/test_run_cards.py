@@ -304,6 +304,7 @@ def test_the_log_reads_like_one_and_can_be_copied(qtbot: Any, services: Services
     charts._on_copy_clicked()
     assert QApplication.clipboard().text() == charts.log.toPlainText()
     charts.append([a_row(POINTS[0], step) for step in range(1000)])
+    qtbot.waitUntil(lambda: "Step 1,000" in charts.log.toPlainText(), timeout=LONG)
     assert charts.log.blockCount() <= 400, "the widget is bounded; the file keeps everything"
     card.pause.click()
     qtbot.waitUntil(lambda: card.job.status == "paused", timeout=LONG)
