@@ -750,7 +750,8 @@ def test_a_training_from_start_to_its_card(
     # the whole history, in one curve for each site, in the very same charts
     qtbot.waitUntil(lambda: card.charts.n_rows == len(trained.jobs.metrics(job_id)), timeout=LONG)
     assert card.charts is first_charts
-    qtbot.waitUntil(lambda: not card.charts._waiting and len(card.charts.charts) == len(CHARTS),
+    qtbot.waitUntil(lambda: len(card.charts.charts) == len(CHARTS)
+                    and not card.charts._waiting and not card.charts._rows,
                     timeout=LONG)  # fmt: skip
     shown = card.charts.n_rows
     metrics = trained.jobs.metrics(job_id)[:shown]
