@@ -28,6 +28,14 @@ from .checks import cut_off, nameless, too_small
 from .screens import shot
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries_imported() -> None:
+    """On a busy computer that takes longer than a window is waited for."""
+    from mistudio.engine.models.architecture import read_architecture
+
+    read_architecture(own_models.TOKENIZER)
+
+
 @pytest.fixture(autouse=True)
 def nothing_imported() -> Iterator[None]:
     yield
@@ -65,7 +73,7 @@ def click(qtbot: Any, button: Any) -> None:
 def opened(qtbot: Any, page: ModelsPage, source: object) -> ConsentDialog:
     page.form.source.setText(str(source))
     click(qtbot, page.form.add_button)
-    qtbot.waitUntil(lambda: page.form.findChild(ConsentDialog) is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: page.form.findChild(ConsentDialog) is not None, timeout=60_000)
     dialog = page.form.findChild(ConsentDialog)
     assert dialog is not None
     qtbot.waitUntil(dialog.isVisible)
