@@ -79,7 +79,7 @@ def test_save_load_and_delete_on_a_running_training(
     job_id = jobs.submit(training())
     card = card_of(page, job_id)
     section = card.checkpoints
-    assert section.empty.text() == "No checkpoints saved yet" and not section.save.isEnabled()
+    assert section.empty.text() == "No checkpoints saved yet"
     section.set_expanded(True)
     qtbot.waitUntil(lambda: len(listed(card)) >= 2, timeout=LONG)
     assert section.button.text() == f"Checkpoints ({len(listed(card))})"
@@ -227,6 +227,7 @@ def test_waiting_trainings_say_after_what_they_start(
     ids = [jobs.submit(training(seed=n)) for n in range(3)]
     first, second, third = (card_of(page, job_id) for job_id in ids)
     assert not first.queue.isVisible()
+    assert not second.checkpoints.isVisible() and not second.checkpoints.save.isEnabled()
     title = library.jobs.get(ids[0]).title
     assert second.queue.text.text() == f"1st in the queue, starts after “{title}”"
     assert third.queue.text.text().startswith("2nd in the queue, starts after ")
