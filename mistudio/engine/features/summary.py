@@ -175,15 +175,18 @@ def _of_activations(collector: Collector) -> Arrays:
 
 def _of_dictionary(collector: Collector, examined: Examined) -> Arrays:
     dictionary = examined.dictionary
-    encoder, decoder = dictionary.encoder.float().cpu(), dictionary.decoder.float().cpu()
-    length = decoder.norm(dim=1)
+    length = np.empty(dictionary.d_sae)
     cosine = np.full(dictionary.d_sae, np.nan)
-    if encoder.shape == decoder.shape:
-        product = (encoder * decoder).sum(1) / (encoder.norm(dim=1) * length)
-        cosine = product.numpy()
+    for start in range(0, dictionary.d_sae, BLOCK):
+        encoder = dictionary.encoder[start : start + BLOCK].double().cpu()
+        decoder = dictionary.decoder[start : start + BLOCK].double().cpu()
+        length[start : start + BLOCK] = decoder.norm(dim=1).numpy()
+        if encoder.shape == decoder.shape:
+            norms = encoder.norm(dim=1) * decoder.norm(dim=1)
+            cosine[start : start + BLOCK] = ((encoder * decoder).sum(1) / norms).numpy()
     highest = collector.totals.arrays["max"]
     return {
-        "relative_norm": highest * length.numpy() / examined.median,
+        "relative_norm": highest * length / examined.median,
         "encoder_cosine": cosine,
     }
 
