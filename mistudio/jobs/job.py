@@ -212,7 +212,10 @@ def run_job(
         library.jobs.move(job_id, ACTIVE, "interrupted" if kept else "cancelled")
     except Cancelled:
         library.jobs.move(job_id, ACTIVE, "cancelled")
-    except Exception as exc:
+    except BaseException as exc:
+        # A panic of a Rust library (tokenizers) is no Exception: it would end the lane's thread.
+        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+            raise
         library.jobs.move(job_id, ACTIVE, "failed", error=error_row(exc))
     finally:
         if context.metrics:

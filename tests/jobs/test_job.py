@@ -109,6 +109,21 @@ def test_a_bug_is_kept_with_its_traceback(empty: Library) -> None:
     assert "bug" in row.error["next_step"]
 
 
+def test_a_panic_of_a_library_is_kept_as_a_bug_is(empty: Library) -> None:
+    """The tokenizers library panics on some broken files; what it raises then is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def do(context: JobContext) -> None:
+        raise PanicException("index out of bounds")
+
+    row = run(empty, do)
+    assert row.status == "failed"
+    assert row.error["what"] == "PanicException: index out of bounds"
+    assert list((empty.root / "work").iterdir()) == []
+
+
 def test_a_result_that_cannot_be_kept_is_a_failure_and_not_a_crash(empty: Library) -> None:
     row = run(empty, lambda context: {"object": object()})
     assert row.status == "failed"
