@@ -280,17 +280,37 @@ class _Text:
         width = min(WIDTH, self._context - 1)
         first = np.clip(position - BEFORE, 1, self._context - width)
         ids = np.stack([self._ids[self._place, first + w] for w in range(width)])
-        document = self._documents(window, position)
-        ends = [self._documents(window, first + w) for w in (0, width - 1)]
-        mixed = (ends[0] != document) | (ends[1] != document)
+        document, begun = self._origins(window, position)
+        lowest = np.maximum(position - begun - first, 0)
+        highest = self._last_of_document(window, first, position - first, width, document)
         for w in range(width):
-            other = self._documents(window[mixed], first[mixed] + w) != document[mixed]
-            ids[w, mixed] = np.where(other, NOTHING, ids[w, mixed])
+            ids[w][(w < lowest) | (w > highest)] = NOTHING
         return ids, first, document
 
-    def _documents(self, window: np.ndarray, position: np.ndarray) -> np.ndarray:
-        found = self._tokens.origins(window.ravel(), position.ravel(), self._context)[0]
-        return found.reshape(window.shape)
+    def _last_of_document(
+        self,
+        window: np.ndarray,
+        first: np.ndarray,
+        peak: np.ndarray,
+        width: int,
+        document: np.ndarray,
+    ) -> np.ndarray:
+        """The last of `width` tokens, counted from `first`, in the document of the one at `peak`:
+        documents follow each other, so by bisection."""
+        highest = np.full(window.shape, width - 1)
+        over = self._origins(window, first + width - 1)[0] != document
+        window, first, document = window[over], first[over], document[over]
+        inside, outside = peak[over], highest[over]
+        while (outside - inside > 1).any():
+            middle = (inside + outside) // 2
+            own = self._origins(window, first + middle)[0] == document
+            inside, outside = np.where(own, middle, inside), np.where(own, outside, middle)
+        highest[over] = inside
+        return highest
+
+    def _origins(self, window: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        document, place = self._tokens.origins(window.ravel(), position.ravel(), self._context)
+        return document.reshape(window.shape), place.reshape(window.shape)
 
 
 def _score_block(vocabulary: Vocabulary, block: Contexts, seed: int) -> tuple[Scores, np.ndarray]:
@@ -385,9 +405,13 @@ def _interval(
     generator = np.random.default_rng(seed)
     total = np.zeros((DRAWS, len(hit)), np.float32)
     for right, among in ((hit, active), (~hit, inactive)):
-        n = np.maximum(among.sum(1), 1)
-        p = ((right & among).sum(1) + 0.5) / (n + 1)
-        total += generator.binomial(n, p, size=total.shape) / n / 2
+        # Many features have the same counts: their draws are made once.
+        n, k = np.maximum(among.sum(1), 1), (right & among).sum(1)
+        pairs, which = np.unique(np.stack([n, k]), axis=1, return_inverse=True)
+        drawn = generator.binomial(
+            pairs[0], (pairs[1] + 0.5) / (pairs[0] + 1), size=(DRAWS, pairs.shape[1])
+        )
+        total += (drawn / pairs[0] / 2).astype(np.float32)[:, which.reshape(-1)]
     low, high = np.percentile(total, [2.5, 97.5], axis=0)
     return low.astype(np.float64), high.astype(np.float64)
 
