@@ -125,6 +125,8 @@ def loss_recovered(
             sums[name].append(places.by_window(places.losses(logits)))
             if name != "mean":
                 sums[f"kl_{name}"].append(places.by_window(places.divergences(clean, logits)))
+            del logits  # before the next ones are made: two sets are the most that is held
+        del clean
         done += len(ids)
         progress.report(done, len(chosen))
     return _summary(sums, predictions, mean_tokens)
