@@ -389,7 +389,7 @@ def test_a_store_that_cannot_be_read_is_said(
     qtbot: Any, trained: Services, trained_library: Library
 ) -> None:
     run = trained_library.feature_runs.all()[0]
-    (trained_library.path(run.folder) / "meta.json").unlink()
+    (trained_library.path(run.folder) / "run.json").unlink()
     page = open_page(qtbot, trained, wait=False)
     qtbot.waitUntil(lambda: page.stack.currentWidget() is page._before, timeout=LONG)
     assert page._failure.count() == 1
