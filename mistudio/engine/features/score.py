@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +117,32 @@ class Scores:
     def interpretable(self) -> np.ndarray:
         """Bool [n]: the lower bound of the accuracy is 0.70 at least."""
         return self.low >= INTERPRETABLE
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For `store.add_arrays`; `Scores.read` gives them back."""
+        found = {
+            f"score_{part.name}": np.asarray(getattr(self, part.name))
+            for part in fields(Scores)
+            if part.name != "rules"
+        }
+        rules = {f"rule_{part.name}": getattr(self.rules, part.name) for part in fields(Rules)}
+        return found | rules
+
+    @classmethod
+    def read(cls, store: FeatureStore) -> Scores | None:
+        """The scores of all features that were added to a discovery; None where there are none."""
+        names = [f"score_{part.name}" for part in fields(Scores) if part.name != "rules"]
+        names += [f"rule_{part.name}" for part in fields(Rules)]
+        if not all((store.folder / f"{name}.npy").exists() for name in names):
+            return None
+        rules = Rules(*(np.array(store.array(f"rule_{part.name}")) for part in fields(Rules)))
+        found: dict[str, Any] = {
+            part.name: np.array(store.array(f"score_{part.name}"))
+            for part in fields(Scores)
+            if part.name != "rules"
+        }
+        found |= {"null": float(found["null"]), "nulls": int(found["nulls"])}
+        return cls(rules=rules, **found)
 
     def of(self, i: int) -> Score | None:
         if np.isnan(self.accuracy[i]):

@@ -20,12 +20,13 @@ from mistudio.engine.features.score import (
     HARD,
     RANDOM,
     STRONGEST,
+    Scores,
     score_contexts,
     score_store,
     stored_contexts,
     tried,
 )
-from mistudio.engine.features.store import FeatureStore
+from mistudio.engine.features.store import FeatureStore, add_arrays
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.progress import SILENT
 from mistudio.engine.sae.activation import JumpReLU
@@ -316,6 +317,21 @@ def test_a_planted_sae_is_discovered_scored_and_described_correctly(planted_run,
     some = score_store(store, tokens.train, vocabulary, [PAIR, NEVER])
     assert some.description(0, vocabulary) == found.description(PAIR, vocabulary)
     assert len(some) == 2
+
+
+def test_scores_are_kept_with_the_discovery(planted_run, tokens):
+    store, _, vocabulary, _ = planted_run
+    found = score_store(store, tokens.train, vocabulary)
+    assert Scores.read(FeatureStore(store.folder)) is None
+    add_arrays(store.folder, found.arrays())
+    again = Scores.read(FeatureStore(store.folder))
+    assert (again.null, again.nulls) == (found.null, found.nulls)
+    for i in range(len(found)):
+        assert again.description(i, vocabulary) == found.description(i, vocabulary)
+        if found.of(i) is None:
+            assert again.of(i) is None
+        else:
+            assert str(again.of(i)) == str(found.of(i))
 
 
 def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens):
