@@ -393,7 +393,7 @@ def test_a_store_that_cannot_be_read_is_said(
     page = open_page(qtbot, trained, wait=False)
     qtbot.waitUntil(lambda: page.stack.currentWidget() is page._before, timeout=LONG)
     assert page._failure.count() == 1
-    assert "File not found" in page._failure.itemAt(0).widget().accessibleName()
+    assert "features are damaged" in page._failure.itemAt(0).widget().accessibleName()
 
 
 # --- one feature ----------------------------------------------------------------------------------
