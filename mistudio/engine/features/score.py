@@ -258,6 +258,8 @@ def stored_contexts(store: FeatureStore, tokens: TokenSplit, features: np.ndarra
     text = _Text(tokens, window, context)
     draw = kind == RANDOM
     position[draw] = text.any_place(window, features)[draw]
+    again = kind == HARD
+    position[again] = text.same_token(window, position, features, again)
     ids, first, document = text.around(window, position)
     ids[:, kind == EMPTY] = NOTHING
     peak = (position - first).astype(np.int16)
@@ -298,6 +300,18 @@ class _Text:
         lot = priority(0, features[:, None], window)
         number = np.maximum(self._counts.sum(1), 1).astype(np.uint64)[self._place]
         return order[self._place, (lot % number).astype(np.int64)].astype(np.int64)
+
+    def same_token(
+        self, window: np.ndarray, position: np.ndarray, features: np.ndarray, chosen: np.ndarray
+    ) -> np.ndarray:
+        """int64 [chosen]: a place in the window with the token that stands at `position`, any of
+        them. A store names the first; were that kept, where contexts lie would tell the hard
+        ones from all others."""
+        text = self._ids[self._place[chosen]]
+        there = text == text[np.arange(len(text)), position[chosen]][:, None]
+        lot = priority(0, features[:, None], window, 1)[chosen]
+        number = (lot % np.maximum(there.sum(1), 1).astype(np.uint64)).astype(np.int64)
+        return (there.cumsum(1) > number[:, None]).argmax(1)
 
     def around(
         self, window: np.ndarray, position: np.ndarray

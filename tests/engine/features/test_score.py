@@ -341,6 +341,7 @@ def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens)
     entries = np.concatenate([store.deciles.reshape(6, -1), store.top], axis=1)
     n_active = entries.shape[1]
     sides = tried(block.document)
+    earlier: list[list[bool]] = [[] for _ in range(6)]
     for f in range(6):
         active = (block.kind[f] == ACTIVE) | (block.kind[f] == STRONGEST)
         fired = (x[..., f] > 0).any(1)
@@ -364,6 +365,7 @@ def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens)
                 assert not fired[window]
             if block.kind[f, j] == HARD:
                 assert ids[position] in liked
+                earlier[f].append(ids[position] in ids[1:position])
             assert block.document[f, j] == split.document_at(window, int(position), CONTEXT)
             for w, token in enumerate(block.ids[:, f, j]):
                 place = int(first) + w
@@ -376,4 +378,6 @@ def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens)
         if f in (TOKEN, TOPIC, NOISE):
             assert min(map(len, halves)) > 5
     assert (block.ids[:, block.kind == EMPTY] == NOTHING).all()
+    # Not always the first place of the token in its window.
+    assert 0 < sum(earlier[PAIR]) < len(earlier[PAIR])
     assert ((block.kind == HARD).sum(1)[[TOKEN, PAIR]] > 0).tolist() == [False, True]
