@@ -5,17 +5,17 @@ machine disturbs them alike; processor time is printed beside the clock. MISTUDI
 a model folder; without it only the tests' tiny model is measured, whose passes are so short that
 they say little. The dictionary is random, TopK with 32 of 24,576 latents, in the middle layer.
 
-    python tests/benchmarks/bench_discovery.py            the table
-    python tests/benchmarks/bench_discovery.py --memory   65,536 features x 1,000,000 tokens: peak
-                                                          memory against the plan (a minute or two)
+The peak memory of 65,536 features over 1,000,000 invented tokens is measured in a process of its
+own (`--memory`: a minute or two) and printed beside the plan.
 
-BENCH_TOKENS is how many tokens the first takes of each model, BENCH_MEMORY_TOKENS the second.
+BENCH_TOKENS is how many tokens are taken of each model, BENCH_MEMORY_TOKENS how many invented.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -196,8 +196,8 @@ def memory() -> None:
     finished(collector, Examined(sae, 1.0, _Text(), np.arange(49_152)))  # type: ignore[arg-type]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"{latents:,} features x {collector.totals.tokens:,} tokens, {active} active a token, width "
-        f"{d}: {(streamed - before) / MB:,.0f} MB while it streams, {(peak - before) / MB:,.0f} MB "
+        f"{latents:,} features x {collector.totals.tokens:,} tokens, {active} active a token, "
+        f"width {d}: {(streamed - before) / MB:,.0f} MB while it streams, {(peak - before) / MB:,.0f} MB "
         f"at most (the dictionary included; planned {planned.memory_bytes / MB:,.0f} MB), the "
         f"whole process {peak / MB:,.0f} MB; {time.perf_counter() - began:.0f} s"
     )
@@ -213,6 +213,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in (TINY, *([Path(sample)] if sample else [])):
             timed(model, Path(folder))
+    subprocess.run([sys.executable, __file__, "--memory"], check=True)
 
 
 if __name__ == "__main__":
