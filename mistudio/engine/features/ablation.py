@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mistudio.engine.activations.positions import counted
+from mistudio.engine.features.store import FeatureStore
 from mistudio.engine.models.hooks import Edit, HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.dictionary import Dictionary
@@ -154,6 +155,20 @@ def ablate(
                 meter.add_control(number, start, places, clean, logits)
         progress.report(start + len(rows), len(ids), phase="ablation")
     return meter.result(feature, mode, passes.resumed_at, top, seed)
+
+
+def example_windows(store: FeatureStore, feature: int, limit: int = 64) -> np.ndarray:
+    """int64 [n], n <= limit: the windows of text to ablate a feature on, ascending; half of them
+    where it is strongest, the rest (and what either side leaves) from all tenths of its
+    activations alike. Windows are `store.meta.context` tokens of the store's split."""
+    top = np.array(store.top[feature])
+    tenths = np.array(store.deciles[feature]).T.ravel()  # one of each tenth, then the next
+    strongest = list(dict.fromkeys(top["window"][top["value"] > 0].tolist()))
+    sampled = list(dict.fromkeys(tenths["window"][tenths["value"] > 0].tolist()))
+    first, half = strongest[: limit // 2], limit - limit // 2
+    chosen = dict.fromkeys(first + [w for w in sampled if w not in set(first)][:half])
+    chosen |= dict.fromkeys(strongest + sampled)
+    return np.sort(np.array(list(chosen)[:limit], np.int64))
 
 
 def random_direction(like: Tensor, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mistudio.engine.features import score as module
+from mistudio.engine.features.ablation import example_windows
 from mistudio.engine.features.accumulators import Rows
 from mistudio.engine.features.discovery import Subject, discover
 from mistudio.engine.features.passing import SiteRows
@@ -135,7 +136,7 @@ def test_the_strongest_examples_are_fitted_on_and_never_tried(scores, vocabulary
 
 def test_shuffled_labels_score_nothing(vocabulary, text):
     """Active and inactive drawn by lot: chance, for the mean and for nearly each interval."""
-    words = planted.PLAIN + planted.TOPIC + planted.YEARS
+    words = planted.PLAIN[:45]
     block = planted.contexts([planted.among(word) for word in words], text, per_kind=30)
     generator = np.random.default_rng(5)
     kind, document = block.kind.copy(), block.document
@@ -149,7 +150,7 @@ def test_shuffled_labels_score_nothing(vocabulary, text):
     honest = score_contexts(vocabulary, [block])
     chance = score_contexts(vocabulary, [shuffled])
     known = ~np.isnan(chance.accuracy)
-    assert known.sum() > 50
+    assert known.sum() > 40
     accuracy = chance.accuracy[known]
     error = accuracy.std() / len(accuracy) ** 0.5
     assert abs(accuracy.mean() - 0.5) < 3 * error + 0.005
@@ -221,6 +222,7 @@ def test_the_interval_holds_the_truth_nearly_always():
 
 POINT, CONTEXT = HookPoint("resid_post", 2), 64
 TOKEN, PAIR, TOPIC, NOISE, NEVER, RARE = range(6)
+MEANT, LATENTS = 6, 66  # the rest fires at random, too
 
 
 class PlantedPassage:
@@ -280,11 +282,12 @@ def planted_run(tiny, tokens, tiny_tokenizer, tmp_path_factory):
     fires[..., TOPIC] = near & (generator.random(ids.shape) < 0.6) & (ids != word)
     fires[..., NOISE] = generator.random(ids.shape) < 0.01
     fires[np.arange(10) * 7, 30, RARE] = True
+    fires[..., MEANT:LATENTS] = generator.random((*ids.shape, LATENTS - MEANT)) < 0.01
     counts = ~np.isin(ids, split.meta.special_ids)
     counts[:, 0] = False
     x = fires * counts[..., None] * generator.lognormal(0, 1, (*ids.shape, 1))
-    w = torch.eye(128)[:6]
-    sae = Dictionary(w, torch.zeros(6), w, torch.zeros(128), JumpReLU(torch.zeros(6)))
+    w, zeros = torch.eye(128)[:LATENTS], torch.zeros(LATENTS)
+    sae = Dictionary(w, zeros, w, torch.zeros(128), JumpReLU(zeros))
     folder = tmp_path_factory.mktemp("planted") / "store"
     discover(
         PlantedPassage(split, x),
@@ -292,12 +295,12 @@ def planted_run(tiny, tokens, tiny_tokenizer, tmp_path_factory):
         model=tiny,
         tokenizer=tiny_tokenizer,
     )
-    return FeatureStore(folder), x[..., :6], vocabulary, (token, pair, word)
+    return FeatureStore(folder), x[..., :MEANT], vocabulary, (token, pair, word)
 
 
 def test_a_planted_sae_is_discovered_scored_and_described_correctly(planted_run, tokens):
     store, _, vocabulary, (token, pair, word) = planted_run
-    found = score_store(store, tokens.train, vocabulary)
+    found = score_store(store, tokens.train, vocabulary, range(MEANT))
     texts = vocabulary.texts
     spelt = [texts[i].strip().lower() for i in (pair // 1024, pair % 1024)]
     assert found.description(TOKEN, vocabulary) == f'The token "{texts[token]}"'
@@ -319,6 +322,38 @@ def test_a_planted_sae_is_discovered_scored_and_described_correctly(planted_run,
     assert len(some) == 2
 
 
+def test_latents_that_fire_at_random_score_nothing(planted_run, tokens):
+    """Nothing about how contexts are chosen and cut tells active from inactive ones."""
+    store, _, vocabulary, _ = planted_run
+    found = score_store(store, tokens.train, vocabulary, range(MEANT, LATENTS))
+    known = ~np.isnan(found.accuracy)
+    assert known.all()
+    raw = found.accuracy + max(found.null - 0.5, 0.0)
+    assert abs(raw.mean() - 0.5) < 3 * raw.std() / len(raw) ** 0.5
+    assert abs(found.null - 0.5) < 0.02
+    assert ((found.low <= 0.5) & (found.high >= 0.5)).mean() >= 0.9
+    assert not found.interpretable.any()
+
+
+def test_windows_to_ablate_on_hold_the_strongest_and_all_tenths(planted_run):
+    store, x, _, _ = planted_run
+    strongest = np.argsort(-x.max(1), axis=0, kind="stable")
+    for feature in (TOKEN, PAIR, NOISE, RARE, NEVER):
+        fired = (x[..., feature] > 0).any(1)
+        sampled = store.deciles[feature]
+        everything = set(store.top[feature]["window"][store.top[feature]["value"] > 0].tolist())
+        everything |= set(sampled["window"][sampled["value"] > 0].tolist())
+        for limit in (6, 20, 500):
+            found = example_windows(store, feature, limit).tolist()
+            assert found == sorted(set(found))
+            assert len(found) == min(limit, len(everything))
+            assert fired[found].all()
+            half = min(limit // 2, int(fired.sum()), len(store.top[feature]))
+            assert set(strongest[:half, feature].tolist()) <= set(found)
+    some = set(example_windows(store, TOKEN, 40).tolist())
+    assert all(some & set(tenth["window"].tolist()) for tenth in store.deciles[TOKEN])
+
+
 def test_scores_are_kept_with_the_discovery(planted_run, tokens):
     store, _, vocabulary, _ = planted_run
     found = score_store(store, tokens.train, vocabulary)
@@ -338,7 +373,7 @@ def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens)
     store, x, _, _ = planted_run
     split = tokens.train
     block = stored_contexts(store, split, np.arange(6))
-    entries = np.concatenate([store.deciles.reshape(6, -1), store.top], axis=1)
+    entries = np.concatenate([store.deciles.reshape(LATENTS, -1), store.top], axis=1)
     n_active = entries.shape[1]
     sides = tried(block.document)
     earlier: list[list[bool]] = [[] for _ in range(6)]
