@@ -75,6 +75,17 @@ def ahead(following: str) -> Fires:
     return fires
 
 
+def crowded(least: int, *texts: str) -> Fires:
+    """On these words, where so many of them stand in one stretch of text."""
+
+    def fires(text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        found = among(*texts)(text, generator)
+        parts = found.reshape(len(text), -1, WIDTH)
+        return (parts & (parts.sum(2, keepdims=True) >= least)).reshape(text.shape)
+
+    return fires
+
+
 def about_topic(text: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Anywhere in documents of the topic, on whatever token."""
     on = np.arange(len(text)) % 4 == 0

@@ -26,6 +26,7 @@ CAUSES = {
     'what comes before "of"': planted.ahead(" of"),
     "years": planted.among(*planted.YEARS),
     "numbers": planted.among(*planted.NUMBERS),
+    "numbers, 2 or more in a context": planted.crowded(2, *planted.NUMBERS),
     "Cyrillic letters": planted.among(*planted.RUSSIAN),
     "the first token of a line": planted.behind("\n"),
     "tokens at position 4 to 7 of a context": planted.at_start,
