@@ -359,7 +359,10 @@ class _Discovery:
             vocabulary=self._tokens.meta.vocab_size,
             options=self.options,
         )
-        return needed.memory_bytes, needed.disk + 2 * needed.memory["gathered"]
+        states = (
+            2 * needed.memory["gathered"] if self._keep else 0
+        )  # the old until the new is whole
+        return needed.memory_bytes, needed.disk + states
 
 
 def open_features(library: Library, run: FeatureRun) -> tuple[FeatureStore, TokenSplit]:

@@ -197,9 +197,10 @@ def memory() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         f"{latents:,} features x {collector.totals.tokens:,} tokens, {active} active a token, "
-        f"width {d}: {(streamed - before) / MB:,.0f} MB while it streams, {(peak - before) / MB:,.0f} MB "
-        f"at most (the dictionary included; planned {planned.memory_bytes / MB:,.0f} MB), the "
-        f"whole process {peak / MB:,.0f} MB; {time.perf_counter() - began:.0f} s"
+        f"width {d}: {(streamed - before) / MB:,.0f} MB while it streams, "
+        f"{(peak - before) / MB:,.0f} MB at most (the dictionary included; planned "
+        f"{planned.memory_bytes / MB:,.0f} MB), the whole process {peak / MB:,.0f} MB; "
+        f"{time.perf_counter() - began:.0f} s"
     )
     for part, size in planned.memory.items():
         print(f"  planned for {part}: {size / MB:,.0f} MB")

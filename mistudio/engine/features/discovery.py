@@ -31,7 +31,7 @@ from mistudio.engine.features.accumulators import (
     priority,
 )
 from mistudio.engine.features.logit_lens import full_logit_lens, written_directions
-from mistudio.engine.features.passing import Passage, exclusions
+from mistudio.engine.features.passing import BATCH_WINDOWS, SLICE, Passage, exclusions
 from mistudio.engine.features.store import FeatureMeta, write_store
 from mistudio.engine.features.summary import Examined, finished, input_scores, same_tokens
 from mistudio.engine.models.hooks import HookedDecoder
@@ -89,12 +89,12 @@ def plan(
     windows: int,
     vocabulary: int,
     options: Options | None = None,
-    batch_tokens: int = 2048,
     active: float = 64,
 ) -> DiscoveryPlan:
     """Memory and disk for dictionaries of (d_sae, d_in, d_out); `active` is how many latents a
     token activates. Neither grows with the text: windows beyond `POOL` change nothing."""
     options = options or Options()
+    batch_tokens = max(SLICE, BATCH_WINDOWS * context)
     sizes = [
         Size(n, context, options.top_k, options.radius, min(windows, POOL), vocabulary)
         for n, _, _ in shapes

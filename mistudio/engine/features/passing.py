@@ -24,6 +24,7 @@ from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import InvalidInput
 
+BATCH_WINDOWS = 8  # of a forward pass
 SLICE = 2048  # rows of a chunk of stored activations, or a window more
 
 
@@ -107,7 +108,7 @@ class LivePassage:
         points: tuple[HookPoint, ...],
         windows: np.ndarray,
         context: int,
-        batch_windows: int = 8,
+        batch_windows: int = BATCH_WINDOWS,
         medians: Mapping[HookPoint, float] | None = None,
     ) -> None:
         """`medians` are measured where they are not given."""

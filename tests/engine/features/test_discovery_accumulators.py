@@ -240,6 +240,20 @@ def test_token_counts_are_exact_up_to_the_stated_error(stream):
     assert wrong and (held["error"] == 0).any(), "one of the two cases was not tested"
 
 
+def test_the_error_of_one_lot_is_the_highest_count_dropped(stream, monkeypatch):
+    monkeypatch.setattr(accumulators, "PENDING", 10**6)
+    dense, rows = stream
+    tokens = collected(stream, CUTS[2]).tokens
+    tokens.count()
+    distinct = 0
+    for feature in range(FEATURES):
+        want = np.sort(np.bincount(rows.tokens[dense[:, feature] > 0], minlength=VOCABULARY))[::-1]
+        assert np.array_equal(tokens.arrays["count"][feature], want[:16])
+        assert tokens.arrays["error"][feature] == want[16]
+        distinct += want[16] > want[17]
+    assert distinct
+
+
 def test_activity_is_kept_for_the_pool(stream):
     dense, rows = stream
     activity = collected(stream, CUTS[2]).activity
