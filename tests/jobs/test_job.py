@@ -26,10 +26,13 @@ from mistudio.jobs.kinds import (
     Discover,
     DiscoverRun,
     DownloadDataset,
+    DownloadSae,
     Export,
     Extract,
     ImportSae,
     IndexDataset,
+    Measure,
+    MeasureSae,
     Steer,
     Tokenize,
     Train,
@@ -463,6 +466,9 @@ EXAMPLES = (
     Export(9, "/tmp/x", "saelens"),
     Export(None, "/tmp/x", "sparsify", 4),
     ImportSae("/a/b", 2, "Name", "sparsify", 3, "mlp_out"),
+    DownloadSae("a/b", "main", ["x/cfg.json"], "x", 2, "Name", 3, "mlp_out"),
+    MeasureSae(5, 1, 4096),
+    Measure(1, 2, ["blocks.0.hook_mlp_out"], {"k": 8}),
     Demo(4),
 )
 

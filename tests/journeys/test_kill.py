@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from journeys import road
+from mistudio.engine.models.checks import TEXT_LIMIT
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
@@ -50,13 +52,12 @@ def _add_dataset(root: Path, folder: Path) -> tuple[object, ...]:
 
 
 def _add_model(root: Path, folder: Path) -> tuple[object, ...]:
-    """A file of zeros that takes no room here makes the copy take a while."""
+    """Files of zeros that take no room here make the copy take a while."""
     model = folder / "model"
-    model.mkdir()
-    for file in road.MODEL.iterdir():
-        (model / file.name).symlink_to(file)
-    with (model / "notes.txt").open("wb") as notes:
-        notes.truncate(300_000_000)
+    shutil.copytree(road.MODEL, model)
+    for number in range(300_000_000 // TEXT_LIMIT + 1):
+        with (model / f"notes{number}.txt").open("wb") as notes:
+            notes.truncate(TEXT_LIMIT)
     return "model", "add", model
 
 
@@ -102,7 +103,7 @@ def _steer(root: Path, folder: Path) -> tuple[object, ...]:
 WORK = "copied/work/job-*"
 MOMENTS = (
     Moment("add_dataset", "read", _add_dataset, half=f"{WORK}/dataset/documents.jsonl"),
-    Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes.txt"),
+    Moment("add_model", "import", _add_model, half=f"{WORK}/model/notes0.txt"),
     Moment(
         "tokenize", "tokenize", _tokenize, half="copied/checkpoints/job-*/step-tokens/train.ids"
     ),
