@@ -229,8 +229,10 @@ class ModelsPresenter(QObject):
         failed, seen = [], []
         for job in ended:
             bad = job.status in ("failed", "interrupted")
-            again = (job.kind, job.params) in seen
-            seen.append((job.kind, job.params))
+            # Rows of earlier versions lack the settings that came later, which say nothing there.
+            work = job.kind, {name: value for name, value in job.params.items() if value != {}}
+            again = work in seen
+            seen.append(work)
             told = job.params.get("plan_only")  # by the dialog that asked for it
             if bad and not again and not told and job.id not in self.dismissed:
                 failed.append(job)
