@@ -236,23 +236,26 @@ class _Discovery:
                 progress = self._progress
                 if len(groups) > 1:
                     progress = Within(progress, number, len(groups))
-                self._pass(number, group, progress)
+                self._pass(number, groups, progress)
         return {sae_id: self._finished(sae_id) for sae_id in self._saes}
 
     def _finished(self, sae_id: int) -> Path:
         return self._base / "finished" / str(sae_id)
 
-    def _pass(self, number: int, group: Sequence[int], progress: Progress) -> None:
+    def _pass(self, number: int, groups: list[list[int]], progress: Progress) -> None:
         from mistudio.engine.features.discovery import discover
         from mistudio.engine.models.loading import load_tokenizer
 
-        part = self._base / "part"
+        group, part = groups[number], self._base / "part"
         shutil.rmtree(part, ignore_errors=True)
         subjects = [self._subject(sae_id, part / str(sae_id)) for sae_id in group]
         record = self._library.models.get(self._saes[group[0]].model_id)
         state = self._base / f"pass-{number}"
+        passage = self._passage(subjects)
+        if self._keep:  # from here on there is something to go on from
+            self._remember(groups)
         discover(
-            self._passage(subjects),
+            passage,
             subjects,
             model=self._model,
             tokenizer=load_tokenizer(self._library.path(record.folder)),
@@ -314,13 +317,14 @@ class _Discovery:
             except (ValueError, TypeError):
                 pass  # written anew below, and what lies there is checked for what it is of
         shutil.rmtree(self._base / "finished", ignore_errors=True)
-        groups = self._by_memory()
-        if self._keep:
-            self._base.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(groups), encoding="utf-8")
-            os.replace(part, path)
-        return groups
+        return self._by_memory()
+
+    def _remember(self, groups: list[list[int]]) -> None:
+        self._base.mkdir(parents=True, exist_ok=True)
+        path = self._base / "groups.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(groups), encoding="utf-8")
+        os.replace(part, path)
 
     def _by_memory(self) -> list[list[int]]:
         import psutil

@@ -178,6 +178,16 @@ def test_only_the_first_documents_are_looked_at(library: Library, stored: bool) 
     assert top["window"].max() < windows < tokens.n_windows(store.meta.context)
 
 
+def test_what_fails_before_it_begins_leaves_nothing_to_go_on_from(library: Library) -> None:
+    (extraction,) = library.extractions.all()
+    (library.path(extraction.folder) / "meta.json").write_text("{}")
+    before = road.contents(library.root)
+    row = run(library, Discover(1))
+    assert row.status == "failed" and "traceback" not in row.error
+    assert not can_go_on(library, row)
+    assert road.contents(library.root) == before
+
+
 @pytest.mark.parametrize(("option", "value"), [("max_documents", 0), ("max_documents", -3)])
 def test_documents_out_of_range_are_refused(library: Library, option: str, value: int) -> None:
     row = run(library, Discover(1, **{option: value}))
