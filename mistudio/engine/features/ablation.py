@@ -165,9 +165,9 @@ def example_windows(store: FeatureStore, feature: int, limit: int = 64) -> np.nd
     tenths = np.array(store.deciles[feature]).T.ravel()  # one of each tenth, then the next
     strongest = list(dict.fromkeys(top["window"][top["value"] > 0].tolist()))
     sampled = list(dict.fromkeys(tenths["window"][tenths["value"] > 0].tolist()))
-    first, half = strongest[: limit // 2], limit - limit // 2
-    chosen = dict.fromkeys(first + [w for w in sampled if w not in set(first)][:half])
-    chosen |= dict.fromkeys(strongest + sampled)
+    first = set(strongest[: limit // 2])
+    rest = [window for window in sampled if window not in first][: limit - limit // 2]
+    chosen = dict.fromkeys(rest + strongest + sampled)
     return np.sort(np.array(list(chosen)[:limit], np.int64))
 
 

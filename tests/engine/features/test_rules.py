@@ -6,6 +6,7 @@ import numpy as np
 import planted_text as planted
 import pytest
 
+from mistudio.engine.features import rules as module
 from mistudio.engine.features.rules import (
     FAMILIES,
     NOTHING,
@@ -73,6 +74,27 @@ def test_a_topic_is_told_by_its_words(vocabulary, text):
     assert {f" {member}" for member in rule.members[:4]} <= set(planted.TOPIC)
     assert rule.text.startswith(f"contexts about {rule.members[0]}, ")
     assert rules.fit[0] > 0.9
+
+
+def test_words_of_a_topic_are_commoner_there_than_elsewhere(vocabulary, text):
+    """By counting: each candidate is in three active contexts at least, and in three times as
+    large a share of them as of those drawn at random."""
+    block = planted.contexts([planted.about_topic, planted.among(" burk")], text)
+    active = block.kind == ACTIVE
+    drawn = block.ids[:, block.kind == RANDOM]
+    counts = word_shares(vocabulary, block.ids, block.kind == RANDOM)
+    background = (counts[:-1] + 0.5) / (counts[-1] + 1)
+    codes = vocabulary.codes("topic", block.ids, block.first)
+    candidates = module._topic_words(codes, active, background)
+    assert set(candidates[0][candidates[0] > 0]) >= {
+        vocabulary.word[planted.ID[t]] for t in planted.TOPIC
+    }
+    for i in range(2):
+        for word in candidates[i][candidates[i] > 0]:
+            own = (vocabulary.word[block.ids[:, i][:, active[i]]] == word).any(0)
+            others = (vocabulary.word[drawn] == word).any(0)
+            assert own.sum() >= 3
+            assert own.mean() > 3 * (others.sum() + 0.5) / (len(others) + 1)
 
 
 def test_the_fit_is_the_balanced_accuracy_of_what_matches(fitted, vocabulary, block):
