@@ -652,6 +652,7 @@ class RunCard(Card):
         texts.addWidget(ElidedLabel(run.title, "card"))
         tokens_seen = training.record.get("tokens")
         about = [
+            training.name,  # two runs of one model and dataset are told apart by it
             encoder_of(training.config),
             f"{formatting.short_count(tokens_seen)} tokens" if tokens_seen else "",
             f"took {formatting.duration(training.seconds)}",
