@@ -1002,7 +1002,7 @@ def test_runs_of_every_configuration_have_their_names(
     card = open_page(qtbot, trained).run_cards()[0]
     texts = [label.text() for label in card.findChildren(QLabel)]
     assert f"Layer 2 • {place}" in texts
-    assert any(text.startswith(f"{encoder} • ") for text in texts)
+    assert any(f" • {encoder} • " in text for text in texts)
     (choice,) = FeaturesPresenter(trained).choices()
     assert choice.title.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
     assert choice.site == f"Layer 2 • {place}"

@@ -236,6 +236,7 @@ class CheckpointSection(Collapsible):
         if self._loading is not None and not self._checking and not jobs.going_back(self.job.id):
             step, self._loading = self._loading, None
             self._say(f"Back at step {step:,}. Resume goes on from here." if self._runs else "")
+            self._read_soon()  # the newer ones are gone, and the job's row may not have changed
 
     @property
     def _runs(self) -> bool:
