@@ -114,7 +114,9 @@ class StatusBar(QStatusBar):
             self.job_title.setText(record.title + more)
         snapshot = self._services.jobs.snapshot(job_id)
         fraction = snapshot.fraction if snapshot else 0.0
-        self.job_bar.setValue(round(fraction * 1000))
+        # In whole percents: a bar that moves at every tick is painted anew at every tick, which
+        # takes the processor from the work it shows.
+        self.job_bar.setValue(10 * round(fraction * 100))
         percent = formatting.percent(fraction if snapshot else None, 0)
         if percent != self.job_percent.text():
             self.job_percent.setText(percent)

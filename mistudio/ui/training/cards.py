@@ -54,7 +54,7 @@ STOP_HELP = (
     "Ends the training at the next step and keeps the SAE as it is then: it is calibrated, judged "
     "and saved. To throw it away, cancel the job in the job list (Ctrl+J)."
 )
-SHOW_SECONDS = 0.25  # between two changes of the numbers: nobody reads faster
+SHOW_SECONDS = 0.5  # between two changes of the numbers: nobody reads much faster
 ROWS_AT_ONCE = 500  # more are taken apart in the background
 
 PRICED = ("standard", "gated", "jumprelu")  # sparsity by a price

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BUILD_MS = 40  # between two charts that are built
 # Between two drawings while the training goes on. At 60 ms, drawing took 8 % of a core.
-TURN_MS = 250
+TURN_MS = 500
 
 CHARTS = (
     ("loss", "Loss", "What the training lowers: squared error of the batch over the variance of a "
