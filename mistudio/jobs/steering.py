@@ -237,8 +237,9 @@ class Recipe:
         from mistudio.engine.sae.site import Site
         from mistudio.engine.steering.interventions import SiteSteering
 
-        (part,) = self._parts.values() if len(self._parts) == 1 else (None,)
-        if part is None or part.point.site not in ("resid_post", "resid_pre") or not part.adds:
+        part = next(iter(self._parts.values()))
+        in_stream = part.point.site in ("resid_post", "resid_pre")
+        if len(self._parts) > 1 or not in_stream or not part.adds:
             raise InvalidInput(
                 "One vector at several layers must be added features of one SAE",
                 "Only directions in the residual stream mean the same after every block.",

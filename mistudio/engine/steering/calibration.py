@@ -17,7 +17,7 @@ import torch
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.generation import Sampling, generate
-from mistudio.engine.steering.interventions import Variant
+from mistudio.engine.steering.interventions import Scope, Steering, Variant
 from mistudio.engine.steering.metrics import distinct, divergences
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -184,7 +184,7 @@ class _Sums:
             kl=self.kl / self.tokens,
             perplexity_ratio=math.exp(min(difference, 700.0)),
             distinct_ratio=self.distinct / base.distinct,
-            own_share=self.own / self.tokens if base is not None else math.nan,
+            own_share=self.own / self.tokens,
         )
 
 
@@ -218,8 +218,6 @@ def output_scores(
 ) -> list[OutputScore]:
     """The score of each variant (a feature at `SCORE_STRENGTH` multiples of its largest
     activation, at the prompt's last token) for its tokens `own`: one forward pass for `batch`."""
-    from mistudio.engine.steering.interventions import Scope, Steering
-
     found: list[OutputScore] = []
     for start in range(0, len(variants), batch):
         progress.check()

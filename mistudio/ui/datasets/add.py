@@ -10,7 +10,6 @@ from PySide6.QtWidgets import QDialog, QGridLayout, QLineEdit, QWidget
 
 from mistudio import formatting
 from mistudio.ui.datasets.detail import problem_of
-from mistudio.ui.datasets.parts import scrolling
 from mistudio.ui.services import Services
 from mistudio.ui.widgets import (
     Button,
@@ -26,6 +25,7 @@ from mistudio.ui.widgets import (
     clear,
     column,
     row,
+    scrolling,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class AddFileDialog(QDialog):
         buttons = row(None, cancel, self.add_button)
         buttons.setContentsMargins(24, 8, 24, 24)
         layout = column(0)
-        layout.addWidget(scrolling(self._content), 1)
+        layout.addWidget(scrolling(self._content, sideways=True), 1)
         layout.addLayout(buttons)
         self.setLayout(layout)
         self.resize(_WIDTH, 420)

@@ -10,11 +10,18 @@ from mistudio import formatting
 from mistudio.library.records import Dataset
 from mistudio.ui.datasets.detail import DatasetPresenter
 from mistudio.ui.datasets.overview import OverviewView
-from mistudio.ui.datasets.parts import samples_text, scrolling
+from mistudio.ui.datasets.parts import samples_text
 from mistudio.ui.datasets.samples import SamplesView
 from mistudio.ui.datasets.tokenization import TokenizationView
 from mistudio.ui.services import Services
-from mistudio.ui.widgets import ElidedLabel, IconButton, Text, column, row
+from mistudio.ui.widgets import (
+    ElidedLabel,
+    IconButton,
+    Text,
+    column,
+    row,
+    scrolling,
+)
 
 TABS = ("overview", "samples", "tokenization", "statistics")
 
@@ -101,7 +108,7 @@ class DatasetDialog(QDialog):
     def _view(self, name: str) -> QWidget:
         if name not in self._views:
             self._views[name] = view = self._make(name)
-            self._places[TABS.index(name)].addWidget(scrolling(view))
+            self._places[TABS.index(name)].addWidget(scrolling(view, sideways=True))
         return self._views[name]
 
     def _make(self, name: str) -> QWidget:

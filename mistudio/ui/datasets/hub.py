@@ -165,15 +165,12 @@ class HubCard(Card):
             self._show_info(answer.value)
 
     def _show_found(self, found: list[Found]) -> None:
-        self.results.show_found(found)
-        self.results.setVisible(bool(found))
+        self.results.offer(found)
         if not found:
             self._say("No dataset on the Hub has this in its name.")
             return
         noun = "dataset" if len(found) == 1 else "datasets"
         self._say(f"{len(found)} {noun}, the most downloaded first. Choose one.")
-        self.results.setFocus()
-        self.results.selectRow(0)
 
     def _show_info(self, info: HubDataset) -> None:
         self._info = info

@@ -12,10 +12,20 @@ from PySide6.QtWidgets import QApplication, QDialog, QFileDialog, QGridLayout, Q
 from mistudio import formatting
 from mistudio.errors import UserError
 from mistudio.ui.datasets.detail import DatasetPresenter
-from mistudio.ui.datasets.parts import SOURCE_NAMES, count_or_dash, tiles
+from mistudio.ui.datasets.parts import SOURCE_NAMES, count_or_dash
 from mistudio.ui.services import Services
 from mistudio.ui.times import clock_time
-from mistudio.ui.widgets import Button, Card, FormRow, StatTile, Text, clear, column, row
+from mistudio.ui.widgets import (
+    Button,
+    Card,
+    FormRow,
+    StatTile,
+    Text,
+    clear,
+    column,
+    row,
+    tiles,
+)
 
 _LONG = 400  # characters of a value of the provenance; the export has all
 # Shown elsewhere on the page, or only for machines.

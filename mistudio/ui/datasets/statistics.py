@@ -17,7 +17,7 @@ from mistudio.jobs.statistics import AnalyseDataset, warnings_of
 from mistudio.library.records import Tokenization
 from mistudio.ui.datasets.charts import BarChart, ZipfChart
 from mistudio.ui.datasets.detail import DatasetPresenter
-from mistudio.ui.datasets.parts import count_or_dash, tiles
+from mistudio.ui.datasets.parts import count_or_dash
 from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import (
@@ -34,6 +34,7 @@ from mistudio.ui.widgets import (
     column,
     picture,
     row,
+    tiles,
 )
 
 _LANGUAGES = 8

@@ -112,6 +112,14 @@ class Results(QTableView):
         rows = min(max(len(found), 1), 7)
         self.setFixedHeight(fonts.px(36) * rows + self.horizontalHeader().sizeHint().height() + 4)
 
+    def offer(self, found: list[Found]) -> None:
+        """Show what a search found, ready to be chosen from; nothing is not shown."""
+        self.show_found(found)
+        self.setVisible(bool(found))
+        if found:
+            self.setFocus()
+            self.selectRow(0)
+
     def keyPressEvent(self, event: QKeyEvent) -> None:
         if event.key() in (Qt.Key.Key_Return, Qt.Key.Key_Enter, Qt.Key.Key_Space):
             self._on_clicked(self.currentIndex())

@@ -210,15 +210,12 @@ class AddCard(Card):
         self._problem.addWidget(ErrorPanel(problem.title, problem.what, problem.next_step))
 
     def _show_found(self, found: list[Found]) -> None:
-        self.results.show_found(found)
-        self.results.setVisible(bool(found))
+        self.results.offer(found)
         if not found:
             self._say("No language model with safetensors weights has this in its name.")
             return
         noun = "model" if len(found) == 1 else "models"
         self._say(f"{len(found)} {noun}, the most downloaded first. Choose one.")
-        self.results.setFocus()
-        self.results.selectRow(0)
 
     def _show_candidate(self, candidate: Candidate) -> None:
         self.candidate = candidate

@@ -10,11 +10,21 @@ from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QDialog, QVBoxLayout, QWidget
 
 from mistudio import formatting
-from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of, scrolling, tiles
+from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of
 from mistudio.ui.models.plan_table import PlanTable
 from mistudio.ui.models.presenter import HOOK_POINTS, problem_of
 from mistudio.ui.services import Services
-from mistudio.ui.widgets import ErrorPanel, StatTile, Surface, Text, clear, column, row
+from mistudio.ui.widgets import (
+    ErrorPanel,
+    StatTile,
+    Surface,
+    Text,
+    clear,
+    column,
+    row,
+    scrolling,
+    tiles,
+)
 
 if TYPE_CHECKING:
     from mistudio.engine.models.architecture import Architecture

@@ -18,7 +18,7 @@ from mistudio.jobs.templates import (
     model_reference,
 )
 from mistudio.library.records import Model, Template
-from mistudio.ui.models.parts import head_of, room_of, scrolling
+from mistudio.ui.models.parts import head_of, room_of
 from mistudio.ui.models.planning import ExtractionForm, ExtractionPlan, ExtractPresenter
 from mistudio.ui.models.presenter import EXTRACTED_SITES, point_name, problem_of, verdict_of
 from mistudio.ui.services import Services
@@ -36,6 +36,7 @@ from mistudio.ui.widgets import (
     clear,
     column,
     row,
+    scrolling,
 )
 
 CLOSE_AFTER_MS = 1000

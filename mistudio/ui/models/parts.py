@@ -10,10 +10,8 @@ from PySide6.QtWidgets import (
     QAbstractItemView,
     QApplication,
     QDialog,
-    QGridLayout,
     QHBoxLayout,
     QHeaderView,
-    QScrollArea,
     QTableView,
     QWidget,
 )
@@ -37,27 +35,6 @@ def head_of(dialog: QDialog, title: str, subtitle: Text, tone: str | None = None
     head.setAlignment(close, Qt.AlignmentFlag.AlignTop)
     head.setContentsMargins(24, 20, 20, 16)
     return head
-
-
-def scrolling(content: QWidget) -> QScrollArea:
-    content.setProperty("surface", "clear")
-    area = QScrollArea()
-    area.setProperty("surface", "clear")
-    area.setWidgetResizable(True)
-    area.setFocusPolicy(Qt.FocusPolicy.NoFocus)
-    area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-    area.setWidget(content)
-    return area
-
-
-def tiles(widgets: Sequence[QWidget], columns: int) -> QGridLayout:
-    grid = QGridLayout()
-    grid.setSpacing(12)
-    for place, widget in enumerate(widgets):
-        grid.addWidget(widget, place // columns, place % columns)
-    for place in range(columns):
-        grid.setColumnStretch(place, 1)
-    return grid
 
 
 def room_of(parent: QWidget | None) -> QSize:

@@ -15,7 +15,7 @@ from mistudio import formatting
 from mistudio.errors import UserError
 from mistudio.library.library import Library
 from mistudio.library.records import Extraction
-from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of, scrolling
+from mistudio.ui.models.parts import Column, FactsTable, head_of, room_of
 from mistudio.ui.models.presenter import layer_of, points_text, problem_of, site_title
 from mistudio.ui.services import Services
 from mistudio.ui.widgets import (
@@ -29,6 +29,7 @@ from mistudio.ui.widgets import (
     clear,
     column,
     row,
+    scrolling,
 )
 
 if TYPE_CHECKING:

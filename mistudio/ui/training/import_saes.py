@@ -358,8 +358,7 @@ class ImportDialog(QDialog):
             self._ask("Searching…", functools.partial(search_hub, text, token))
 
     def _show_results(self, found: list[Found]) -> None:
-        self.results.show_found(found)
-        self.results.setVisible(bool(found))
+        self.results.offer(found)
         noun = "repository" if len(found) == 1 else "repositories"
         self._say(
             f"{len(found)} {noun}, the most downloaded first; which hold SAEs shows when one is "
@@ -367,9 +366,6 @@ class ImportDialog(QDialog):
             if found
             else "No repository has this in its name."
         )
-        if found:
-            self.results.setFocus()
-            self.results.selectRow(0)
 
     def _on_result_chosen(self, found: Found) -> None:
         self.repository.setText(found.repository)

@@ -14,6 +14,8 @@ from mistudio.ui.widgets.containers import (
     column,
     picture,
     row,
+    scrolling,
+    tiles,
 )
 from mistudio.ui.widgets.form import FormRow
 from mistudio.ui.widgets.inputs import Choice, FloatBox, IntBox
@@ -60,5 +62,7 @@ __all__ = [
     "paint_tokens",
     "picture",
     "row",
+    "scrolling",
     "status_tone",
+    "tiles",
 ]

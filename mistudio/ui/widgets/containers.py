@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PySide6.QtCore import QMargins, QPoint, QRect, QSize, Qt, Signal
 from PySide6.QtGui import QResizeEvent
 from PySide6.QtWidgets import (
@@ -74,6 +76,30 @@ def clear(layout: QLayout) -> None:
             item.widget().deleteLater()
         elif item.layout():
             clear(item.layout())
+
+
+def scrolling(content: QWidget, sideways: bool = False) -> QScrollArea:
+    """`content` as wide as there is room, scrolled up and down, `sideways` too if it is wider."""
+    content.setProperty("surface", "clear")
+    area = QScrollArea()
+    area.setProperty("surface", "clear")
+    area.setWidgetResizable(True)
+    area.setFocusPolicy(Qt.FocusPolicy.NoFocus)
+    if not sideways:
+        area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+    area.setWidget(content)
+    return area
+
+
+def tiles(widgets: Sequence[QWidget], columns: int) -> QGridLayout:
+    """Side by side, `columns` in a line, all of one width."""
+    grid = QGridLayout()
+    grid.setSpacing(12)
+    for place, widget in enumerate(widgets):
+        grid.addWidget(widget, place // columns, place % columns)
+    for place in range(columns):
+        grid.setColumnStretch(place, 1)
+    return grid
 
 
 class Surface(QFrame):
