@@ -295,7 +295,71 @@ ANALYSES = (
     ),
 )
 
-TABLE = DISCOVERY + ANALYSES
+_TRIED = (
+    "on contexts of documents that the rule was not fitted on: up to 50 active ones from all "
+    "deciles, up to 50 inactive ones, half of these with one of the feature's commonest tokens"
+)
+
+# What the rule scorer adds (`score.Scores.columns`).
+SCORES = (
+    Column(
+        "score",
+        "Interpretability",
+        "0 to 1",
+        "How well a short rule tells where the feature is active: twice the balanced accuracy "
+        "above 0.5, never below 0. 0 is chance, 1 never wrong. None where fewer than 20 contexts "
+        "activate it, or hardly any does not.",
+        "score_contexts",
+        "higher",
+    ),
+    Column(
+        "score_accuracy",
+        "Balanced accuracy",
+        "share of contexts",
+        "The mean of the shares of active and of inactive contexts that the rule is right about, "
+        f"{_TRIED}. What rules get on other features' contexts beyond 0.5 is taken off.",
+        "score_contexts",
+        "higher",
+    ),
+    Column(
+        "score_low",
+        "Accuracy, lower bound",
+        "share of contexts",
+        "Lower end of the 95 % interval of the balanced accuracy, by a bootstrap over contexts. "
+        "From 0.70 on the feature counts as interpretable.",
+        "score_contexts",
+        "higher",
+    ),
+    Column(
+        "score_high",
+        "Accuracy, upper bound",
+        "share of contexts",
+        "Upper end of the 95 % interval of the balanced accuracy, by a bootstrap over contexts.",
+        "score_contexts",
+        "higher",
+    ),
+    Column(
+        "score_percentile",
+        "Percentile of the null",
+        "%",
+        "The share of rules of other features that do worse on their contexts than this "
+        "feature's rule on its own: near 100, the rule is about this feature and no other.",
+        "score_contexts",
+        "higher",
+    ),
+    Column(
+        "score_contexts",
+        "Contexts tried",
+        "contexts",
+        "Contexts that the balanced accuracy is of, active and inactive ones; 0 where there is "
+        "no score.",
+        "",
+        dtype="int32",
+        none=0,
+    ),
+)
+
+TABLE = DISCOVERY + ANALYSES + SCORES
 BY_NAME = {column.name: column for column in TABLE}
 
 

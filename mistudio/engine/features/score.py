@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ NULLS = 200  # pairs of a rule and another feature's contexts
 DRAWS = 1000  # of the bootstrap
 INTERPRETABLE = 0.70  # lower bound of balanced accuracy
 BLOCK = 512  # features at a time
+OUTSTANDING = 6.0  # logit gap from which on a description names the tokens that are promoted
+NAMED = 3  # tokens in a description that are no rule
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,29 @@ class Scores:
         """Bool [n]: the lower bound of the accuracy is 0.70 at least."""
         return self.low >= INTERPRETABLE
 
+    @property
+    def tried(self) -> np.ndarray:
+        """int32 [n]: contexts that the accuracy is of; 0 where there is none."""
+        return np.where(np.isnan(self.accuracy), 0, self.active + self.inactive).astype(np.int32)
+
+    @cached_property
+    def unclear(self) -> np.ndarray:
+        """Bool [n]: there is a rule, but it fails where it is tried (or, where it could not be
+        tried, fits badly)."""
+        right = np.where(np.isnan(self.accuracy), self.rules.fit, self.accuracy)
+        return (self.rules.family >= 0) & ~(right >= WEAK)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """For `store.add_columns`: `columns.SCORES`, of all features of a store."""
+        return {
+            "score": self.score,
+            "score_accuracy": self.accuracy,
+            "score_low": self.low,
+            "score_high": self.high,
+            "score_percentile": self.percentile,
+            "score_contexts": self.tried,
+        }
+
     def arrays(self) -> dict[str, np.ndarray]:
         """For `store.add_arrays`; `Scores.read` gives them back."""
         found = {
@@ -166,8 +192,7 @@ class Scores:
         rule = self.rules.rule(i, vocabulary)
         if rule is None:
             return "Active in nearly every context"
-        tried = self.rules.fit[i] if np.isnan(self.accuracy[i]) else self.accuracy[i]
-        text = rule.text if tried >= WEAK else f"no clear pattern; nearest: {rule.text}"
+        text = f"no clear pattern; nearest: {rule.text}" if self.unclear[i] else rule.text
         return text[0].upper() + text[1:]
 
 
@@ -216,6 +241,28 @@ def score_store(
             progress.report(min(start + BLOCK, len(chosen)), len(chosen), phase="scores")
 
     return score_contexts(vocabulary, blocks(), store.meta.seed)
+
+
+def rule_descriptions(store: FeatureStore, scores: Scores, vocabulary: Vocabulary) -> Iterator[str]:
+    """A description of every feature of a discovery in turn, `scores` being of all of them: its
+    rule in words. Of those without a pattern it says also which tokens they promote, where they
+    promote few of all; of those that are active nearly everywhere, where they are most often."""
+    gap = np.asarray(store.columns.get("logit_top_gap", np.zeros(len(store))))
+    promotes = scores.unclear & (gap >= OUTSTANDING)
+    dense = (scores.rules.family < 0) & (scores.contexts > 0)
+    for i in range(len(scores)):
+        text = scores.description(i, vocabulary)
+        if dense[i]:
+            liked = [entry.token for entry in store.token_counts(i)[:NAMED]]
+            text += f", most often on {_quoted(liked, vocabulary)}"
+        elif promotes[i]:
+            liked = [token for token, _ in store.promoted(i)[:NAMED]]
+            text += f"; promotes {_quoted(liked, vocabulary)}"
+        yield text
+
+
+def _quoted(tokens: Iterable[int], vocabulary: Vocabulary) -> str:
+    return ", ".join(f'"{vocabulary.texts[token]}"' for token in tokens)
 
 
 def tried(document: np.ndarray) -> np.ndarray:

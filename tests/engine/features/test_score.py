@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from mistudio.engine.features import score as module
 from mistudio.engine.features.ablation import example_windows
 from mistudio.engine.features.accumulators import Rows
+from mistudio.engine.features.columns import SCORES
 from mistudio.engine.features.discovery import Subject, discover
 from mistudio.engine.features.passing import SiteRows
 from mistudio.engine.features.rules import NOTHING, Vocabulary
@@ -22,12 +24,13 @@ from mistudio.engine.features.score import (
     RANDOM,
     STRONGEST,
     Scores,
+    rule_descriptions,
     score_contexts,
     score_store,
     stored_contexts,
     tried,
 )
-from mistudio.engine.features.store import FeatureStore, add_arrays
+from mistudio.engine.features.store import FeatureStore, add_arrays, add_columns
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.progress import SILENT
 from mistudio.engine.sae.activation import JumpReLU
@@ -367,6 +370,65 @@ def test_scores_are_kept_with_the_discovery(planted_run, tokens):
             assert again.of(i) is None
         else:
             assert str(again.of(i)) == str(found.of(i))
+
+
+def test_scores_become_statistics_of_the_store(planted_run, tokens, tmp_path):
+    store, _, vocabulary, _ = planted_run
+    found = score_store(store, tokens.train, vocabulary)
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    add_columns(folder, found.columns())
+    columns = FeatureStore(folder).columns
+    assert {column.name for column in SCORES} <= set(columns)
+    for i in range(len(found)):
+        one, values = found.of(i), {c.name: columns[c.name][i] for c in SCORES}
+        if one is None:
+            assert values.pop("score_contexts") == 0
+            assert np.isnan(list(values.values())).all()
+            continue
+        assert values["score_contexts"] == one.active + one.inactive > 0
+        wanted = {
+            "score": one.score,
+            "score_accuracy": one.accuracy,
+            "score_low": one.low,
+            "score_high": one.high,
+            "score_percentile": one.percentile,
+        }
+        for name, value in wanted.items():
+            assert values[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_every_feature_is_described_by_its_rule(planted_run, tokens):
+    store, _, vocabulary, _ = planted_run
+    found = score_store(store, tokens.train, vocabulary)
+    texts = list(rule_descriptions(store, found, vocabulary))
+    assert len(texts) == len(store)
+    plain = [i for i in range(len(found)) if not found.unclear[i]]
+    assert {TOKEN, PAIR, TOPIC, NEVER} <= set(plain)
+    assert [texts[i] for i in plain] == [found.description(i, vocabulary) for i in plain]
+
+
+def test_descriptions_without_a_pattern_name_tokens(planted_run, tokens, tmp_path):
+    """What an unclear feature promotes, where that is few tokens; on what a dense one fires."""
+    store, _, vocabulary, _ = planted_run
+    found = score_store(store, tokens.train, vocabulary)
+    assert found.unclear[NOISE]
+    gap = np.zeros(len(store))
+    gap[NOISE] = 9.0
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    add_columns(folder, {"logit_top_gap": gap})
+    store = FeatureStore(folder)
+    family = found.rules.family.copy()
+    family[TOKEN] = -1
+    dense = replace(found, rules=replace(found.rules, family=family))
+    texts = list(rule_descriptions(store, dense, vocabulary))
+    promoted = [vocabulary.texts[token] for token, _ in store.promoted(NOISE)[:3]]
+    assert texts[NOISE].endswith("; promotes " + ", ".join(f'"{text}"' for text in promoted))
+    liked = vocabulary.texts[store.token_counts(TOKEN)[0].token]
+    assert texts[TOKEN] == f'Active in nearly every context, most often on "{liked}"'
+    others = [i for i in range(len(found)) if i not in (NOISE, TOKEN)]
+    assert not [texts[i] for i in others if "promotes" in texts[i] or "most often" in texts[i]]
 
 
 def test_contexts_are_what_the_text_and_the_activations_say(planted_run, tokens):
