@@ -17,11 +17,18 @@ from pathlib import Path
 from mistudio.errors import DiskFull, InUse, InvalidInput, UserError
 from mistudio.formatting import size
 from mistudio.library import database, sqlite
+from mistudio.library.features import (
+    FeatureAnalyses,
+    FeatureLabels,
+    FeatureLists,
+    FeatureNotes,
+    FeatureScores,
+    FeatureViews,
+)
 from mistudio.library.jobs import Jobs
 from mistudio.library.records import (
     Datasets,
     Extractions,
-    FeatureNotes,
     FeatureRuns,
     Generations,
     Models,
@@ -89,6 +96,11 @@ class Library:
         self.saes = Saes(self)
         self.feature_runs = FeatureRuns(self)
         self.feature_notes = FeatureNotes(self)
+        self.feature_labels = FeatureLabels(self)
+        self.feature_lists = FeatureLists(self)
+        self.feature_views = FeatureViews(self)
+        self.feature_scores = FeatureScores(self)
+        self.feature_analyses = FeatureAnalyses(self)
         self.generations = Generations(self)
         self.templates = Templates(self)
         self.jobs = Jobs(self)

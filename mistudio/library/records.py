@@ -189,17 +189,6 @@ class Template:
     updated_at: str
 
 
-@dataclass(frozen=True)
-class FeatureNote:
-    """What the user wrote about one feature of one SAE."""
-
-    sae_id: int
-    feature: int
-    label: str
-    note: str
-    starred: bool
-
-
 class Datasets(Table[Dataset]):
     name, noun, record = "datasets", "dataset", Dataset
 
@@ -313,37 +302,3 @@ class Templates(Table[Template]):
                 config=config,
                 updated_at=now(),
             )
-
-
-class FeatureNotes(Table[FeatureNote]):
-    """Labels, notes and stars. Keyed by (SAE, feature), so its own few queries."""
-
-    name, noun, record = "feature_notes", "feature note", FeatureNote
-
-    def of_sae(self, sae_id: int) -> dict[int, FeatureNote]:
-        rows = self._library.rows("SELECT * FROM feature_notes WHERE sae_id = ?", (sae_id,))
-        return {row["feature"]: self._decode(row) for row in rows}
-
-    def write(
-        self,
-        sae_id: int,
-        feature: int,
-        *,
-        label: str | None = None,
-        note: str | None = None,
-        starred: bool | None = None,
-    ) -> None:
-        """Set the given fields, keep the others."""
-        given = {"label": label, "note": note, "starred": starred}
-        values = {name: value for name, value in given.items() if value is not None}
-        with self._library.transaction():
-            self._library.execute(
-                "INSERT OR IGNORE INTO feature_notes (sae_id, feature) VALUES (?, ?)",
-                (sae_id, feature),
-            )
-            for name, value in values.items():
-                self._library.execute(
-                    f"UPDATE feature_notes SET {name} = ? WHERE sae_id = ? AND feature = ?",
-                    (value, sae_id, feature),
-                )
-            self._library.note_change(self.name, sae_id)

@@ -14,7 +14,8 @@ from PySide6.QtWidgets import QApplication
 from mistudio.engine.features.store import FeatureStore
 from mistudio.jobs.features import newest_run
 from mistudio.library.library import Library
-from mistudio.library.records import FeatureNote, Generation
+from mistudio.library.features import FeatureNote
+from mistudio.library.records import Generation
 from mistudio.ui.services import Services
 from mistudio.ui.steering.comparison import only_in, runs, token_spans
 from mistudio.ui.steering.page import SteeringPage

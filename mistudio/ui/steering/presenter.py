@@ -11,7 +11,8 @@ from PySide6.QtCore import QObject, Signal
 from mistudio import formatting
 from mistudio.errors import UserError, explain
 from mistudio.library.library import Library
-from mistudio.library.records import FeatureNote, Generation, Sae
+from mistudio.library.features import FeatureNote
+from mistudio.library.records import Generation, Sae
 from mistudio.ui.services import Services
 from mistudio.ui.times import clock_time
 from mistudio.ui.training.form import encoder_of, encoder_title
