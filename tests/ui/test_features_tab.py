@@ -15,7 +15,7 @@ from mistudio import formatting
 from mistudio.engine.features.store import FeatureMeta
 from mistudio.jobs.features import open_features
 from mistudio.library.library import Library
-from mistudio.library.records import FeatureNote
+from mistudio.library.features import FeatureNote
 from mistudio.settings import Settings
 from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
 from mistudio.ui.features.page import FeaturesPage

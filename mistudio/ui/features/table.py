@@ -30,7 +30,7 @@ from PySide6.QtGui import QColor, QFont, QIcon, QPainter, QPixmap, QPolygonF
 from PySide6.QtWidgets import QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
 
 from mistudio import formatting
-from mistudio.library.records import FeatureNote
+from mistudio.library.features import FeatureNote
 from mistudio.ui.features.reader import Columns, RowText, Snippet
 from mistudio.ui.theme import fonts, icons, tokens
 from mistudio.ui.widgets.token_strip import Arrangement, arrange_tokens, paint_tokens
