@@ -6,6 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from mistudio.errors import Incompatible
+from mistudio.jobs.ablation import Ablate
+from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.extraction import Extract
@@ -24,12 +26,14 @@ from mistudio.jobs.training import Train
 
 __all__ = [
     "KINDS",
+    "Ablate",
     "AddDataset",
     "AddModel",
     "AddSampleDataset",
     "AddTokenizer",
     "AnalyseDataset",
     "CheckQuality",
+    "CoActivate",
     "Demo",
     "Discover",
     "DiscoverRun",
@@ -63,6 +67,8 @@ KINDS: dict[str, Any] = {
         Train,
         Discover,
         DiscoverRun,
+        CoActivate,
+        Ablate,
         Steer,
         Export,
         ImportSae,

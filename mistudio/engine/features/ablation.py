@@ -46,6 +46,8 @@ class Effect:
 
     `delta_ce`: cross-entropy with the change less that without it, nats. `kl`: KL(p || p_changed)
     over the vocabulary, nats. `changed`: share whose most likely next token is another one.
+    `ce`: mean cross-entropy without the change, nats; perplexity is exp of it, and with the
+    change exp of its sum with `delta_ce`.
     """
 
     tokens: int
@@ -53,6 +55,7 @@ class Effect:
     delta_ce: Estimate
     kl: Estimate
     changed: Estimate
+    ce: float
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,17 @@ class Group:
 @dataclass(frozen=True)
 class TokenEffects:
     """[contexts, tokens] each: the latent's activation (0 where it is left alone), and for the
-    prediction made there NaN where it does not count."""
+    prediction made there NaN where it does not count. `ce` is of the model as it is; `before`
+    and `after` int32 are the most likely next tokens without and with the change, -1 where the
+    prediction does not count."""
 
     activations: np.ndarray
+    ce: np.ndarray
     delta_ce: np.ndarray
     kl: np.ndarray
     changed: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -368,7 +376,11 @@ class _Meter:
             return np.full((*leading, *shape), np.nan, np.float32)
 
         self.masks = {n: np.zeros(shape, bool) for n in ("active", "following", "scored")}
-        self.tokens = TokenEffects(np.zeros(shape, np.float32), unknown(), unknown(), unknown())
+        self.tokens = TokenEffects(
+            activations=np.zeros(shape, np.float32),
+            **{name: unknown() for name in ("ce", "delta_ce", "kl", "changed")},
+            **{name: np.full(shape, -1, np.int32) for name in ("before", "after")},
+        )
         self._control = {n: unknown(self.controls) for n in ("delta_ce", "kl", "changed")}
         self._shift = torch.zeros(self.vocab, dtype=torch.float64)
 
@@ -387,8 +399,9 @@ class _Meter:
     ) -> None:
         rows = slice(start, start + len(places.ids))
         where = places.behind.cpu().numpy()
-        for name, values in self._compare(places, places.behind, clean, changed).items():
-            self._control[name][number, rows][where] = values
+        found = self._compare(places, places.behind, clean, changed)
+        for name, kept in self._control.items():
+            kept[number, rows][where] = found[name]
 
     def _compare(
         self,
@@ -402,15 +415,19 @@ class _Meter:
         move. Vocabularies are wide, so rows are taken a few at a time."""
         at = where.flatten().nonzero()[:, 0]
         following = places.ids.flatten()[at + 1]
-        parts: dict[str, list[Tensor]] = {"delta_ce": [], "kl": [], "changed": []}
+        names = ("ce", "delta_ce", "kl", "changed", "before", "after")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
         step = max(1, CHUNK_CELLS // clean.shape[-1])
         for start in range(0, len(at), step):
             rows, targets = at[start : start + step], following[start : start + step, None]
             p = clean.flatten(0, 1)[rows].float().log_softmax(1)
             q = changed.flatten(0, 1)[rows].float().log_softmax(1)
+            parts["ce"].append(-p.gather(1, targets)[:, 0])
             parts["delta_ce"].append((p.gather(1, targets) - q.gather(1, targets))[:, 0])
             parts["kl"].append((p.exp() * (p - q)).sum(1).clamp_min(0.0))
-            parts["changed"].append((p.argmax(1) != q.argmax(1)).float())
+            parts["before"].append(p.argmax(1))
+            parts["after"].append(q.argmax(1))
+            parts["changed"].append((parts["before"][-1] != parts["after"][-1]).float())
             if shifting is not None:
                 moved = (q - p)[shifting.flatten()[rows]]
                 self._shift += moved.double().sum(0).cpu()
@@ -446,6 +463,7 @@ class _Meter:
         if feature is None or not self.controls:
             return None if feature is None else Group(feature, None, None, None, 0)
         mean = {key: values.mean(0) for key, values in self._control.items()}
+        mean["ce"] = own["ce"]
         each = [float(values[where].mean()) for values in self._control["kl"]]
         return Group(
             feature,
@@ -467,6 +485,7 @@ def _effect(
         bootstrap.estimate(measured["delta_ce"], where),
         bootstrap.estimate(measured["kl"], where),
         bootstrap.estimate(measured["changed"], where),
+        float(measured["ce"][where].mean(dtype=np.float64)),
     )
 
 

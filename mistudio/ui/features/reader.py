@@ -119,6 +119,24 @@ class FeatureReader:
         documents = Documents(library.path(dataset.folder)) if dataset else None
         return cls(store, promoted, tokens, tokenizer, documents)
 
+    # What the dialog of one feature reads from.
+
+    @property
+    def store(self) -> FeatureStore:
+        return self._store
+
+    @property
+    def tokens(self) -> Any:
+        return self._tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def documents(self) -> Any | None:
+        return self._documents
+
     # --- rows -----------------------------------------------------------------------------------
 
     def rows(self, features: Sequence[int]) -> list[RowText]:

@@ -142,10 +142,17 @@ def test_effects_equal_passes_written_out_by_hand(tiny, sae, ids, norms, mode, m
     assert found.everywhere.kl.mean == pytest.approx(float(own[1][scored].mean()), abs=2e-5)
     assert np.allclose(found.per_token.kl[:, :-1][scored], own[1][scored], atol=1e-4)
     assert np.allclose(found.per_token.delta_ce[:, :-1][scored], own[0][scored], atol=1e-4)
+    changed = passes_by_hand(tiny, ids, -amount * direction)
+    loss = -clean[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    assert np.allclose(found.per_token.ce[:, :-1][scored], loss[scored], atol=1e-4)
+    for name, passes in (("before", clean), ("after", changed)):
+        likely = passes[:, :-1].argmax(-1).int().masked_fill(~scored, -1)
+        assert np.array_equal(getattr(found.per_token, name)[:, :-1], likely)
+    for effect, where in ((found.active.feature, active), (found.following.control, following)):
+        assert effect.ce == pytest.approx(float(loss[where].mean()), abs=2e-5)
     assert np.isnan(found.per_token.kl[:, -1]).all()
     assert np.isnan(found.per_token.kl[:, :-1][~scored]).all()
 
-    changed = passes_by_hand(tiny, ids, -amount * direction)
     shift = (changed - clean)[:, :-1][active].mean(0)
     assert [i for i, _ in found.raised] == shift.topk(10).indices.tolist()
     assert [i for i, _ in found.lowered] == shift.topk(10, largest=False).indices.tolist()
