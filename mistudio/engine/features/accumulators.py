@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 FINER = 4  # bins gathered for one that is stored: quantiles are read from these
 FINE_BINS = BINS * FINER
-SAMPLE = 160  # of it, each tenth has 16 on average and fewer than 5 once in 4,000
+SAMPLE = 240  # of it, each tenth has 24 on average and fewer than 10 once in 4,000
 COUNTERS = 64  # tokens a feature that are counted at a time
 POOL = 8192  # windows that negatives are drawn from
 PENDING = 4_000_000  # (feature, token) pairs that are gathered before they are counted: 32 MB

@@ -204,7 +204,7 @@ DISCOVERY = (
         "Token purity",
         "share of examples",
         "The share of the commonest token among the examples of all deciles of activation (up to "
-        "5 each): 1 where the feature fires on one token only. Upper and lower case and the blank "
+        "10 each): 1 where the feature fires on one token only. Upper and lower case and the blank "
         "before a word make no difference.",
         "n_decile_examples",
     ),
@@ -228,7 +228,7 @@ DISCOVERY = (
         "n_decile_examples",
         "Decile examples",
         "examples",
-        "How many examples are kept over all ten deciles of activation, at most 5 each.",
+        "How many examples are kept over all ten deciles of activation, at most 10 each.",
         "n_active",
         dtype="uint16",
     ),

@@ -5,11 +5,11 @@ fixed stride that are opened without being read.
     columns/<name>.npy    [F], one statistic each (see `columns.py` for what they mean)
     top.npy               [F, top_k] `ENTRY`, strongest first: the exact top examples
     top_span.npy          f16 [F, top_k, 2 radius + 1]: activations around each, as shares of it
-    deciles.npy           [F, 10, 5] `ENTRY`: examples of each tenth of the active tokens, weakest
+    deciles.npy           [F, 10, 10] `ENTRY`: examples of each tenth of the active tokens, weakest
                           tenth first; a uniform sample, in no meaningful order
     decile_edges.npy      f32 [F, 11]
-    inactive.npy          u32 [F, 25]: random windows without any activation
-    hard.npy              [F, 25] `PLACE`: windows without any activation although they contain one
+    inactive.npy          u32 [F, 50]: random windows without any activation
+    hard.npy              [F, 50] `PLACE`: windows without any activation although they contain one
                           of the feature's five commonest tokens, which stands at that position
     histogram.npy         u32 [F, 64], histogram_top.npy i16 [F]: see `Histogram`
     tokens.npy            [F, 16] `TOKEN`: its commonest tokens, token_error.npy u32 [F]
@@ -18,6 +18,8 @@ fixed stride that are opened without being read.
     logit_histogram.npy   i32 [F, 50], logit_range.npy f32 [F, 2]: logits of all tokens, in bins of
                           equal width between the lowest and the highest. Where the logit lens does
                           not apply, these two are missing and the two above are [F, 2, 0].
+
+Discoveries of earlier versions have 5 examples of each tenth and 25 windows of either kind.
 
 An entry whose value is 0, a window or token `NONE` is an empty place; full places come first.
 
@@ -54,8 +56,8 @@ ENTRY = np.dtype([("window", "<u4"), ("position", "<u2"), ("value", "<f4")])
 PLACE = np.dtype([("window", "<u4"), ("position", "<u2")])
 TOKEN = np.dtype([("token", "<u4"), ("count", "<u4")])
 NONE = 0xFFFFFFFF
-DECILES, PER_DECILE = 10, 5
-NEGATIVES = 25  # of each kind
+DECILES, PER_DECILE = 10, 10
+NEGATIVES = 50  # of each kind
 BINS, BINS_PER_OCTAVE = 64, 4
 TOKENS = 16
 
@@ -238,17 +240,17 @@ class FeatureStore:
 
     @property
     def deciles(self) -> np.ndarray:
-        """`ENTRY` [n_features, 10, 5]"""
+        """`ENTRY` [n_features, 10, per decile]"""
         return self.array("deciles")
 
     @property
     def inactive(self) -> np.ndarray:
-        """uint32 [n_features, 25]"""
+        """uint32 [n_features, windows]"""
         return self.array("inactive")
 
     @property
     def hard(self) -> np.ndarray:
-        """`PLACE` [n_features, 25]"""
+        """`PLACE` [n_features, places]"""
         return self.array("hard")
 
     @property
@@ -296,7 +298,7 @@ class FeatureStore:
         return found
 
     def decile_examples(self, feature: int) -> list[list[Occurrence]]:
-        """Ten lists, the weakest tenth of its activations first, at most five of each."""
+        """Ten lists, the weakest tenth of its activations first, at most `PER_DECILE` of each."""
         return [
             [
                 Occurrence(int(entry["window"]), int(entry["position"]), float(entry["value"]))

@@ -34,7 +34,7 @@ from mistudio.engine.sae.dictionary import Dictionary
 
 HARD_TOKENS = 5  # hard negatives contain one of so many of a feature's commonest tokens
 OCCURRENCES = 256  # windows of each token that are looked at for hard negatives
-TRIES = 96  # windows that are looked at for random negatives
+TRIES = 192  # windows that are looked at for random negatives
 SMALL_BLOCK = 512
 
 
@@ -97,7 +97,7 @@ def _top(collector: Collector) -> Arrays:
 
 
 def _deciles(collector: Collector) -> Arrays:
-    """Five samples of each tenth of a feature's activations, and where the tenths begin."""
+    """`PER_DECILE` samples of each tenth of a feature's activations, and where the tenths begin."""
     n, totals, held = collector.size.features, collector.totals.arrays, collector.sample.arrays
     edges = np.empty((n, DECILES + 1))
     edges[:, 1:-1] = collector.histograms.quantiles(np.arange(1, DECILES) / DECILES)

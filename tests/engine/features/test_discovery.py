@@ -17,7 +17,7 @@ from mistudio.engine.features.describe import background, describe, search, show
 from mistudio.engine.features.discovery import RADIUS, Options, Subject, discover
 from mistudio.engine.features.live import window_activations
 from mistudio.engine.features.passing import LivePassage, choose_windows
-from mistudio.engine.features.store import NONE, FeatureStore
+from mistudio.engine.features.store import NEGATIVES, NONE, PER_DECILE, FeatureStore
 from mistudio.engine.features.summary import same_tokens
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.progress import Interrupted
@@ -278,7 +278,8 @@ def test_deciles_hold_a_sample_of_each_tenth(store, everything):
                 values[sampled] < edges[i + 1] if i < 9 else True
             )
             want = [
-                (int(windows[j]), int(positions[j]), float(values[j])) for j in sampled[inside][:5]
+                (int(windows[j]), int(positions[j]), float(values[j]))
+                for j in sampled[inside][:PER_DECILE]
             ]
             assert [(e.window, e.position, e.activation) for e in tenth] == want
             checked += len(want)
@@ -319,7 +320,9 @@ def test_inactive_windows_and_hard_negatives_are_silent(store, everything, token
         active = set(everything.of(feature)[1].tolist())
         inactive = store.inactive_windows(feature)
         pool = discovery.pool_of(np.unique(everything.windows), store.meta.seed)
-        assert len(set(inactive)) == len(inactive) == min(25, len(set(pool.tolist()) - active))
+        assert (
+            len(set(inactive)) == len(inactive) == min(NEGATIVES, len(set(pool.tolist()) - active))
+        )
         assert not active & set(inactive)
         favourites = {token.token for token in store.token_counts(feature)[:5]}
         found = store.hard_negatives(feature)
@@ -342,7 +345,7 @@ def test_every_hard_negative_there_is_is_found(store, everything):
         active = set(everything.of(feature)[1].tolist())
         with_one = set(everything.windows[np.isin(everything.ids, favourites)].tolist())
         want = (with_one & set(pool.tolist())) - active
-        assert len(store.hard_negatives(feature)) == min(25, len(want))
+        assert len(store.hard_negatives(feature)) == min(NEGATIVES, len(want))
 
 
 def test_nothing_excluded_appears_anywhere(store, everything, tokens):
@@ -431,7 +434,7 @@ def test_a_silent_latent_has_nothing(jump, tokens):
     assert jump.examples(last, tokens.train) == []
     assert jump.columns["top_token"][last] == jump.columns["common_token"][last] == -1
     assert jump.columns["band"][last] == 0
-    assert jump.hard_negatives(last) == [] and len(jump.inactive_windows(last)) == 25
+    assert jump.hard_negatives(last) == [] and len(jump.inactive_windows(last)) == NEGATIVES
     assert jump.token_counts(last) == [] and (jump.tokens["token"][last] == NONE).all()
 
 
