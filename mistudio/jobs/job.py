@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -24,6 +25,11 @@ from mistudio.library.library import Library
 from mistudio.logs import redacted
 
 log = logging.getLogger(__name__)
+
+
+# Held by the compute job that runs, and for moments by what looks at typed text (`probing`): what
+# one of them hooks into a model must not catch the other's tokens.
+device_turn = threading.Lock()
 
 
 class Job(Protocol):
@@ -204,7 +210,8 @@ def run_job(
         on_start(context)
     context.report(0)  # the row shows the first phase from the start
     try:
-        result = job.run(context)
+        with _turn(job, context):
+            result = job.run(context)
         library.jobs.show_progress(job_id, context.snapshot().phase, 1.0)
         library.jobs.move(job_id, ACTIVE, "finished", result=result)
     except Interrupted:
@@ -225,6 +232,20 @@ def run_job(
         if status in ("finished", "cancelled") or not library.has_checkpoints(job_id):
             library.drop_checkpoints(job_id)
     return library.jobs.get(job_id)
+
+
+@contextmanager
+def _turn(job: Job, context: JobContext) -> Iterator[None]:
+    """Alone with the device where the job computes."""
+    if job.lane != "compute":
+        yield
+        return
+    while not device_turn.acquire(timeout=0.05):
+        context.check()
+    try:
+        yield
+    finally:
+        device_turn.release()
 
 
 def can_go_on(library: Library, record: JobRecord) -> bool:
