@@ -15,6 +15,7 @@ from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput, NotFound, OutOfMemory
 from mistudio.formatting import size
 from mistudio.jobs.control import Phase
+from mistudio.jobs.feature_finishing import finish_store
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model
 from mistudio.jobs.saes import sae_title
@@ -30,9 +31,16 @@ if TYPE_CHECKING:
     from mistudio.engine.features.store import FeatureStore
     from mistudio.engine.models.hooks import HookedDecoder
 
-DISCOVER_PARTS = {"examples": (0.0, 0.85), "logit lens": (0.85, 1.0)}
+DISCOVER_PARTS = {
+    "examples": (0.0, 0.75),
+    "logit lens": (0.75, 0.8),
+    "directions": (0.8, 0.87),
+    "scores": (0.87, 0.95),
+    "search index": (0.95, 1.0),
+}
 KEPT = "step-discovery"  # in a job's checkpoint folder
 MEMORY_SHARE = 0.8  # of what is free
+FINISHED_BYTES = 2_000  # a feature: neighbours, scores, the search index
 
 
 @dataclass(frozen=True)
@@ -170,16 +178,24 @@ def discover_all(
 
 
 def _add_run(library: Library, sae: Sae, tokenization: Tokenization, folder: str) -> int:
+    import numpy as np
+
+    from mistudio.engine.features.score import INTERPRETABLE
     from mistudio.engine.features.store import FeatureStore
 
-    meta = FeatureStore(library.path(folder)).meta
+    store = FeatureStore(library.path(folder))
+    meta, low = store.meta, np.asarray(store.columns["score_low"])
+    counts = {
+        "scored": int((~np.isnan(low)).sum()),
+        "interpretable": int((low >= INTERPRETABLE).sum()),
+    }
     return library.feature_runs.add(
         sae_id=sae.id,
         tokenization_id=tokenization.id,
         folder=folder,
         n_features=meta.n_features,
         tokens=meta.tokens,
-        summary={**meta.statistics, "contexts": meta.contexts, "top_k": meta.top_k},
+        summary={**meta.statistics, **counts, "contexts": meta.contexts, "top_k": meta.top_k},
     )
 
 
@@ -254,15 +270,18 @@ class _Discovery:
         passage = self._passage(subjects)
         if self._keep:  # from here on there is something to go on from
             self._remember(groups)
+        tokenizer = load_tokenizer(self._library.path(record.folder))
         discover(
             passage,
             subjects,
             model=self._model,
-            tokenizer=load_tokenizer(self._library.path(record.folder)),
+            tokenizer=tokenizer,
             options=self.options,
             keep=state if self._keep else None,
             progress=progress,
         )
+        for subject in subjects:
+            finish_store(subject.folder, passage.tokens, tokenizer, subject.dictionary, progress)
         for sae_id in group:
             target = self._finished(sae_id)
             flush_tree(part / str(sae_id))
@@ -366,7 +385,8 @@ class _Discovery:
         states = (
             2 * needed.memory["gathered"] if self._keep else 0
         )  # the old until the new is whole
-        return needed.memory_bytes, needed.disk + states
+        added = FINISHED_BYTES * sum(width[0] for width in widths)
+        return needed.memory_bytes, needed.disk + states + added
 
 
 def open_features(library: Library, run: FeatureRun) -> tuple[FeatureStore, TokenSplit]:
