@@ -103,7 +103,12 @@ class FeatureNotes(Table[FeatureNote]):
         hidden: bool | None = None,
     ) -> None:
         """Set the given fields, keep the others."""
-        given = {"label": label, "note": note, "starred": starred, "hidden": hidden}
+        given: dict[str, object] = {
+            "label": label,
+            "note": note,
+            "starred": starred,
+            "hidden": hidden,
+        }
         self._write(sae_id, (feature,), given)
 
     def write_many(
