@@ -243,14 +243,19 @@ def score_store(
     return score_contexts(vocabulary, blocks(), store.meta.seed)
 
 
-def rule_descriptions(store: FeatureStore, scores: Scores, vocabulary: Vocabulary) -> Iterator[str]:
-    """A description of every feature of a discovery in turn, `scores` being of all of them: its
-    rule in words. Of those without a pattern it says also which tokens they promote, where they
+def rule_descriptions(
+    store: FeatureStore,
+    scores: Scores,
+    vocabulary: Vocabulary,
+    features: Iterable[int] | None = None,
+) -> Iterator[str]:
+    """A description of every feature of a discovery in turn, or of some `features`, `scores` being
+    of all of them: its rule in words. Of those without a pattern it says also which tokens they promote, where they
     promote few of all; of those that are active nearly everywhere, where they are most often."""
     gap = np.asarray(store.columns.get("logit_top_gap", np.zeros(len(store))))
     promotes = scores.unclear & (gap >= OUTSTANDING)
     dense = (scores.rules.family < 0) & (scores.contexts > 0)
-    for i in range(len(scores)):
+    for i in range(len(scores)) if features is None else features:
         text = scores.description(i, vocabulary)
         if dense[i]:
             liked = [entry.token for entry in store.token_counts(i)[:NAMED]]
