@@ -20,6 +20,7 @@ import numpy as np
 
 from mistudio.engine.datasets.tokens import TokenSplit
 from mistudio.engine.features.accumulators import priority
+from mistudio.engine.features.columns import LEAST_CONTEXTS
 from mistudio.engine.features.rules import (
     NOTHING,
     WEAK,
@@ -27,6 +28,7 @@ from mistudio.engine.features.rules import (
     Vocabulary,
     balanced_accuracy,
     fit,
+    visible,
     word_shares,
 )
 from mistudio.engine.features.store import DECILES, NONE, FeatureStore
@@ -34,7 +36,6 @@ from mistudio.engine.progress import SILENT, Progress
 
 EMPTY, ACTIVE, STRONGEST, RANDOM, HARD = range(5)
 WIDTH, BEFORE = 32, 23  # tokens of a context, and of these before its strongest one
-LEAST_CONTEXTS = 20  # activating contexts, fewer of which give no score
 LEAST_TRIED = 5  # of active and of inactive ones, on either side of the split
 NULLS = 200  # pairs of a rule and another feature's contexts
 DRAWS = 1000  # of the bootstrap
@@ -250,8 +251,9 @@ def rule_descriptions(
     features: Iterable[int] | None = None,
 ) -> Iterator[str]:
     """A description of every feature of a discovery in turn, or of some `features`, `scores` being
-    of all of them: its rule in words. Of those without a pattern it says also which tokens they promote, where they
-    promote few of all; of those that are active nearly everywhere, where they are most often."""
+    of all of them: its rule in words. Of those without a pattern it says also which tokens they
+    promote, where they promote few of all; of those that are active nearly everywhere, where they
+    are most often."""
     gap = np.asarray(store.columns.get("logit_top_gap", np.zeros(len(store))))
     promotes = scores.unclear & (gap >= OUTSTANDING)
     dense = (scores.rules.family < 0) & (scores.contexts > 0)
@@ -267,7 +269,7 @@ def rule_descriptions(
 
 
 def _quoted(tokens: Iterable[int], vocabulary: Vocabulary) -> str:
-    return ", ".join(f'"{vocabulary.texts[token]}"' for token in tokens)
+    return ", ".join(f'"{visible(vocabulary.texts[token])}"' for token in tokens)
 
 
 def tried(document: np.ndarray) -> np.ndarray:
