@@ -33,6 +33,8 @@ class Column:
 BANDS = ("dead", "ultra-rare", "rare", "normal", "frequent", "dense")
 BAND_EDGES = (1e-6, 1e-5, 1e-2, 1e-1)  # densities between ultra-rare and the ones that follow
 
+LEAST_CONTEXTS = 20  # activating contexts, fewer of which give no score
+NEARLY_ALL = 0.9  # share of contexts beyond which hardly any are left without a feature
 _OF_ACTIVE = "of the tokens on which the feature is active"
 
 DISCOVERY = (
@@ -358,6 +360,21 @@ SCORES = (
         none=0,
     ),
 )
+
+
+def why_no_score(n_contexts: int, context_density: float) -> str:
+    """A sentence in place of the score of a feature that has none, by its own statistics."""
+    if not n_contexts:
+        return "Never active in this text."
+    if n_contexts < LEAST_CONTEXTS:
+        return f"Active in {n_contexts} contexts only; a score takes {LEAST_CONTEXTS}."
+    if context_density > NEARLY_ALL:
+        return (
+            f"Active in {100 * context_density:.0f} % of all contexts: too few are left without "
+            "it to tell them apart."
+        )
+    return "Its contexts lie in too few documents to try a rule on others than it was made from."
+
 
 TABLE = DISCOVERY + ANALYSES + SCORES
 BY_NAME = {column.name: column for column in TABLE}

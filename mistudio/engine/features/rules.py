@@ -11,6 +11,7 @@ number, and a rule is a set of such numbers and how often they must occur.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -361,13 +362,15 @@ def _script(word: str) -> str:
 
 
 def _text(family: str, members: tuple[str, ...], at_least: int) -> str:
-    quoted = _listed([f'"{member}"' for member in members])
+    quoted = _listed([f'"{visible(member)}"' for member in members])
     plain = _listed(list(members))
     often = f", {at_least} or more in a context" if at_least > 1 else ""
     if family == "token":
         return f"the token{'s' if len(members) > 1 else ''} {quoted}"
     if family == "word":
-        return f"{quoted} in any spelling"
+        # Signs have no other spelling: a blank before them is all that may differ.
+        spelt = any(character.isalpha() for member in members for character in member)
+        return f"{quoted} in any spelling" if spelt else quoted
     if family == "pair":
         return f"the last word of {quoted}"
     if family.startswith("prefix"):
@@ -384,9 +387,20 @@ def _text(family: str, members: tuple[str, ...], at_least: int) -> str:
         return "the first token of a line"
     if family == "position":
         return f"tokens at position {plain} of a context"
-    return f"contexts about {', '.join(members)}" + (
+    if family == "topic" and len(members) == 1:
+        return f"contexts that contain {quoted}"
+    return f"contexts about {', '.join(map(visible, members))}" + (
         f" ({at_least} or more of these words)" if at_least > 1 else ""
     )
+
+
+def visible(token: str) -> str:
+    """A token as it is written in a sentence: line breaks as ↵, tabs as ⇥, lone blanks as ␣, other
+    blanks by their names."""
+    text = token.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥")
+    if text.strip():
+        return text
+    return "".join("␣" if c == " " else unicodedata.name(c, repr(c)).lower() for c in text)
 
 
 def _listed(parts: list[str]) -> str:

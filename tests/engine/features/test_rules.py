@@ -8,8 +8,11 @@ import pytest
 
 from mistudio.engine.features import rules as module
 from mistudio.engine.features.rules import (
+    BY_NAME,
     FAMILIES,
+    MEMBERS,
     NOTHING,
+    Rules,
     Vocabulary,
     balanced_accuracy,
     fit,
@@ -196,3 +199,24 @@ def test_the_vocabulary_of_a_tokenizer_has_the_blanks_before_words(tiny_tokenize
     token = tiny_tokenizer.encode(" the", add_special_tokens=False)[-1]
     assert vocabulary.words[vocabulary.word[token]] == "the"
     assert vocabulary.word[NOTHING] == vocabulary.token[NOTHING] == 0
+
+
+def test_descriptions_can_be_read():
+    """Signs have no spelling, blanks and line breaks are seen, one word makes no topic."""
+    texts = ["(", " (", "\n", " ", "\u00a0", " and", " moon", " star"]
+    vocabulary = Vocabulary(texts)
+    number = {word: i for i, word in enumerate(vocabulary.words)}
+
+    def text(family, *codes, at_least=1):
+        members = np.zeros((1, MEMBERS), np.int64)
+        members[0, : len(codes)] = codes
+        place = np.array([BY_NAME[family]], np.int8)
+        rules = Rules(place, members, np.array([at_least], np.int8), np.ones(1))
+        return rules.rule(0, vocabulary).text
+
+    assert text("word", number["("]) == '"("'
+    assert text("word", number["("], number["and"]) == '"(" or "and" in any spelling'
+    tokens = [vocabulary.token[i] for i in (2, 3, 4)]
+    assert text("token", *tokens) == 'the tokens "↵", "␣" or "no-break space"'
+    assert text("topic", number["moon"]) == 'contexts that contain "moon"'
+    assert text("topic", number["moon"], number["star"]) == "contexts about moon, star"

@@ -13,7 +13,7 @@ import torch
 from mistudio.engine.features import score as module
 from mistudio.engine.features.ablation import example_windows
 from mistudio.engine.features.accumulators import Rows
-from mistudio.engine.features.columns import SCORES
+from mistudio.engine.features.columns import SCORES, why_no_score
 from mistudio.engine.features.discovery import Subject, discover
 from mistudio.engine.features.passing import SiteRows
 from mistudio.engine.features.rules import NOTHING, Vocabulary
@@ -180,6 +180,13 @@ def test_too_few_contexts_give_no_score_but_a_description(vocabulary, block):
     assert found.description(6, vocabulary) == "Active in nearly every context"
     assert found.null == 0.5
     assert found.contexts[:7].tolist() == [19] * 5 + [0, 19]
+
+
+def test_a_missing_score_is_explained():
+    assert why_no_score(0, 0.0) == "Never active in this text."
+    assert why_no_score(12, 0.01) == "Active in 12 contexts only; a score takes 20."
+    assert why_no_score(990, 0.99).startswith("Active in 99 % of all contexts")
+    assert "documents" in why_no_score(40, 0.02)
 
 
 def test_blocks_of_features_give_the_same_rules_and_accuracies(scores, vocabulary, block):
