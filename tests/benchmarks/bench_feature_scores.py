@@ -83,8 +83,8 @@ def report(library: Library, top: int) -> bool:
     described = time.monotonic() - began
     metrics = sae.metrics
     print(
-        f"{model.name}, {sae.hook_point}: {len(store):,} latents, L0 {metrics['l0']:.1f}, explained "
-        f"variance {metrics['explained_variance']:.3f} and dead share "
+        f"{model.name}, {sae.hook_point}: {len(store):,} latents, L0 {metrics['l0']:.1f}, "
+        f"explained variance {metrics['explained_variance']:.3f} and dead share "
         f"{100 * metrics['dead_share']:.2f} % over {metrics['tokens']:,} held-out tokens"
     )
     dead = float((~store.alive).mean())
