@@ -11,6 +11,7 @@ from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.extraction import Extract
+from mistudio.jobs.feature_map import MapFeatures, SampleFeatures
 from mistudio.jobs.features import Discover, DiscoverRun
 from mistudio.jobs.hub_datasets import DownloadDataset
 from mistudio.jobs.job import Job
@@ -43,8 +44,10 @@ __all__ = [
     "Extract",
     "ImportSae",
     "IndexDataset",
+    "MapFeatures",
     "Measure",
     "MeasureSae",
+    "SampleFeatures",
     "Steer",
     "Tokenize",
     "Train",
@@ -69,6 +72,8 @@ KINDS: dict[str, Any] = {
         DiscoverRun,
         CoActivate,
         Ablate,
+        MapFeatures,
+        SampleFeatures,
         Steer,
         Export,
         ImportSae,
