@@ -54,7 +54,8 @@ class Contexts:
     of the strongest token of an active context (of an inactive one, any). `kind` uint8 [n, m]:
     `ACTIVE`, drawn from tenth `decile` int8 [n, m]; `STRONGEST`, one of the top examples, which
     is only fitted on; `RANDOM` or `HARD`, in whose whole window of text the feature is nowhere
-    active. Active ones lie in different windows of text. `document` int64 [n, m].
+    active. Active ones lie in different windows of text, number `window` int64 [n, m]. `document`
+    int64 [n, m].
     """
 
     ids: np.ndarray
@@ -63,6 +64,7 @@ class Contexts:
     kind: np.ndarray
     decile: np.ndarray
     document: np.ndarray
+    window: np.ndarray
 
     @property
     def n(self) -> int:
@@ -87,6 +89,35 @@ class Score:
     active: int
     inactive: int
     by_decile: tuple[float, ...]
+
+
+def score_of(accuracy: float, chance: float = 0.5) -> float:
+    """What an accuracy, the null's excess over chance taken off, is worth: 0 at chance, 1 where
+    it is never wrong."""
+    return min(max((accuracy - chance) / (1 - chance), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one scorer found for a feature: `accuracy` and its interval, less what the same
+    scorer's null exceeds `chance` by."""
+
+    scorer: str
+    accuracy: float
+    low: float
+    high: float
+    chance: float = 0.5
+
+    @property
+    def score(self) -> float:
+        return score_of(self.accuracy, self.chance)
+
+
+def best(found: Iterable[Evidence]) -> Evidence | None:
+    """The scorer that tells the feature best, each counted against its own null only; None where
+    none has a score."""
+    known = [one for one in found if not np.isnan(one.accuracy)]
+    return max(known, key=lambda one: one.score, default=None)
 
 
 @dataclass(frozen=True)
@@ -317,7 +348,7 @@ def stored_contexts(store: FeatureStore, tokens: TokenSplit, features: np.ndarra
     ids, first, document = text.around(window, position)
     ids[:, kind == EMPTY] = NOTHING
     peak = (position - first).astype(np.int16)
-    return Contexts(ids, first.astype(np.int32), peak, kind, decile, document)
+    return Contexts(ids, first.astype(np.int32), peak, kind, decile, document, window)
 
 
 def _once_a_window(kind: np.ndarray, window: np.ndarray, per: int) -> None:
@@ -440,7 +471,7 @@ def _score_block(vocabulary: Vocabulary, block: Contexts, seed: int) -> tuple[Sc
     hit = rules.matches(vocabulary, block.ids, block.first)
     accuracy = balanced_accuracy(hit, tried_active, tried_inactive)
     accuracy[~enough] = np.nan
-    low, high = _interval(hit, tried_active, tried_inactive, seed)
+    low, high = interval(hit, tried_active, tried_inactive, seed)
     by_decile = np.stack(
         [
             balanced_accuracy(hit, tried_active & (block.decile == d), tried_inactive)
@@ -488,7 +519,7 @@ def _null(
     return np.concatenate(found)
 
 
-def _interval(
+def interval(
     hit: np.ndarray, active: np.ndarray, inactive: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of balanced accuracy by a bootstrap over contexts, active and inactive ones

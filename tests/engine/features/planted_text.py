@@ -112,6 +112,7 @@ def contexts(fires: list[Fires], text: np.ndarray, per_kind: int = 40, seed: int
     kind = np.zeros((n, m), np.uint8)
     decile = np.full((n, m), -1, np.int8)
     document = np.zeros((n, m), np.int64)
+    window = np.zeros((n, m), np.int64)
     starts = np.arange(0, TEXT, WIDTH)
     for f, fire in enumerate(fires):
         on = fire(text, generator)
@@ -130,7 +131,8 @@ def contexts(fires: list[Fires], text: np.ndarray, per_kind: int = 40, seed: int
         for j, (sort, (d, part)) in enumerate(chosen):
             ids[:, f, j] = parts[d, part]
             first[f, j], document[f, j], kind[f, j] = starts[part], d, sort
+            window[f, j] = d * len(starts) + part
             if sort == ACTIVE:
                 peak[f, j] = generator.choice(np.flatnonzero(by_part[d, part]))
                 decile[f, j] = j % 10
-    return Contexts(ids, first, peak, kind, decile, document)
+    return Contexts(ids, first, peak, kind, decile, document, window)

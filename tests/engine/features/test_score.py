@@ -8,15 +8,12 @@ from dataclasses import replace
 import numpy as np
 import planted_text as planted
 import pytest
-import torch
+from planted_store import CONTEXT, LATENTS, MEANT, NEVER, NOISE, PAIR, RARE, TOKEN, TOPIC
 
 from mistudio.engine.features import score as module
 from mistudio.engine.features.ablation import example_windows
-from mistudio.engine.features.accumulators import Rows
 from mistudio.engine.features.columns import SCORES, why_no_score
-from mistudio.engine.features.discovery import Subject, discover
-from mistudio.engine.features.passing import SiteRows
-from mistudio.engine.features.rules import NOTHING, Vocabulary
+from mistudio.engine.features.rules import NOTHING
 from mistudio.engine.features.score import (
     ACTIVE,
     EMPTY,
@@ -31,11 +28,6 @@ from mistudio.engine.features.score import (
     tried,
 )
 from mistudio.engine.features.store import FeatureStore, add_arrays, add_columns
-from mistudio.engine.models.hooks import HookPoint
-from mistudio.engine.progress import SILENT
-from mistudio.engine.sae.activation import JumpReLU
-from mistudio.engine.sae.dictionary import Dictionary
-from mistudio.engine.sae.site import Site
 
 KNOWN = [
     planted.among(" New"),
@@ -196,7 +188,7 @@ def test_blocks_of_features_give_the_same_rules_and_accuracies(scores, vocabular
             ids=block.ids[:, a:b],
             **{
                 name: getattr(block, name)[a:b]
-                for name in ("first", "peak", "kind", "decile", "document")
+                for name in ("first", "peak", "kind", "decile", "document", "window")
             },
         )
 
@@ -221,91 +213,14 @@ def test_the_interval_holds_the_truth_nearly_always():
     n, m = 600, 60
     active = np.tile(np.arange(m) < m // 2, (n, 1))
     right = generator.random((n, m)) < 0.8
-    low, high = module._interval(right == active, active, ~active, 0)
+    low, high = module.interval(right == active, active, ~active, 0)
     assert 0.92 < ((low <= 0.8) & (high >= 0.8)).mean() <= 1.0
     active = np.tile(np.arange(20) < 10, (1, 1))
-    low, high = module._interval(active, active, ~active, 0)
+    low, high = module.interval(active, active, ~active, 0)
     assert low[0] < 0.95
 
 
 # --- a discovery of a planted SAE -----------------------------------------------------------------
-
-POINT, CONTEXT = HookPoint("resid_post", 2), 64
-TOKEN, PAIR, TOPIC, NOISE, NEVER, RARE = range(6)
-MEANT, LATENTS = 6, 66  # the rest fires at random, too
-
-
-class PlantedPassage:
-    """Real text with made-up activations: channel i is what latent i is to show."""
-
-    def __init__(self, tokens, activations):
-        self.tokens, self.context, self.medians = tokens, CONTEXT, {POINT: 1.0}
-        self.windows, self.total = np.arange(len(activations)), activations.shape[0] * CONTEXT
-        self._activations = activations
-        self.ids = tokens.windows(self.windows, CONTEXT).numpy()
-        self.counts = ~np.isin(self.ids, tokens.meta.special_ids)
-        self.counts[:, 0] = False
-
-    def __len__(self):
-        return -(-len(self.windows) // 16)
-
-    def chunks(self, first, progress=SILENT):
-        for start in range(first * 16, len(self.windows), 16):
-            mask = self.counts[start : start + 16]
-            window, position = np.nonzero(mask)
-            rows = Rows(window + start, position, self.ids[start : start + 16][mask])
-            x = torch.from_numpy(self._activations[start : start + 16][mask]).float()
-            yield {POINT: SiteRows(rows, x)}
-
-    def identity(self):
-        return {}
-
-
-@pytest.fixture(scope="module")
-def planted_run(tiny, tokens, tiny_tokenizer, tmp_path_factory):
-    """(store, activations [windows, CONTEXT, latents], the vocabulary, what was planted)."""
-    split = tokens.train
-    vocabulary = Vocabulary.of(tiny_tokenizer, 1024)
-    ids = split.windows(np.arange(split.n_windows(CONTEXT)), CONTEXT).numpy()
-    generator = np.random.default_rng(2)
-    here, before = ids[:, 1:], ids[:, :-1]
-    letters = np.array([len(t.strip()) > 3 and t.strip().isalpha() for t in vocabulary.texts])
-    windows_with = np.array([(ids == t).any(1).sum() for t in range(1024)])
-    word = int(np.argmax(np.where(letters & (windows_with < 0.1 * len(ids)), windows_with, 0)))
-    token = int(np.argmin(np.abs(windows_with - 0.2 * len(ids))))
-    # The commonest pair whose second token stands behind others at least as often.
-    pairs, times = np.unique(before * 1024 + here, return_counts=True)
-    total = np.bincount(ids.ravel(), minlength=1024)
-    plain = [bool(t.strip()) for t in vocabulary.texts]
-    fitting = [
-        (n, int(p))
-        for p, n in zip(pairs, times, strict=True)
-        if total[p % 1024] > 2 * n and plain[p // 1024] and plain[p % 1024] and p % 1024 != token
-    ]
-    pair = max(fitting)[1]
-    fires = np.zeros((*ids.shape, 128), bool)
-    fires[..., TOKEN] = ids == token
-    fires[:, 1:, PAIR] = before * 1024 + here == pair
-    near = np.zeros(ids.shape, bool)
-    for window, position in np.argwhere(ids == word):
-        near[window, max(position - 8, 0) : position + 9] = True
-    fires[..., TOPIC] = near & (generator.random(ids.shape) < 0.6) & (ids != word)
-    fires[..., NOISE] = generator.random(ids.shape) < 0.01
-    fires[np.arange(10) * 7, 30, RARE] = True
-    fires[..., MEANT:LATENTS] = generator.random((*ids.shape, LATENTS - MEANT)) < 0.01
-    counts = ~np.isin(ids, split.meta.special_ids)
-    counts[:, 0] = False
-    x = fires * counts[..., None] * generator.lognormal(0, 1, (*ids.shape, 1))
-    w, zeros = torch.eye(128)[:LATENTS], torch.zeros(LATENTS)
-    sae = Dictionary(w, zeros, w, torch.zeros(128), JumpReLU(zeros))
-    folder = tmp_path_factory.mktemp("planted") / "store"
-    discover(
-        PlantedPassage(split, x),
-        [Subject("planted", Site.at(POINT), sae, folder)],
-        model=tiny,
-        tokenizer=tiny_tokenizer,
-    )
-    return FeatureStore(folder), x[..., :MEANT], vocabulary, (token, pair, word)
 
 
 def test_a_planted_sae_is_discovered_scored_and_described_correctly(planted_run, tokens):
@@ -364,9 +279,9 @@ def test_windows_to_ablate_on_hold_the_strongest_and_all_tenths(planted_run):
     assert all(some & set(tenth["window"].tolist()) for tenth in store.deciles[TOKEN])
 
 
-def test_scores_are_kept_with_the_discovery(planted_run, tokens):
+def test_scores_are_kept_with_the_discovery(planted_run, planted_scores):
     store, _, vocabulary, _ = planted_run
-    found = score_store(store, tokens.train, vocabulary)
+    found = planted_scores
     assert Scores.read(FeatureStore(store.folder)) is None
     add_arrays(store.folder, found.arrays())
     again = Scores.read(FeatureStore(store.folder))
@@ -379,9 +294,9 @@ def test_scores_are_kept_with_the_discovery(planted_run, tokens):
             assert str(again.of(i)) == str(found.of(i))
 
 
-def test_scores_become_statistics_of_the_store(planted_run, tokens, tmp_path):
-    store, _, vocabulary, _ = planted_run
-    found = score_store(store, tokens.train, vocabulary)
+def test_scores_become_statistics_of_the_store(planted_run, planted_scores, tmp_path):
+    store, _, _, _ = planted_run
+    found = planted_scores
     folder = tmp_path / "store"
     shutil.copytree(store.folder, folder)
     add_columns(folder, found.columns())
@@ -405,9 +320,9 @@ def test_scores_become_statistics_of_the_store(planted_run, tokens, tmp_path):
             assert values[name] == pytest.approx(value, abs=1e-6)
 
 
-def test_every_feature_is_described_by_its_rule(planted_run, tokens):
+def test_every_feature_is_described_by_its_rule(planted_run, planted_scores):
     store, _, vocabulary, _ = planted_run
-    found = score_store(store, tokens.train, vocabulary)
+    found = planted_scores
     texts = list(rule_descriptions(store, found, vocabulary))
     assert len(texts) == len(store)
     plain = [i for i in range(len(found)) if not found.unclear[i]]
@@ -415,10 +330,10 @@ def test_every_feature_is_described_by_its_rule(planted_run, tokens):
     assert [texts[i] for i in plain] == [found.description(i, vocabulary) for i in plain]
 
 
-def test_descriptions_without_a_pattern_name_tokens(planted_run, tokens, tmp_path):
+def test_descriptions_without_a_pattern_name_tokens(planted_run, planted_scores, tmp_path):
     """What an unclear feature promotes, where that is few tokens; on what a dense one fires."""
     store, _, vocabulary, _ = planted_run
-    found = score_store(store, tokens.train, vocabulary)
+    found = planted_scores
     assert found.unclear[NOISE]
     gap = np.zeros(len(store))
     gap[NOISE] = 9.0
