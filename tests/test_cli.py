@@ -283,10 +283,13 @@ def test_discover_counts_the_features_of_every_sae(run: Run) -> None:
     result = run("discover", "first", "--max-tokens", 1000, "--top-k", 3)
     assert result.code == 0
     (row,) = result.json["feature_runs"]
-    assert set(row) == {"sae_id", "feature_run_id", "alive", "total", "tokens"}
+    assert set(row) == {
+        "sae_id", "feature_run_id", "alive", "scored", "interpretable", "total", "tokens",
+    }  # fmt: skip
     assert result.json["run"] == "first"
     assert row["total"] == 128
     assert f"{row['alive']} of 128 features fired" in result.out
+    assert 0 <= row["interpretable"] <= row["scored"] <= row["alive"]
 
 
 def test_steer_writes_both_texts_and_what_changed(run: Run) -> None:
@@ -358,6 +361,7 @@ def test_features_are_sorted_by_any_column(
     for row in result.json["features"]:
         for name in ("density", "max_activation", "top_token_share"):
             assert row[name] == pytest.approx(float(columns[name][row["feature"]]))
+        assert row["description"]
 
 
 def test_features_by_number_and_at_most_so_many(run: Run, columns: dict[str, np.ndarray]) -> None:
@@ -381,23 +385,70 @@ def test_features_are_searched_in_tokens_and_labels(
 
     tokenizer = load_tokenizer(road.MODEL)
 
-    def has(feature: int, text: str) -> bool:
-        ids = [columns["top_token"][feature], *columns["logit_ids"][feature, 0]]
-        return any(i >= 0 and text in tokenizer.decode([int(i)]).lower() for i in ids)
+    def has(feature: int, word: str) -> bool:
+        ids = columns["logit_ids"][feature, 0]
+        return any(tokenizer.decode([int(i)]).strip().lower().startswith(word) for i in ids)
 
-    expected = {f for f in np.flatnonzero(columns["density"] > 0).tolist() if has(f, "th")}
+    promoting = {f for f in np.flatnonzero(columns["density"] > 0).tolist() if has(f, "th")}
     result = run("features", "first", "--search", "TH", "--top", 1000)
-    assert {row["feature"] for row in result.json["features"]} == expected
-    assert 0 < len(expected) < 128
+    found = {row["feature"] for row in result.json["features"]}
+    assert promoting and promoting <= found
 
-    labelled = max(set(range(128)) - expected)
-    library = Library(root)
-    library.feature_notes.write(1, labelled, label="Thermodynamics")
-    library.close()
-    again = run("features", "first", "--search", "th", "--top", 1000)
-    assert {row["feature"] for row in again.json["features"]} == expected | {labelled}
-    nothing = run("features", "first", "--search", "no token is like this")
-    assert (nothing.code, nothing.json["features"]) == (0, [])
+    result = run("features", "first", "--search", "xylophones", "--top", 1000)
+    assert (result.code, result.json["features"]) == (0, [])
+    labelled = int(np.flatnonzero(columns["density"] > 0)[5])
+    assert run("feature", "label", "first", labelled, "Xylophones!").code == 0
+    again = run("features", "first", "--search", "xylo", "--top", 1000)
+    assert [row["feature"] for row in again.json["features"]] == [labelled]
+    assert again.json["features"][0]["label"] == "Xylophones!"
+    assert run("feature", "label", "first", labelled).code == 0
+    assert run("features", "first", "--search", "xylo").json["features"] == []
+
+
+def test_features_are_chosen_by_ranges(run: Run, columns: dict[str, np.ndarray]) -> None:
+    alive = columns["density"] > 0
+    middle = float(np.median(columns["density"][alive]))
+    low = float(np.quantile(columns["max_activation"][alive], 0.3))
+    expected = alive & (columns["density"] >= middle) & (columns["max_activation"] <= low)
+    result = run(
+        "features", "first", "--top", 1000, "--where", f"density={middle}..", "--where",
+        f"max_activation=..{low}", "--sort", "density", "--ascending",
+    )  # fmt: skip
+    shown = [row["feature"] for row in result.json["features"]]
+    assert set(shown) == set(np.flatnonzero(expected).tolist())
+    assert 0 < len(shown) < alive.sum()
+    assert (np.diff(columns["density"][shown]) >= 0).all()
+
+
+@pytest.mark.parametrize("text", ["density", "density=0.1", "density=a..b", "beauty=0..1"])
+def test_a_range_that_cannot_be_read_is_refused(run: Run, text: str) -> None:
+    result = run("features", "first", "--where", text)
+    assert result.code == 1
+    assert "COLUMN=LOW..HIGH" in result.err or "The columns are" in result.err
+
+
+def test_one_feature_is_shown_in_full(run: Run, columns: dict[str, np.ndarray]) -> None:
+    feature = int(columns["n_active"].argmax())
+    result = run("feature", "show", "first", feature, "--examples", 3)
+    assert result.code == 0
+    assert result.json["statistics"]["n_active"] == columns["n_active"][feature]
+    assert len(result.json["examples"]) == 3
+    peak = result.json["examples"][0]["activation"]
+    assert peak == pytest.approx(float(columns["max_activation"][feature]), rel=1e-3)
+    assert "Nearest decoder" in result.out and f"#{feature}" in result.out
+    missing = run("feature", "show", "first", 100_000)
+    assert missing.code == 1 and "numbered from 0" in missing.err
+
+
+def test_a_text_is_probed(run: Run) -> None:
+    result = run("feature", "probe", "first", "The ships sailed to Paris in 1905.", "--top", 4)
+    assert result.code == 0
+    rows = result.json["features"]
+    assert len(rows) == 4
+    assert [row["activation"] for row in rows] == sorted(
+        (row["activation"] for row in rows), reverse=True
+    )
+    assert all(row["token"] in result.json["tokens"] for row in rows)
 
 
 # --- refusals -------------------------------------------------------------------------------------

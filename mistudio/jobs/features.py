@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import mistudio
 from mistudio.engine.progress import Progress
-from mistudio.errors import InvalidInput, NotFound, OutOfMemory
+from mistudio.errors import Incompatible, InvalidInput, NotFound, OutOfMemory
 from mistudio.formatting import size
 from mistudio.jobs.control import Phase
 from mistudio.jobs.feature_finishing import finish_store
@@ -25,6 +25,8 @@ from mistudio.library.library import Library, flush_tree
 from mistudio.library.records import Extraction, FeatureRun, Sae, Tokenization
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mistudio.engine.datasets.tokens import TokenSplit
     from mistudio.engine.features.discovery import Subject
     from mistudio.engine.features.passing import Passage
@@ -397,6 +399,53 @@ def open_features(library: Library, run: FeatureRun) -> tuple[FeatureStore, Toke
     store = FeatureStore(library.path(run.folder))
     tokenization = library.tokenizations.get(run.tokenization_id)
     return store, TokenStore(library.path(tokenization.folder)).split(store.meta.split)
+
+
+def describe_features(library: Library, run: FeatureRun, features: Sequence[int]) -> list[str]:
+    """What the rules say of some features; "" for what never fired, and for all of a discovery
+    by a version that made no rules."""
+    from mistudio.engine.features.rules import Vocabulary
+    from mistudio.engine.features.score import Scores, rule_descriptions
+    from mistudio.engine.models.loading import load_tokenizer
+
+    store, tokens = open_features(library, run)
+    scores = Scores.read(store)
+    if scores is None:
+        return ["" for _ in features]
+    tokenizer = load_tokenizer(
+        library.path(library.models.get(library.saes.get(run.sae_id).model_id).folder)
+    )
+    vocabulary = Vocabulary.of(tokenizer, max(tokens.meta.vocab_size, len(tokenizer)))
+    return list(rule_descriptions(store, scores, vocabulary, features))
+
+
+def search_features(library: Library, run: FeatureRun, text: str) -> np.ndarray:
+    """int32: the features whose description, tokens, promoted tokens or examples hold every word
+    of `text`, or whose label or note contains it. Incompatible where the discovery has no index
+    (made by an earlier version)."""
+    import numpy as np
+
+    from mistudio.library.feature_index import FILE, FeatureIndex
+
+    path = library.path(run.folder) / FILE
+    if not path.exists():
+        raise Incompatible(
+            "This discovery cannot be searched",
+            "It was made by an earlier version and has no index.",
+            "Discover the features of this SAE again.",
+        )
+    index = FeatureIndex(path)
+    try:
+        found = index.search(text)
+    finally:
+        index.close()
+    wanted = text.strip().casefold()
+    own = [
+        note.feature
+        for note in library.feature_notes.of_sae(run.sae_id).values()
+        if wanted in f"{note.label}\n{note.note}".casefold() and note.feature < run.n_features
+    ]
+    return np.union1d(found, np.array(own, np.int32)).astype(np.int32)
 
 
 def newest_run(library: Library, sae_id: int) -> FeatureRun:
