@@ -3,6 +3,7 @@ is not looked at would pass everything."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _TYPES: dict[str, Any] = {
@@ -35,6 +36,8 @@ def problems(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
             rule = properties.get(name, schema.get("additionalProperties"))
             if isinstance(rule, dict):
                 found += problems(entry, rule, f"{where}.{name}")
+            elif rule is False:
+                found.append(f"{where}: {name} is not known")
     if isinstance(value, list) and "items" in schema:
         for number, entry in enumerate(value):
             found += problems(entry, schema["items"], f"{where}[{number}]")
@@ -53,7 +56,10 @@ def _broken(word: str, rule: Any, value: Any, where: str) -> list[str]:
         "const": lambda: value != rule,
         "enum": lambda: value not in rule,
         "minimum": lambda: isinstance(value, int | float) and value < rule,
+        "maximum": lambda: isinstance(value, int | float) and value > rule,
         "minItems": lambda: len(value) < rule,
+        "maxItems": lambda: len(value) > rule,
+        "pattern": lambda: isinstance(value, str) and not re.search(rule, value),
         "minProperties": lambda: len(value) < rule,
     }
     if word not in broken:

@@ -85,7 +85,7 @@ def test_the_schema_refuses_what_is_no_record(library: Library) -> None:
     ):  # fmt: skip
         assert problems({**record, name: wrong}, SCHEMA), name
     with pytest.raises(ValueError, match="not known"):
-        problems({}, {"pattern": "x"})
+        problems({}, {"format": "x"})
 
 
 def test_interruptions_and_rollbacks_are_in_the_record(library: Library) -> None:
