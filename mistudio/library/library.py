@@ -38,6 +38,7 @@ from mistudio.library.records import (
     Tokenizers,
     Trainings,
 )
+from mistudio.library.steering import Calibrations, Experiments
 
 FOLDERS = (
     "datasets",
@@ -102,6 +103,8 @@ class Library:
         self.feature_scores = FeatureScores(self)
         self.feature_analyses = FeatureAnalyses(self)
         self.generations = Generations(self)
+        self.calibrations = Calibrations(self)
+        self.experiments = Experiments(self)
         self.templates = Templates(self)
         self.jobs = Jobs(self)
         with database.readable(self.root / "library.db"):

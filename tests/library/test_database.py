@@ -31,6 +31,8 @@ TABLES = {
     "feature_views",
     "feature_scores",
     "feature_analyses",
+    "feature_calibrations",
+    "experiments",
     "generations",
     "templates",
     "jobs",
