@@ -1,0 +1,1 @@
+"""The dialog of one feature; `FeatureDialog` in `dialog`, one module for each tab."""
