@@ -112,7 +112,8 @@ def _widen_store(library: Library, sae_id: int, n: int, chance: np.random.Genera
     arrays = {}
     for path in sorted(old.glob("*.npy")):
         array = store.array(path.stem)
-        arrays[path.stem] = array[rows] if len(array) == len(store) else np.array(array)
+        whole = array.ndim > 0 and len(array) == len(store)
+        arrays[path.stem] = array[rows] if whole else np.array(array)
     alive = int((columns["n_active"] > 0).sum())
     statistics = {**store.meta.statistics, "alive": alive, "l0": float(columns["density"].sum())}
     meta = replace(store.meta, n_features=n, statistics=statistics)
