@@ -11,6 +11,7 @@ from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.extraction import Extract
+from mistudio.jobs.feature_exports import ExportFeatures, ExportWholeContexts
 from mistudio.jobs.feature_map import MapFeatures, SampleFeatures
 from mistudio.jobs.features import Discover, DiscoverRun
 from mistudio.jobs.hub_datasets import DownloadDataset
@@ -41,6 +42,8 @@ __all__ = [
     "DownloadDataset",
     "DownloadSae",
     "Export",
+    "ExportFeatures",
+    "ExportWholeContexts",
     "Extract",
     "ImportSae",
     "IndexDataset",
@@ -76,6 +79,8 @@ KINDS: dict[str, Any] = {
         SampleFeatures,
         Steer,
         Export,
+        ExportFeatures,
+        ExportWholeContexts,
         ImportSae,
         DownloadSae,
         MeasureSae,

@@ -63,7 +63,7 @@ def material(planted_run, tokens, tiny_tokenizer):
         Origin("org/tiny", "planted", 2, POINT.name, "text", version="1"),
         np.arange(9),  # never firing 4, rare 5, 6 to 8 at random
         SAID,
-        describe=lambda feature: f"rule of {feature}",
+        describe=lambda features: [f"rule of {feature}" for feature in features],
         directions=lambda features: np.eye(128, dtype=np.float32)[features],
     )
 

@@ -176,10 +176,10 @@ class WholeWindows(Protocol):
 class Material:
     """Everything that exports of one selection read.
 
-    `describe` gives a feature's description by rule, "" for none. `directions` gives decoder rows
-    float32 [n, d] of some features; None where nobody needs them. With `whole` windows examples
-    are whole windows; without, they are what was stored around top examples. At most `per_decile`
-    examples of each tenth.
+    `describe` gives descriptions by rule of some features, "" for none. `directions` gives decoder
+    rows float32 [n, d] of some features; None where nobody needs them. With `whole` windows
+    examples are whole windows; without, they are what was stored around top examples. At most
+    `per_decile` examples of each tenth.
     """
 
     store: FeatureStore
@@ -188,7 +188,7 @@ class Material:
     origin: Origin
     features: np.ndarray
     said: Mapping[int, Said] = field(default_factory=dict)
-    describe: Callable[[int], str] = lambda feature: ""
+    describe: Callable[[np.ndarray], Sequence[str]] = lambda features: [""] * len(features)
     directions: Callable[[np.ndarray], np.ndarray] | None = None
     whole: WholeWindows | None = None
     per_decile: int = 5
@@ -217,7 +217,7 @@ class Material:
             index=feature,
             statistics=statistics,
             said=self.said.get(feature, Said()),
-            description=self.describe(feature),
+            description=block.descriptions[i],
             top_token=self._text(statistics.get("top_token")),
             commonest_token=self._text(statistics.get("common_token")),
             tokens=tuple(
@@ -257,7 +257,7 @@ class Material:
             ids, texts = self._window(entry.window)
             first, last = 0, len(ids)
             if found is not None:
-                places, numbers = found[entry.window]
+                places, numbers = _with_peak(found.get(entry.window, ([], [])), entry)
             else:
                 radius = self.store.meta.radius
                 first, last = max(0, entry.position - radius), entry.position + radius + 1
@@ -287,6 +287,16 @@ class Material:
         return ids, tuple(self.texts.of(ids))
 
 
+def _with_peak(found: tuple[list[int], list[float]], entry: Entry) -> tuple[list[int], list[float]]:
+    """What the discovery found at the peak stands, should the model not find it again: it may have
+    read activations that were stored in 16 bits."""
+    if entry.position in found[0]:
+        return found
+    numbers = {**dict(zip(*found, strict=True)), entry.position: entry.value}
+    places = sorted(numbers)
+    return places, [numbers[place] for place in places]
+
+
 class Entry(NamedTuple):
     """Where an example is. `number` is its place among those of its group."""
 
@@ -306,6 +316,7 @@ class _Block:
         store = material.store
         self.features = features
         self.statistics = statistics_of(store, features)
+        self.descriptions = material.describe(features)
         self.tokens = np.array(store.tokens[features]).tolist()
         self.occurrences = store.array("token_counts")
         self.errors = store.array("token_error")[features].tolist()
@@ -371,14 +382,16 @@ def _entries(material: Material, features: np.ndarray, per: int) -> list[list[En
         return found
     documents, _ = material.tokens.origins(windows, positions, store.meta.context)
     n_top, width = top.shape[1], spread.shape[2]
-    for i, place, entry, document in zip(
-        row.tolist(), column.tolist(), chosen.tolist(), documents.tolist(), strict=True
+    values = chosen["value"].tolist()
+    places = zip(windows.tolist(), positions.tolist(), values, documents.tolist(), strict=True)
+    for i, place, (window, position, value, document) in zip(
+        row.tolist(), column.tolist(), places, strict=True
     ):
-        if place < n_top:
-            found[i].append(Entry(TOP, -1, place, *entry, document))
-        else:
-            decile, number = divmod(place - n_top, width)
-            found[i].append(Entry(DECILE, tenths - 1 - decile, number, *entry, document))
+        group, decile, number = TOP, -1, place
+        if place >= n_top:
+            group, (decile, number) = DECILE, divmod(place - n_top, width)
+            decile = tenths - 1 - decile
+        found[i].append(Entry(group, decile, number, window, position, value, document))
     return found
 
 

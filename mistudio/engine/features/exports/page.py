@@ -184,7 +184,7 @@ def _scores(feature: Feature) -> Iterable[str]:
     for score in feature.said.scores:
         low = math.nan if score.low is None else score.low
         high = math.nan if score.high is None else score.high
-        n = score.active + score.inactive
+        n = float(score.active + score.inactive)
         rows.append((score.scorer.capitalize(), score.accuracy, low, high, n))
     if not rows:
         return
