@@ -60,6 +60,8 @@ class CodeSample:
     def of(self, features: Sequence[int] | np.ndarray) -> csr_array:
         """Activations float32 [tokens, len(features)]; reads these features' entries alone."""
         chosen = np.asarray(features, np.int64)
+        if not self.n_features:
+            return csr_array((0, len(chosen)), dtype=np.float32)
         begins, ends = np.asarray(self.starts[chosen]), np.asarray(self.starts[chosen + 1])
         spans = list(zip(begins.tolist(), ends.tolist(), strict=True))
         empty_rows, empty_values = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -104,6 +106,12 @@ class CodeSample:
             peaks[i, window[last]] = values[last]
             places[i, window[last]] = self.positions[rows[last]]
         return peaks, places
+
+
+_NOTHING = np.empty(0, np.int64)
+EMPTY = CodeSample(0, _NOTHING, np.zeros(1, np.int64), _NOTHING, np.zeros(1, np.int64), _NOTHING,
+                   np.empty(0, np.float32))  # fmt: skip
+"""Of no tokens and no features: directions can be compared all the same."""
 
 
 def take_sample(

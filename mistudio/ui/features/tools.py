@@ -25,4 +25,47 @@ class Tool:
     open: Callable[[FeaturesPage, list[int]], None]
 
 
-TOOLS: list[Tool] = []
+def _pictures(view: str) -> Callable[[FeaturesPage, list[int]], None]:
+    def open_view(page: FeaturesPage, features: list[int]) -> None:
+        from mistudio.ui.features.pictures import open_pictures
+
+        open_pictures(page, features, view)
+
+    return open_view
+
+
+def _export(page: FeaturesPage, features: list[int]) -> None:
+    from mistudio.ui.features.export import open_export
+
+    open_export(page, features)
+
+
+TOOLS: list[Tool] = [
+    Tool(
+        "Feature map…",
+        "circle-dot",
+        "Features whose decoder directions point alike stand close together (UMAP, t-SNE). "
+        "Draw around some to see them alone in the table",
+        _pictures("map"),
+    ),
+    Tool(
+        "Correlation heatmap…",
+        "grid-3x3",
+        "Which of the selected features fire together, or have alike directions: up to 200",
+        _pictures("correlations"),
+    ),
+    Tool(
+        "Activation matrix…",
+        "layers",
+        "How strongly each of the selected features fires in which windows of the text: up to 100 "
+        "features, 500 windows",
+        _pictures("activations"),
+    ),
+    Tool(
+        "Export…",
+        "download",
+        "The selected, shown or starred features, a list, or all: as CSV, Parquet, JSON, a web "
+        "page, or for Neuronpedia",
+        _export,
+    ),
+]

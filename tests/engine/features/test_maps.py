@@ -148,7 +148,8 @@ def test_trust_is_what_scikit_learn_computes(
     for positions in (placed["umap"], placed["tsne"], shuffled):
         theirs = trustworthiness(rows, positions, n_neighbors=15, metric="cosine")
         ours = maps.judge(decoder, everyone, positions)
-        assert ours.trust == pytest.approx(theirs, abs=1e-6)
+        # Equal cosines may be ranked either way.
+        assert ours.trust == pytest.approx(theirs, abs=1e-5)
         assert (ours.judged, ours.near) == (len(rows), 15)
     assert maps.judge(decoder, everyone, shuffled).trust < 0.6
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
