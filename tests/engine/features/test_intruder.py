@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted_store import CONTEXT, NEVER, NOISE, PAIR, RARE, TOKEN
 
-from mistudio.engine.features.excerpts import excerpts, pieces
+from mistudio.engine.features.excerpts import excerpts, pieces, with_activations
 from mistudio.engine.features.intruder import exact_interval, judged, trials
 from mistudio.engine.features.score import ACTIVE, HARD, RANDOM, tried
 from mistudio.errors import InvalidInput
@@ -15,7 +15,9 @@ from mistudio.errors import InvalidInput
 @pytest.fixture(scope="module")
 def of_pair(planted_run, tokens):
     store, x, _, _ = planted_run
-    return excerpts(store, tokens.train, PAIR, lambda windows: x[windows, :, PAIR])
+    found = excerpts(store, tokens.train, PAIR)
+    assert not any(len(e.activations) for e in found)
+    return with_activations(found, found, lambda windows: x[windows, :, PAIR])
 
 
 def test_excerpts_are_the_text_and_its_activations(planted_run, tokens, of_pair):
@@ -24,13 +26,11 @@ def test_excerpts_are_the_text_and_its_activations(planted_run, tokens, of_pair)
     for e in of_pair:
         assert 0 <= e.peak < len(e.ids) == len(e.activations) <= 32
         text = tokens.train.windows([e.window], CONTEXT)[0].numpy()
-        starts = [
-            i
-            for i in range(CONTEXT - len(e.ids) + 1)
-            if np.array_equal(text[i : i + len(e.ids)], e.ids)
-        ]
-        assert any(np.array_equal(x[e.window, i : i + len(e.ids), PAIR], e.activations)
-                   for i in starts)  # fmt: skip
+        assert np.array_equal(text[e.first : e.first + len(e.ids)], e.ids)
+        assert np.array_equal(
+            x[e.window, e.first : e.first + len(e.ids), PAIR].astype(np.float32),
+            e.activations.astype(np.float32),
+        )
         assert (e.activations[e.peak] > 0) == e.is_active
         assert e.activations.any() == e.is_active
         assert e.tried == tried(np.array([e.document]))[0]
