@@ -31,6 +31,7 @@ MOST_FEATURES = 1000
 LONGEST_NAME, LONGEST_TEXT = 120, 10_000
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 SOURCES = ("auto", "extract", "hybrid")
+METHODS = ("add", "clamp", "clamp_min", "scale", "ablate", "orthogonal", "cap")  # of steering
 
 Config = dict[str, Any]
 
@@ -180,7 +181,7 @@ def _reference(value: Any, what: str) -> Config:
     if not isinstance(value, dict):
         raise _Refused(f"{what} must be an object.")
     kept: Config = {}
-    for key in ("name", "source", "repository", "revision", "sha256"):
+    for key in ("name", "source", "repository", "revision", "sha256", "hook_point", "created"):
         if key in value:
             kept[key] = _text(value[key], f"{what}'s {key}", 300)
     for key in ("d_model", "n_layers", "d_sae", "layer"):
@@ -343,6 +344,7 @@ def _steering(raw: Mapping[str, Any], notes: list[str]) -> Config:
     if own is not None:
         config["model"] = _reference(own.get("model"), "The model")
         config["sae"] = _reference(own.get("sae"), "The SAE")
+        _check_numbers(config)
         config["title"] = _text(own.get("title", ""), "The title", 500)
         config["settings"] = _plain(own.get("settings", {}))
     return config
@@ -359,7 +361,21 @@ def _feature(raw: Any) -> Config:
         feature["label"] = _text(raw["label"], "A label", 500)
     if "layer" in raw:
         feature["layer"] = _whole(raw["layer"], "A layer", 0, MOST_LAYERS)
+    if "method" in raw:
+        feature["method"] = _choice(raw["method"], "A method", METHODS)
+    if "sae" in raw:
+        feature["sae"] = _reference(raw["sae"], "A feature's SAE")
     return feature
+
+
+def _check_numbers(config: Config) -> None:
+    """A feature that its own SAE cannot have means that the entry was damaged or edited."""
+    for feature in config["features"]:
+        size = (feature.get("sae") or config["sae"]).get("d_sae")
+        if size is not None and feature["feature_id"] >= size:
+            raise _Refused(
+                f"Feature {feature['feature_id']:,} does not exist in an SAE of {size:,} features."
+            )
 
 
 def _plain(value: Any) -> Config:

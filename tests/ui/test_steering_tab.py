@@ -13,19 +13,15 @@ from PySide6.QtWidgets import QApplication
 
 from mistudio.engine.features.store import FeatureStore
 from mistudio.jobs.features import newest_run
-from mistudio.library.library import Library
 from mistudio.library.features import FeatureNote
+from mistudio.library.library import Library
 from mistudio.library.records import Generation
 from mistudio.ui.services import Services
 from mistudio.ui.steering.comparison import only_in, runs, token_spans
+from mistudio.ui.steering.feature_index import FeatureIndex, search_index
 from mistudio.ui.steering.page import SteeringPage
-from mistudio.ui.steering.presenter import (
-    FeatureIndex,
-    search_index,
-    share,
-    signed,
-    significant,
-)
+from mistudio.ui.steering.request import Chosen
+from mistudio.ui.steering.units import share, signed, significant
 
 from .checks import cut_off, nameless, too_small
 from .screens import shot
@@ -55,13 +51,17 @@ def open_page(
 
 def generate(qtbot: Any, services: Services, page: SteeringPage, **settings: Any) -> Generation:
     """Through the form; returns what the library keeps of it."""
-    page.prompt.setPlainText(settings.get("prompt", PROMPT))
-    page.max_tokens.setValue(settings.get("max_tokens", 12))
+    page.configuration.prompt.setPlainText(settings.get("prompt", PROMPT))
+    page.configuration.max_tokens.setValue(settings.get("max_tokens", 12))
     with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
-        page.generate.click()
+        page.configuration.generate.click()
     record = services.library.jobs.get(ended.args[0])
     assert record.status == "finished", record.error
     return services.library.generations.get(record.result["generation_id"])
+
+
+def strengths(page: SteeringPage) -> dict[int, float]:
+    return {chosen.feature: chosen.strength for chosen in page.presenter.selected}
 
 
 def strongest(services: Services, page: SteeringPage) -> int:
@@ -96,13 +96,19 @@ def test_run_without_features_is_sent_to_discovery(qtbot: Any, services: Service
 
 def test_before_the_first_generation(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
-    assert [tile.value for tile in page.tiles.values()] == ["—"] * 4
-    assert page.unsteered.text == page.steered.text == ""
-    assert not page.generate.isEnabled() and page.reason.text() == "Add at least one feature."
+    assert [tile.value for tile in page.output.measures.tiles.values()] == ["—"] * 4
+    assert page.output.unsteered.text == page.output.steered.text == ""
+    assert (
+        not page.configuration.generate.isEnabled()
+        and page.configuration.reason.text() == "Add at least one feature."
+    )
     page.presenter.add(5)
-    assert not page.generate.isEnabled() and page.reason.text() == "Enter a prompt."
-    page.prompt.setPlainText(PROMPT)
-    assert page.generate.isEnabled() and page.reason.text() == ""
+    assert (
+        not page.configuration.generate.isEnabled()
+        and page.configuration.reason.text() == "Enter a prompt."
+    )
+    page.configuration.prompt.setPlainText(PROMPT)
+    assert page.configuration.generate.isEnabled() and page.configuration.reason.text() == ""
 
 
 def test_features_that_cannot_be_read_can_be_tried_again(
@@ -127,11 +133,14 @@ def test_features_that_cannot_be_read_can_be_tried_again(
 
 def test_source_is_named_by_what_it_was_trained_on(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
-    title = page.source.currentText()
+    title = page.configuration.source.currentText()
     assert title.startswith("BatchTopK SAE • tiny-llama-0.9m • intros • Started ")
-    assert page.model.text() == "tiny-llama-0.9m"
-    assert page.layer.text() == "Layer 2 of 0 to 3 • residual stream after the block"
-    assert not page.chat.isEnabled() and "no chat template" in page.chat_note.text()
+    assert page.configuration.model.text() == "tiny-llama-0.9m"
+    assert page.configuration.layer.text() == "Layer 2 of 0 to 3 • residual stream after the block"
+    assert (
+        not page.configuration.advanced.chat.isEnabled()
+        and "no chat template" in page.configuration.advanced.chat_note.text()
+    )
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -153,60 +162,58 @@ def test_search_ranks_number_label_top_token_promoted() -> None:
     notes = {3: FeatureNote(1, 3, "Civil War battles", "", False)}
 
     def found(text: str) -> list[int]:
-        return [item.feature for item in search_index(index, notes, text).items]
+        return list(search_index(index, notes, text).features)
 
     assert found("war") == [3, 0, 1, 2]
     assert found("#2") == [2] and found("2") == [2]
     assert found("#4") == []  # never fired
     assert found("PEACE") == [1]
     assert found("nothing like it") == []
-    assert search_index(index, notes, "war").items[0].text == "Civil War battles"
-    assert search_index(index, notes, "#1").items[0].text == (
-        "fires on “the” • promotes “war”, “peace”"
-    )
+    assert index.item(3, notes).text == "Civil War battles"
+    assert index.item(1, notes).text == ("fires on “the” • promotes “war”, “peace”")
 
 
 def test_search_and_add(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     feature = strongest(services, page)
-    qtbot.keyClicks(page.search, f"#{feature}")
-    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
-    first = page.found_rows()[0]
+    qtbot.keyClicks(page.features.search, f"#{feature}")
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
+    first = page.features.found_rows()[0]
     assert first.feature == feature
     first.button.click()
-    assert page.presenter.selected == {feature: 0.0}
-    assert page._selected_title.text() == "Selected Features (1)"
-    assert not page._nothing_selected.isVisible()
-    assert page.found_rows()[0].button.text() == "Added"
-    assert not page.found_rows()[0].button.isEnabled()
-    page.search.clear()
-    qtbot.waitUntil(lambda: page.found_rows() == [])
-    page.search.setText("no such token anywhere")
-    qtbot.waitUntil(lambda: "No feature matches" in page._found_note.text(), timeout=5000)
+    assert strengths(page) == {feature: 0.0}
+    assert page.features.title_of_selected.text() == "Selected Features (1)"
+    assert not page.features.nothing.isVisible()
+    assert page.features.found_rows()[0].button.text() == "Added"
+    assert not page.features.found_rows()[0].button.isEnabled()
+    page.features.search.clear()
+    qtbot.waitUntil(lambda: page.features.found_rows() == [])
+    page.features.search.setText("no such token anywhere")
+    qtbot.waitUntil(lambda: "No feature matches" in page.features.note.text(), timeout=5000)
 
 
 def test_features_worth_a_try_are_offered_while_none_is_selected(
     qtbot: Any, services: Services
 ) -> None:
     page = open_page(qtbot, services)
-    qtbot.waitUntil(lambda: bool(page.suggestion_rows()), timeout=30_000)
-    assert page._suggestions.isVisible()
-    offered = page.suggestion_rows()[0].feature
-    page.search.setText("zzz")
-    qtbot.waitUntil(lambda: not page._suggestions.isVisible(), timeout=5000)
-    page.search.clear()
-    qtbot.waitUntil(page._suggestions.isVisible, timeout=5000)
-    page.suggestion_rows()[0].button.click()
-    assert page.presenter.selected == {offered: 2.0}
-    assert not page._suggestions.isVisible()
+    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()), timeout=30_000)
+    assert page.features.suggestions.isVisible()
+    offered = page.features.suggestion_rows()[0].feature
+    page.features.search.setText("zzz")
+    qtbot.waitUntil(lambda: not page.features.suggestions.isVisible(), timeout=5000)
+    page.features.search.clear()
+    qtbot.waitUntil(page.features.suggestions.isVisible, timeout=5000)
+    page.features.suggestion_rows()[0].button.click()
+    assert strengths(page) == {offered: 2.0}
+    assert not page.features.suggestions.isVisible()
 
 
 def test_return_adds_the_first_match(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
-    page.search.setText("#7")
-    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
-    qtbot.keyClick(page.search, Qt.Key.Key_Return)
-    assert list(page.presenter.selected) == [7]
+    page.features.search.setText("#7")
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
+    qtbot.keyClick(page.features.search, Qt.Key.Key_Return)
+    assert list(strengths(page)) == [7]
 
 
 def test_label_of_a_feature_is_found_as_soon_as_it_is_written(
@@ -216,9 +223,9 @@ def test_label_of_a_feature_is_found_as_soon_as_it_is_written(
     sae_id = page.presenter.sae_id
     page.presenter.add(9)
     services.library.feature_notes.write(sae_id, 9, label="Kings and queens")
-    qtbot.waitUntil(lambda: page.feature_cards()[0]._text.text() == "Kings and queens")
-    page.search.setText("queens")
-    qtbot.waitUntil(lambda: [r.feature for r in page.found_rows()] == [9], timeout=5000)
+    qtbot.waitUntil(lambda: page.features.cards()[0]._text.text() == "Kings and queens")
+    page.features.search.setText("queens")
+    qtbot.waitUntil(lambda: [r.feature for r in page.features.found_rows()] == [9], timeout=5000)
 
 
 # --- strength -------------------------------------------------------------------------------------
@@ -229,7 +236,7 @@ def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     feature = strongest(services, page)
     page.presenter.add(feature, 0.0)
-    (card,) = page.feature_cards()
+    (card,) = page.features.cards()
     sae = library.saes.all()[0]
     store = FeatureStore(library.path(newest_run(library, sae.id).folder))
     most = float(store.columns["max_activation"][feature])
@@ -238,7 +245,7 @@ def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
     def expect(strength: float) -> None:
         assert card.strength == pytest.approx(strength)
         assert card.slider.value() == round(strength * 100)
-        assert page.presenter.selected == {feature: pytest.approx(strength)}
+        assert strengths(page) == {feature: pytest.approx(strength)}
         raw = strength * most
         sign = "+" if raw > 0 else ""
         percent = abs(raw) / median * 100
@@ -253,23 +260,25 @@ def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
     expect(-2.2)
     card.box.setValue(1.25)  # a number may be finer
     expect(1.25)
-    buttons = {button.text(): button for button in card.findChildren(type(page.generate))}
+    buttons = {
+        button.text(): button for button in card.findChildren(type(page.configuration.generate))
+    }
     for name, strength in (("Suppress", -2.0), ("Amplify", 2.0), ("Reset", 0.0)):
         buttons[name].click()
         expect(strength)
     qtbot.keyClick(card.slider, Qt.Key.Key_Right)
     expect(0.1)
     card.remove.click()
-    assert page.presenter.selected == {} and page.feature_cards() == []
+    assert strengths(page) == {} and page.features.cards() == []
 
 
 def test_another_tab_sends_a_feature(qtbot: Any, services: Services) -> None:
     sae_id = services.library.saes.all()[0].id
     page = open_page(qtbot, services, sae_id=sae_id, feature=11)
-    assert page.presenter.selected == {11: 2.0}
-    page.feature_cards()[0].box.setValue(-1.0)
+    assert strengths(page) == {11: 2.0}
+    page.features.cards()[0].box.setValue(-1.0)
     page.activate(sae_id=sae_id, feature=11)
-    assert page.presenter.selected == {11: -1.0}  # what was chosen is not overwritten
+    assert strengths(page) == {11: -1.0}  # what was chosen is not overwritten
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -279,16 +288,20 @@ def test_generation_streams_and_ends_with_what_is_stored(qtbot: Any, services: S
     page = open_page(qtbot, services)
     page.presenter.add(strongest(services, page), 3.0)
     seen: set[str] = set()
-    services.jobs.tick.connect(lambda: seen.add(page.steered.text))
+    services.jobs.tick.connect(lambda: seen.add(page.output.steered.text))
     generation = generate(qtbot, services, page, max_tokens=60)
     result, variant = generation.result, generation.result["variants"][0]
     grown = [text for text in seen if text and text != variant["text"]]
     assert grown, "nothing was shown before the end"
-    assert page.unsteered.text == page.unsteered.view.toPlainText() == result["unsteered"]
-    assert page.steered.text == page.steered.view.toPlainText() == variant["text"]
-    assert page.steered.text != page.unsteered.text
+    assert (
+        page.output.unsteered.text
+        == page.output.unsteered.view.toPlainText()
+        == result["unsteered"]
+    )
+    assert page.output.steered.text == page.output.steered.view.toPlainText() == variant["text"]
+    assert page.output.steered.text != page.output.unsteered.text
     delta = variant["perplexity"] - variant["perplexity_unsteered"]
-    assert {name: tile.value for name, tile in page.tiles.items()} == {
+    assert {name: tile.value for name, tile in page.output.measures.tiles.items()} == {
         "kl": significant(variant["kl_per_token"]),
         "perplexity": signed(delta),
         "similarity": share(variant["similarity"]),
@@ -296,11 +309,21 @@ def test_generation_streams_and_ends_with_what_is_stored(qtbot: Any, services: S
     }
     assert variant["kl_per_token"] > 0
     caption = "Higher uncertainty" if delta > 0 else "Lower uncertainty"
-    assert page.tiles["perplexity"]._note.text() == caption
-    assert page.tiles["perplexity"]._value.property("tone") == ("red" if delta > 0 else "emerald")
-    assert f"over {variant['tokens']} generated tokens" in page.tiles["kl"].toolTip()
-    assert f"ratio {significant(variant['perplexity_ratio'])}" in page.details.text()
-    assert not page.busy and page.generate.isEnabled() and not page.stop.isVisible()
+    assert page.output.measures.tiles["perplexity"]._note.text() == caption
+    assert page.output.measures.tiles["perplexity"]._value.property("tone") == (
+        "red" if delta > 0 else "emerald"
+    )
+    assert (
+        f"over {variant['tokens']} generated tokens" in page.output.measures.tiles["kl"].toolTip()
+    )
+    assert (
+        f"ratio {significant(variant['perplexity_ratio'])}" in page.output.measures.details.text()
+    )
+    assert (
+        not page.busy
+        and page.configuration.generate.isEnabled()
+        and not page.configuration.stop.isVisible()
+    )
     for size in SIZES:
         page.resize(*size)
         assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
@@ -311,13 +334,20 @@ def test_strength_zero_changes_nothing(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.presenter.add(3, 0.0)
     generation = generate(qtbot, services, page, max_tokens=20)
-    assert page.steered.text == page.unsteered.text != ""
+    assert page.output.steered.text == page.output.unsteered.text != ""
     assert generation.result["variants"][0]["first_difference"] is None
-    assert page.tiles["kl"].value in ("0", "<0.0001")  # two equal rows may differ in the last bit
-    assert page.tiles["perplexity"].value == "+0.00"
-    assert page.tiles["similarity"].value == page.tiles["overlap"].value == "100.0%"
-    assert page.steered.caption.text() == "The same text in both."
-    page.shade.setChecked(True)  # nothing to shade, nothing to divide by
+    assert page.output.measures.tiles["kl"].value in (
+        "0",
+        "<0.0001",
+    )  # two equal rows may differ in the last bit
+    assert page.output.measures.tiles["perplexity"].value == "+0.00"
+    assert (
+        page.output.measures.tiles["similarity"].value
+        == page.output.measures.tiles["overlap"].value
+        == "100.0%"
+    )
+    assert page.output.steered.caption.text() == "The same text in both."
+    page.output.shade.setChecked(True)  # nothing to shade, nothing to divide by
 
 
 def test_words_of_one_text_are_underlined_and_common_ones_quiet(
@@ -327,22 +357,22 @@ def test_words_of_one_text_are_underlined_and_common_ones_quiet(
     page.presenter.add(strongest(services, page), 3.0)
     generation = generate(qtbot, services, page, max_tokens=40)
     text, other = generation.result["variants"][0]["text"], generation.result["unsteered"]
-    cursor = QTextCursor(page.steered.view.document())
+    cursor = QTextCursor(page.output.steered.view.document())
     places = only_in(text, other)
     assert places
     for start, end in places:
         for place in (start + 1, end):  # a format is that of the character before the cursor
             cursor.setPosition(place)
             assert cursor.charFormat().fontUnderline()
-    page.shade.setChecked(True)
+    page.output.shade.setChecked(True)
     kl = generation.result["variants"][0]["kl_by_token"]
-    assert page.shade_note.text() == f"darkest: {significant(max(kl))} nats"
+    assert page.output.heat._high.text() == f"{significant(max(kl))} nats"
     spans = token_spans(text, generation.result["variants"][0]["pieces"])
     cursor.setPosition(spans[-1][1])
     assert cursor.charFormat().toolTip() == f"Token {len(kl)}: KL {significant(kl[-1])} nats"
     assert cursor.charFormat().background().style() != Qt.BrushStyle.NoBrush
-    page.shade.setChecked(False)
-    cursor = QTextCursor(page.steered.view.document())
+    page.output.shade.setChecked(False)
+    cursor = QTextCursor(page.output.steered.view.document())
     cursor.setPosition(spans[-1][1])
     assert cursor.charFormat().background().style() == Qt.BrushStyle.NoBrush
 
@@ -350,32 +380,39 @@ def test_words_of_one_text_are_underlined_and_common_ones_quiet(
 def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.presenter.add(strongest(services, page), 2.0)
-    page.prompt.setPlainText(PROMPT)
-    page.max_tokens.setValue(2000)
-    page.generate.click()
-    assert page.generate.text() == "Generating…" and not page.generate.isEnabled()
-    qtbot.waitUntil(lambda: bool(page.steered.text), timeout=60_000)
+    page.configuration.prompt.setPlainText(PROMPT)
+    page.configuration.max_tokens.setValue(2000)
+    page.configuration.generate.click()
+    assert (
+        page.configuration.generate.text() == "Generating…"
+        and not page.configuration.generate.isEnabled()
+    )
+    qtbot.waitUntil(lambda: bool(page.output.steered.text), timeout=60_000)
     with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000) as ended:
-        page.stop.click()
+        page.configuration.stop.click()
     assert ended.args[1] == "cancelled"
     assert services.library.generations.count() == 0
-    assert page.generate.isEnabled() and page.generate.text() == "Generate Comparison"
-    assert page.steered.text != ""
-    assert "Stopped" in page.details.text()
-    assert [tile.value for tile in page.tiles.values()] == ["—"] * 4
+    assert (
+        page.configuration.generate.isEnabled()
+        and page.configuration.generate.text() == "Generate Comparison"
+    )
+    assert page.output.steered.text != ""
+    assert "Stopped" in page.output.measures.details.text()
+    assert [tile.value for tile in page.output.measures.tiles.values()] == ["—"] * 4
 
 
 def test_generation_that_waits_says_for_what(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.presenter.add(3)
-    page.prompt.setPlainText(PROMPT)
-    page.max_tokens.setValue(4)
+    page.configuration.prompt.setPlainText(PROMPT)
+    page.configuration.max_tokens.setValue(4)
     Stubborn.release.clear()
     services.jobs.submit(Stubborn())
     try:
-        page.generate.click()
+        page.configuration.generate.click()
         qtbot.waitUntil(
-            lambda: "Waits for “Stubborn”" in page.steered.view.placeholderText(), timeout=5000
+            lambda: "Waits for “Stubborn”" in page.output.steered.view.placeholderText(),
+            timeout=5000,
         )
     finally:
         Stubborn.release.set()
@@ -387,66 +424,71 @@ def test_failure_is_said_with_its_next_step(qtbot: Any, services: Services) -> N
     page = open_page(qtbot, services)
     page.presenter.add(3)
     services.library.execute("UPDATE saes SET folder = 'trainings/gone'")
-    page.prompt.setPlainText(PROMPT)
+    page.configuration.prompt.setPlainText(PROMPT)
     with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
-        page.generate.click()
+        page.configuration.generate.click()
     record = services.library.jobs.get(ended.args[0])
     assert record.status == "failed"
     panel = page._error_place.itemAt(0).widget()
     assert record.error["title"] in panel.accessibleName()
     assert record.error["next_step"] in panel.accessibleName()
-    assert page.generate.isEnabled()
+    assert page.configuration.generate.isEnabled()
 
 
 def test_copy_takes_the_text(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
-    assert not page.steered.copy.isEnabled()
+    assert not page.output.steered.copy.isEnabled()
     page.presenter.add(strongest(services, page), 3.0)
     generate(qtbot, services, page)
-    page.steered.copy.click()
-    assert QApplication.clipboard().text() == page.steered.text
-    page.unsteered.copy.click()
-    assert QApplication.clipboard().text() == page.unsteered.text
+    page.output.steered.copy.click()
+    assert QApplication.clipboard().text() == page.output.steered.text
+    page.output.unsteered.copy.click()
+    assert QApplication.clipboard().text() == page.output.unsteered.text
 
 
 def test_earlier_generation_comes_back_whole(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     feature = strongest(services, page)
     page.presenter.add(feature, 3.0)
-    page.temperature.setValue(1.1)
-    page.seed.setValue(5)
+    page.configuration.temperature.setValue(1.1)
+    page.configuration.advanced.seed.setValue(5)
     first = generate(qtbot, services, page)
-    page.presenter.set_selected([[3, -1.0]])
-    page.temperature.setValue(0.2)
-    page.seed.setValue(6)
+    page.presenter.set_selected([Chosen(page.presenter.sae_id, 3, -1.0)])
+    page.configuration.temperature.setValue(0.2)
+    page.configuration.advanced.seed.setValue(6)
     generate(qtbot, services, page, prompt="Another prompt")
-    assert [row.button.text() for row in page.history_rows()] == ["Shown", "Open"]
+    assert [row.button.text() for row in page.history.rows()] == ["Shown", "Load again"]
     assert page.history.isVisible()
-    page.history_rows()[1].button.click()
-    assert page.prompt.toPlainText() == PROMPT
-    assert (page.temperature.value(), page.seed.value()) == (1.1, 5)
-    assert page.presenter.selected == {feature: 3.0}
-    assert page.steered.text == first.result["variants"][0]["text"]
-    assert page.tiles["kl"].value == significant(first.result["variants"][0]["kl_per_token"])
-    assert [row.button.text() for row in page.history_rows()] == ["Open", "Shown"]
+    page.history.rows()[1].button.click()
+    assert page.configuration.prompt.toPlainText() == PROMPT
+    assert (page.configuration.temperature.value(), page.configuration.advanced.seed.value()) == (
+        1.1,
+        5,
+    )
+    assert strengths(page) == {feature: 3.0}
+    assert page.output.steered.text == first.result["variants"][0]["text"]
+    assert page.output.measures.tiles["kl"].value == significant(
+        first.result["variants"][0]["kl_per_token"]
+    )
+    assert [row.button.text() for row in page.history.rows()] == ["Load again", "Shown"]
 
 
 def test_state_survives(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.presenter.add(strongest(services, page), 3.0)
-    page.temperature.setValue(0.9)
-    page.top_p.setValue(0.95)
-    page.shade.setChecked(True)
+    page.configuration.temperature.setValue(0.9)
+    page.configuration.advanced.top_p.setValue(0.95)
+    page.output.shade.setChecked(True)
     generation = generate(qtbot, services, page)
     page.presenter.add(7, -1.5)
-    page.prompt.setPlainText("Changed since")
+    page.configuration.prompt.setPlainText("Changed since")
     state = json.loads(json.dumps(page.save_state()))
     again = open_page(qtbot, services)
     again.restore_state(state)
     assert again.form() == page.form()
     assert again.presenter.selected == page.presenter.selected
-    assert [card.feature for card in again.feature_cards()] == list(page.presenter.selected)
-    assert again.steered.text == generation.result["variants"][0]["text"]
+    assert [card.key for card in again.features.cards()] == [c.key for c in page.presenter.selected]
+    assert again.output.steered.text == generation.result["variants"][0]["text"]
     assert again.save_state() == state
     qtbot.waitUntil(lambda: again.presenter.index is not None, timeout=30_000)
     for broken in ({}, {"selections": {"x": 1}, "sae_id": 99, "generation_id": 99}):
@@ -460,8 +502,8 @@ def test_form_can_be_read(qtbot: Any, services: Services, size: tuple[int, int])
     shot(page, f"steering_empty-{size[0]}")
     page.presenter.add(strongest(services, page), 2.0)
     page.presenter.add(7, -1.5)
-    page.search.setText("the")
-    qtbot.waitUntil(lambda: bool(page.found_rows()), timeout=5000)
+    page.features.search.setText("the")
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     assert page._page.horizontalScrollBar().maximum() == 0
     shot(page, f"steering_form-{size[0]}")

@@ -2,316 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PySide6.QtCore import QObject, Signal
 
-from mistudio import formatting
 from mistudio.errors import UserError, explain
-from mistudio.library.library import Library
+from mistudio.jobs.presets import Binding
 from mistudio.library.features import FeatureNote
-from mistudio.library.records import Generation, Sae
+from mistudio.library.jobs import JobRecord
+from mistudio.library.records import Generation, Template
+from mistudio.library.steering import Calibration
 from mistudio.ui.services import Services
-from mistudio.ui.times import clock_time
-from mistudio.ui.training.form import encoder_of, encoder_title
+from mistudio.ui.steering import presets
+from mistudio.ui.steering.feature_index import (
+    Descriptions,
+    FeatureIndex,
+    FeatureItem,
+    Found,
+    Suggestion,
+    build_index,
+    describe,
+    find,
+    suggestions,
+)
+from mistudio.ui.steering.prompt_tokens import PromptTokens, read_tokens
+from mistudio.ui.steering.request import Chosen, Form, to_job
+from mistudio.ui.steering.sources import Source, sources
+from mistudio.ui.steering.units import NEW_STRENGTH, coefficient, percent_of_norm
 
-STRONGEST = 5.0
-NEW_STRENGTH = 2.0  # of a feature that another tab sends here
-RESULTS = 8
 HISTORY = 20
-_PROMOTED_SHOWN = 3
-
-_SITE_MEANINGS = {
-    "hook_resid_pre": "residual stream before the block",
-    "hook_resid_post": "residual stream after the block",
-    "mlp.hook_in": "input of the MLP",
-    "hook_mlp_out": "output of the MLP",
-    "hook_attn_out": "output of attention",
-}
-
-
-# --- sources of features --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """An SAE whose features are known, as the combo box names it."""
-
-    sae: Sae
-    run_id: int
-    title: str
-    model: str
-    model_layers: int
-    median_norm: float | None
-
-    @property
-    def layer_text(self) -> str:
-        """`Layer 12 of 0 to 29 • residual stream after the block`."""
-        suffix = self.sae.hook_point.split(".", 2)[-1]
-        where = _SITE_MEANINGS.get(suffix, suffix)
-        return f"Layer {self.sae.layer} of 0 to {self.model_layers - 1} • {where}"
-
-
-def sources(library: Library) -> list[Source]:
-    """Every SAE with a discovery pass, those of the newest training first."""
-    newest: dict[int, int] = {}
-    for run in library.feature_runs.all():
-        newest.setdefault(run.sae_id, run.id)
-    found = []
-    for sae in library.saes.all():
-        if sae.id in newest:
-            found.append(_source(library, sae, newest[sae.id]))
-    return found
-
-
-def _source(library: Library, sae: Sae, run_id: int) -> Source:
-    model = library.models.get(sae.model_id)
-    training = library.trainings.find(sae.training_id) if sae.training_id else None
-    encoder = encoder_title(sae.architecture, sae.wiring)
-    dataset, started, siblings = "", sae.created_at, 1
-    if training is not None:
-        encoder = encoder_of(training.config)
-        record = library.datasets.find(training.dataset_id)
-        dataset = record.name if record else ""
-        job = library.jobs.find(training.job_id) if training.job_id else None
-        started = (job.started_at if job else None) or training.created_at
-        siblings = len(library.saes.of_training(training.id))
-    parts = [encoder, model.name]
-    parts += [dataset] if dataset else []
-    parts += [f"layer {sae.layer}"] if siblings > 1 else []
-    parts.append(f"Started {clock_time(started)}")
-    median = sae.metrics.get("median_norm")
-    return Source(
-        sae=sae,
-        run_id=run_id,
-        title=" • ".join(parts),
-        model=model.name,
-        model_layers=model.n_layers,
-        median_norm=float(median) if median else None,
-    )
-
-
-# --- features of one source -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FeatureItem:
-    """A feature as rows show it: its label, or the tokens that tell most of it."""
-
-    feature: int
-    label: str
-    top_token: str
-    promoted: tuple[str, ...]
-    max_activation: float
-
-    @property
-    def text(self) -> str:
-        if self.label:
-            return self.label
-        promoted = ", ".join(_quoted(token) for token in self.promoted[:_PROMOTED_SHOWN])
-        fires = f"fires on {_quoted(self.top_token)}" if self.top_token else ""
-        return " • ".join(
-            part for part in (fires, f"promotes {promoted}" if promoted else "") if part
-        )
-
-
-def _quoted(token: str) -> str:
-    shown = token.strip().replace("\n", "↵")
-    return f"“{shown}”" if shown else f"“{token.replace(chr(10), '↵').replace(' ', '␣')}”"
-
-
-@dataclass(frozen=True)
-class FeatureIndex:
-    """The features of one discovery pass, ready to be searched; plain Python, made once."""
-
-    sae_id: int
-    run_id: int
-    top_tokens: tuple[str, ...]
-    promoted: tuple[tuple[str, ...], ...]
-    max_activations: tuple[float, ...]
-    has_chat_format: bool
-
-    def __len__(self) -> int:
-        return len(self.top_tokens)
-
-    def item(self, feature: int, notes: dict[int, FeatureNote]) -> FeatureItem | None:
-        if not 0 <= feature < len(self):
-            return None
-        note = notes.get(feature)
-        return FeatureItem(
-            feature,
-            note.label if note else "",
-            self.top_tokens[feature],
-            self.promoted[feature],
-            self.max_activations[feature],
-        )
-
-
-@dataclass(frozen=True)
-class Found:
-    """The first of `total` features that a search matches."""
-
-    search: str
-    total: int
-    items: tuple[FeatureItem, ...]
-
-
-def build_index(library: Library, sae_id: int, run_id: int) -> FeatureIndex:
-    """Read a discovery pass; imports the tokenizer's library, so never in the GUI thread."""
-    from mistudio.engine.features.store import FeatureStore
-    from mistudio.engine.models.loading import load_tokenizer
-
-    sae = library.saes.get(sae_id)
-    store = FeatureStore(library.path(library.feature_runs.get(run_id).folder))
-    tokenizer = load_tokenizer(library.path(library.models.get(sae.model_id).folder))
-    known: dict[int, str] = {-1: ""}
-
-    def text(token: int) -> str:
-        if token not in known:
-            known[token] = str(tokenizer.decode([token]))
-        return known[token]
-
-    return FeatureIndex(
-        sae_id=sae_id,
-        run_id=run_id,
-        top_tokens=tuple(text(int(token)) for token in store.columns["top_token"]),
-        promoted=tuple(
-            tuple(text(token) for token, _ in store.promoted(feature))
-            for feature in range(len(store))
-        ),
-        max_activations=tuple(float(value) for value in store.columns["max_activation"]),
-        has_chat_format=bool(getattr(tokenizer, "chat_template", None)),
-    )
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A feature worth a try, with what its strongest examples have in common."""
-
-    feature: int
-    text: str
-
-
-def suggestions(library: Library, sae_id: int, run_id: int) -> tuple[Suggestion, ...]:
-    """Features whose examples visibly share something; takes a second or two of background."""
-    from mistudio.engine.features.describe import showcase
-    from mistudio.engine.models.loading import load_tokenizer
-    from mistudio.jobs.features import open_features
-
-    store, texts = open_features(library, library.feature_runs.get(run_id))
-    model = library.models.get(library.saes.get(sae_id).model_id)
-    tokenizer = load_tokenizer(library.path(model.folder))
-    return tuple(
-        Suggestion(
-            feature, f"{found.text} • in {round(found.share * found.n)} of {found.n} examples"
-        )
-        for feature, found in showcase(store, texts, tokenizer, RESULTS, candidates=100)
-    )
-
-
-def search_index(index: FeatureIndex, notes: dict[int, FeatureNote], search: str) -> Found:
-    """By `#id`, then label, then the token it fires on, then the tokens it promotes. Features
-    that never fired cannot steer and are left out."""
-    wanted = search.strip().lower()
-    number = wanted.removeprefix("#")
-    ranked: list[tuple[int, float, int]] = []
-    for feature, top in enumerate(index.top_tokens):
-        strongest = index.max_activations[feature]
-        if strongest <= 0:
-            continue
-        label = notes[feature].label.lower() if feature in notes else ""
-        rank = _rank(wanted, number, feature, label, top, index.promoted[feature])
-        if rank is not None:
-            ranked.append((rank, -strongest, feature))
-    ranked.sort()
-    items = tuple(
-        item for *_, feature in ranked[:RESULTS] if (item := index.item(feature, notes)) is not None
-    )
-    return Found(search, len(ranked), items)
-
-
-def _rank(
-    wanted: str, number: str, feature: int, label: str, top: str, promoted: Sequence[str]
-) -> int | None:
-    """How well a feature matches, 0 best; None where it does not."""
-    if number.isdigit():
-        if feature == int(number):
-            return 0
-        if wanted.startswith("#"):
-            return 2 if str(feature).startswith(number) else None
-    if label and wanted in label:
-        return 1
-    token = top.strip().lower()
-    if token == wanted:
-        return 3
-    if any(text.strip().lower() == wanted for text in promoted):
-        return 4
-    if wanted in token:
-        return 5
-    if any(wanted in text.lower() for text in promoted):
-        return 6
-    return None
-
-
-# --- units of strength ----------------------------------------------------------------------------
-
-
-def coefficient(strength: float, max_activation: float | None) -> float | None:
-    """What is added along the feature's unit direction."""
-    return None if max_activation is None else strength * max_activation
-
-
-def percent_of_norm(raw: float | None, median_norm: float | None) -> float | None:
-    """|coefficient| in % of the layer's median norm; a decoder row has length 1."""
-    if raw is None or not median_norm:
-        return None
-    return 100.0 * abs(raw) / median_norm
-
-
-def significant(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, never in scientific notation; an em dash where there is none."""
-    if value is None or value != value or value in (float("inf"), float("-inf")):
-        return "—"
-    if value == 0:
-        return "0"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if whole:
-        return formatting.number(value, max(0, digits - whole))
-    if abs(value) < 0.0001:
-        return f"{'-' if value < 0 else ''}<0.0001"
-    return f"{value:.{digits}g}" if abs(value) >= 0.001 else f"{value:.4f}"
-
-
-def signed(value: float | None) -> str:
-    """`+2.30`, `-0.41`; no decimals where they would mean nothing."""
-    if value is None or value != value or value in (float("inf"), float("-inf")):
-        return "—"
-    return f"{value:+,.{2 if abs(value) < 1000 else 0}f}"
-
-
-def share(value: float | None) -> str:
-    return "—" if value is None or value != value else formatting.percent(value)
-
-
-# --- the page's state -----------------------------------------------------------------------------
-
-
-@dataclass
-class Form:
-    """What a generation is asked for, apart from the features."""
-
-    prompt: str = ""
-    temperature: float = 0.7
-    max_tokens: int = 60
-    top_p: float = 1.0
-    seed: int = 0
-    chat: bool = False
 
 
 class SteeringPresenter(QObject):
-    """Which SAE, which features at which strength, the generation that runs, the earlier ones."""
+    """Which SAE, which features at which strength, the generation that runs, the earlier ones.
+
+    What is selected belongs to a model: SAEs of other layers add to it, another model has its own.
+    """
 
     sources_changed = Signal()
     source_changed = Signal()
@@ -320,6 +48,11 @@ class SteeringPresenter(QObject):
     found = Signal(object)
     suggestions_changed = Signal()
     selection_changed = Signal()
+    calibrations_changed = Signal()
+    calibration_failed = Signal(object)
+    """the error of the job's row"""
+    tokens_read = Signal(object)
+    tokens_failed = Signal(object)
     history_changed = Signal()
     started = Signal(int)
     ended = Signal(str, object)
@@ -330,14 +63,18 @@ class SteeringPresenter(QObject):
         self._services = services
         self._sources = sources(services.library)
         self.sae_id: int | None = self._sources[0].sae.id if self._sources else None
-        self.index: FeatureIndex | None = None
+        self._indexes: dict[int, FeatureIndex] = {}
+        self._notes: dict[int, dict[int, FeatureNote]] = {}
+        self._descriptions: dict[int, dict[int, str]] = {}
+        self._describing: set[tuple[int, int]] = set()
+        self._loading: set[tuple[int, int]] = set()
         self.suggested: tuple[Suggestion, ...] = ()
         self._suggested_for: tuple[int, int] | None = None
-        self._notes: dict[int, FeatureNote] = {}
-        self._selections: dict[int, dict[int, float]] = {}
+        self._selections: dict[int, list[Chosen]] = {}  # by model
         self._search: str | None = None
         self._searching = False
-        self._loading: tuple[int, int] | None = None
+        self._calibrations: dict[int, dict[tuple[int, str], Calibration]] = {}
+        self._calibrating: dict[int, tuple[int, int]] = {}  # job -> (SAE, feature)
         self.job_id: int | None = None
         services.changes.changed.connect(self._on_changes_changed)
         services.jobs.job_finished.connect(self._on_jobs_job_finished)
@@ -347,48 +84,61 @@ class SteeringPresenter(QObject):
     def sources(self) -> list[Source]:
         return self._sources
 
+    def source_of(self, sae_id: int | None) -> Source | None:
+        return next((s for s in self._sources if s.sae.id == sae_id), None)
+
     @property
     def source(self) -> Source | None:
-        return next((s for s in self._sources if s.sae.id == self.sae_id), None)
+        return self.source_of(self.sae_id)
+
+    @property
+    def index(self) -> FeatureIndex | None:
+        """The features of the source; None while they are read."""
+        return self._index_of(self.source)
+
+    def _index_of(self, source: Source | None) -> FeatureIndex | None:
+        found = self._indexes.get(source.sae.id) if source else None
+        return found if found and source and found.run_id == source.run_id else None
 
     def choose(self, sae_id: int | None) -> None:
         """Take the features of another SAE; unknown ones are ignored."""
-        if sae_id == self.sae_id or not any(s.sae.id == sae_id for s in self._sources):
+        if sae_id == self.sae_id or self.source_of(sae_id) is None:
             return
         self.sae_id = sae_id
         self._show_source()
 
     def load(self) -> None:
-        """Read the source's features in the background; `index_changed` tells when."""
-        source = self.source
-        if source is None:
-            return
+        """Read the features of the source and of what is selected, in the background;
+        `index_changed` tells of each."""
+        wanted = [self.sae_id, *(chosen.sae_id for chosen in self.selected)]
+        for sae_id in dict.fromkeys(wanted):
+            source = self.source_of(sae_id)
+            if source is not None and self._index_of(source) is None:
+                self._read(source)
+
+    def _read(self, source: Source) -> None:
         wanted = (source.sae.id, source.run_id)
-        there = self.index is not None and (self.index.sae_id, self.index.run_id) == wanted
-        if there or self._loading == wanted:
+        if wanted in self._loading:
             return
-        self._loading = wanted
-        self.index = None
-        self._notes = self._services.library.feature_notes.of_sae(source.sae.id)
+        self._loading.add(wanted)
         library = self._services.library
+        self._notes[source.sae.id] = library.feature_notes.of_sae(source.sae.id)
         self._services.background.run(
             lambda: build_index(library, *wanted), self._on_index_built, self._on_index_failed
         )
 
     def _on_index_built(self, index: FeatureIndex) -> None:
-        if (index.sae_id, index.run_id) != self._loading:
-            return  # another source was chosen meanwhile
-        self._loading = None
-        self.index = index
+        self._loading.discard((index.sae_id, index.run_id))
+        self._indexes[index.sae_id] = index
+        self._describe_selected()
         self.index_changed.emit()
         self._next_search()
 
     def _on_index_failed(self, error: Exception) -> None:
-        self._loading = None
+        self._loading.clear()
         self.index_failed.emit(problem_of(error))
 
     def _show_source(self) -> None:
-        self.index = None
         self._search = None
         self.suggested, self._suggested_for = (), None
         self.source_changed.emit()
@@ -414,6 +164,48 @@ class SteeringPresenter(QObject):
             self.suggested = result[1]
             self.suggestions_changed.emit()
 
+    # --- what features are about ----------------------------------------------------------------
+
+    def item(self, feature: int, sae_id: int | None = None) -> FeatureItem | None:
+        """What is known of a feature (of the source); None while its SAE is still read."""
+        wanted = self.sae_id if sae_id is None else sae_id
+        index = self._index_of(self.source_of(wanted))
+        if index is None:
+            return None
+        notes = self._notes.get(index.sae_id, {})
+        return index.item(feature, notes, self._descriptions.get(index.sae_id))
+
+    def _describe_selected(self) -> None:
+        for sae_id in {chosen.sae_id for chosen in self.selected}:
+            self._describe(sae_id, [c.feature for c in self.selected if c.sae_id == sae_id])
+
+    def _describe(self, sae_id: int, features: Sequence[int]) -> None:
+        """Ask the rules for what has no label and was not asked for; `index_changed` tells."""
+        index = self._index_of(self.source_of(sae_id))
+        if index is None:
+            return
+        known, notes = self._descriptions.get(sae_id, {}), self._notes.get(sae_id, {})
+        missing = [
+            feature
+            for feature in features
+            if feature not in known
+            and (sae_id, feature) not in self._describing
+            and not (feature in notes and notes[feature].label)
+            and 0 <= feature < len(index)
+        ]
+        if not missing:
+            return
+        self._describing.update((sae_id, feature) for feature in missing)
+        library, run_id = self._services.library, index.run_id
+        self._services.background.run(
+            lambda: describe(library, sae_id, run_id, missing), self._on_described
+        )
+
+    def _on_described(self, result: Descriptions) -> None:
+        self._descriptions.setdefault(result.sae_id, {}).update(result.texts)
+        self._describing -= {(result.sae_id, feature) for feature in result.texts}
+        self.index_changed.emit()
+
     # --- search ---------------------------------------------------------------------------------
 
     def search(self, text: str) -> None:
@@ -422,24 +214,27 @@ class SteeringPresenter(QObject):
         self._next_search()
 
     def _next_search(self) -> None:
-        if self._search is None or self._searching or self.index is None:
+        index = self.index
+        if self._search is None or self._searching or index is None:
             return
         text, self._search = self._search, None
         if not text.strip():
-            self.found.emit(Found("", 0, ()))
+            self.found.emit(Found("", 0))
             return
         self._searching = True
-        index, notes = self.index, dict(self._notes)
+        library, notes = self._services.library, dict(self._notes.get(index.sae_id, {}))
         self._services.background.run(
-            lambda: search_index(index, notes, text), self._on_searched, self._on_search_failed
+            lambda: find(library, index, notes, text), self._on_searched, self._on_search_failed
         )
 
     def _on_searched(self, found: Found) -> None:
         self._searching = False
-        if self._search is None:
-            self.found.emit(found)
-        else:
+        if self._search is not None:
             self._next_search()
+            return
+        if self.sae_id is not None:
+            self._describe(self.sae_id, found.features)
+        self.found.emit(found)
 
     def _on_search_failed(self, error: Exception) -> None:
         self._searching = False
@@ -448,65 +243,134 @@ class SteeringPresenter(QObject):
     # --- selected features ----------------------------------------------------------------------
 
     @property
-    def selected(self) -> dict[int, float]:
-        """Feature -> strength, in the order they were added."""
-        return dict(self._selections.get(self.sae_id or 0, {}))
+    def _model_id(self) -> int:
+        source = self.source
+        return source.sae.model_id if source else 0
 
-    def item(self, feature: int) -> FeatureItem | None:
-        """What is known of a feature; None while the source is still read."""
-        return self.index.item(feature, self._notes) if self.index else None
+    @property
+    def selected(self) -> list[Chosen]:
+        """In the order they were added."""
+        return list(self._selections.get(self._model_id, []))
+
+    def is_selected(self, feature: int) -> bool:
+        """Whether a feature of the source is."""
+        return any(c.key == (self.sae_id, feature) for c in self.selected)
 
     def add(self, feature: int, strength: float = NEW_STRENGTH) -> None:
-        """Select a feature; one that is selected already keeps its strength."""
-        if self.sae_id is None:
+        """Select a feature of the source; one that is selected already keeps its strength."""
+        if self.sae_id is None or self.is_selected(feature):
             return
-        self._selections.setdefault(self.sae_id, {}).setdefault(feature, strength)
+        chosen = Chosen(self.sae_id, feature).at(strength)
+        self._selections.setdefault(self._model_id, []).append(chosen)
+        self._describe(self.sae_id, [feature])
         self.selection_changed.emit()
 
-    def remove(self, feature: int) -> None:
-        self._selections.get(self.sae_id or 0, {}).pop(feature, None)
+    def remove(self, sae_id: int, feature: int) -> None:
+        kept = [c for c in self.selected if c.key != (sae_id, feature)]
+        self._selections[self._model_id] = kept
         self.selection_changed.emit()
 
-    def set_strength(self, feature: int, strength: float) -> None:
-        chosen = self._selections.get(self.sae_id or 0, {})
-        if feature in chosen:
-            chosen[feature] = min(max(strength, -STRONGEST), STRONGEST)
+    def set_strength(self, sae_id: int, feature: int, strength: float) -> None:
+        self._replace(sae_id, feature, lambda c: c.at(strength))
 
-    def set_selected(self, features: Sequence[Sequence[float]]) -> None:
-        if self.sae_id is not None:
-            self._selections[self.sae_id] = {int(f): float(s) for f, s in features}
-            self.selection_changed.emit()
+    def set_method(self, sae_id: int, feature: int, method: str) -> None:
+        self._replace(sae_id, feature, lambda c: Chosen(c.sae_id, c.feature, c.strength, method))
+
+    def _replace(self, sae_id: int, feature: int, change: Callable[[Chosen], Chosen]) -> None:
+        found = self.selected
+        self._selections[self._model_id] = [
+            change(c) if c.key == (sae_id, feature) else c for c in found
+        ]
+
+    def set_selected(self, chosen: Sequence[Chosen]) -> None:
+        """Replace all; features of SAEs that are gone are left out. Goes to the first one's SAE
+        where none is of the SAE that is shown."""
+        known = [c for c in chosen if self.source_of(c.sae_id) is not None]
+        if known and all(c.sae_id != self.sae_id for c in known):
+            self.sae_id = known[0].sae_id
+            self._selections[self._model_id] = known
+            self._show_source()
+            return
+        self._selections[self._model_id] = known
+        self._describe_selected()
+        self.selection_changed.emit()
+        self.load()
+
+    # --- how strong -----------------------------------------------------------------------------
+
+    def percent(self) -> float | None:
+        """What is added in % of the norm at the SAE; None where that is not one added feature
+        (the sum of several depends on the angles between them)."""
+        if len(self.selected) != 1 or self.selected[0].method != "add":
+            return None
+        (chosen,) = self.selected
+        source, item = self.source_of(chosen.sae_id), self.item(chosen.feature, chosen.sae_id)
+        raw = coefficient(chosen.strength, item.max_activation if item else None)
+        return percent_of_norm(raw, source.median_norm if source else None)
+
+    def norms(self) -> dict[int, float]:
+        """The median norms of the residual stream after blocks, as far as runs measured them."""
+        return {
+            source.sae.layer: source.median_norm
+            for source in reversed(self._sources)
+            if source.sae.model_id == self._model_id
+            and source.sae.hook_point.endswith("hook_resid_post")
+            and source.median_norm
+        }
+
+    def calibration(self, sae_id: int, feature: int, method: str) -> Calibration | None:
+        if sae_id not in self._calibrations:
+            self._calibrations[sae_id] = self._services.library.calibrations.of_sae(sae_id)
+        return self._calibrations[sae_id].get((feature, method))
+
+    def is_calibrating(self, sae_id: int, feature: int) -> bool:
+        return (sae_id, feature) in self._calibrating.values()
+
+    def calibrate(self, sae_id: int, feature: int) -> None:
+        """Queue the measurement of a selected feature with its method; `calibrations_changed`
+        tells when it is there."""
+        from mistudio.jobs.kinds import Calibrate
+
+        chosen = next((c for c in self.selected if c.key == (sae_id, feature)), None)
+        if chosen is None or self.is_calibrating(sae_id, feature):
+            return
+        job = Calibrate(sae_id, [feature], chosen.method)
+        self._calibrating[self._services.jobs.submit(job)] = chosen.key
+        self.calibrations_changed.emit()
 
     # --- generation -----------------------------------------------------------------------------
 
-    def reason(self, prompt: str) -> str:
+    @property
+    def has_chat_format(self) -> bool:
+        return self.index is None or self.index.has_chat_format
+
+    def reason(self, form: Form) -> str:
         """Why nothing can be generated; empty where it can."""
         if self.source is None:
             return "No features to steer with yet."
         if not self.selected:
             return "Add at least one feature."
-        if not prompt.strip():
+        if not form.prompt.strip():
             return "Enter a prompt."
+        if form.scope == "chosen" and not form.positions:
+            return "Choose the prompt tokens to steer, under Advanced."
+        return "" if form.layers is None else self._reason_against_layers(form.layers)
+
+    def _reason_against_layers(self, layers: Sequence[int]) -> str:
+        used = {c.sae_id for c in self.selected}
+        source = self.source_of(next(iter(used)))
+        if not layers:
+            return "Choose at least one intervention layer, under Advanced."
+        if len(used) > 1 or any(c.method != "add" for c in self.selected):
+            return "One vector at several layers needs added features of one SAE (see Advanced)."
+        if source is None or not source.in_residual_stream:
+            return "One vector at several layers needs an SAE of the residual stream."
         return ""
 
     def generate(self, form: Form) -> int:
         """Queue a comparison; `ended` tells what came of it."""
-        from mistudio.jobs.kinds import Steer
-
         assert self.sae_id is not None
-        chat = form.chat and (self.index is None or self.index.has_chat_format)
-        self.job_id = self._services.jobs.submit(
-            Steer(
-                sae_id=self.sae_id,
-                features=[[feature, strength] for feature, strength in self.selected.items()],
-                prompt=form.prompt,
-                temperature=form.temperature,
-                top_p=form.top_p,
-                max_new_tokens=form.max_tokens,
-                seed=form.seed,
-                chat=chat,
-            )
-        )
+        self.job_id = self._services.jobs.submit(to_job(form, self.selected, self.sae_id))
         self.started.emit(self.job_id)
         return self.job_id
 
@@ -515,7 +379,7 @@ class SteeringPresenter(QObject):
             self._services.jobs.cancel(self.job_id)
 
     def texts(self) -> list[str]:
-        """The continuations so far: unsteered, steered."""
+        """The continuations so far: unsteered, then as asked."""
         snapshot = self._services.jobs.snapshot(self.job_id) if self.job_id is not None else None
         return list(snapshot.metrics.get("texts", ())) if snapshot else []
 
@@ -528,33 +392,86 @@ class SteeringPresenter(QObject):
 
     def _on_jobs_job_finished(self, job_id: int, status: str) -> None:
         if job_id == self.job_id:
-            record = self._services.library.jobs.get(job_id)
+            record: JobRecord = self._services.library.jobs.get(job_id)
             self.job_id = None
             self.ended.emit(status, record)
+        elif self._calibrating.pop(job_id, None) is not None:
+            if status == "failed":
+                error = self._services.library.jobs.get(job_id).error
+                self.calibration_failed.emit(error)
+            self.calibrations_changed.emit()
+
+    def read_tokens(self, prompt: str, chat: bool) -> None:
+        """Tell the prompt's tokens by `tokens_read`."""
+        if not prompt.strip() or self.source is None:
+            self.tokens_read.emit(PromptTokens(prompt, chat, 0))
+            return
+        library, model_id = self._services.library, self._model_id
+        self._services.background.run(
+            lambda: read_tokens(library, model_id, prompt, chat),
+            self._on_tokens_read,
+            self._on_tokens_failed,
+        )
+
+    def _on_tokens_read(self, tokens: PromptTokens) -> None:
+        self.tokens_read.emit(tokens)
+
+    def _on_tokens_failed(self, error: Exception) -> None:
+        self.tokens_failed.emit(problem_of(error))
+
+    # --- presets --------------------------------------------------------------------------------
+
+    def preset(self, form: Form) -> dict[str, Any]:
+        """What a preset of this moment holds; InvalidInput where no feature is selected."""
+        known = {source.sae.id: source for source in self._sources}
+        return presets.to_config(self._services.library, form, self.selected, known)
+
+    def load_preset(self, template: Template) -> tuple[Form, Binding, bool]:
+        """Select the features of a preset; its form, how it is bound, whether it was taken."""
+        chosen, binding = presets.chosen_of(self._services.library, template.config, self.sae_id)
+        if chosen:
+            self.set_selected(chosen)
+        return presets.form_of(template.config), binding, bool(chosen)
 
     # --- history --------------------------------------------------------------------------------
 
     def history(self) -> list[Generation]:
-        """The newest generations with this SAE."""
-        if self.sae_id is None:
-            return []
+        """The newest generations with the model's SAEs."""
         return self._services.library.generations.all(
-            f"sae_id = ? AND id IN (SELECT id FROM generations WHERE sae_id = ? "
-            f"ORDER BY id DESC LIMIT {HISTORY})",
-            (self.sae_id, self.sae_id),
+            "id IN (SELECT g.id FROM generations g JOIN saes s ON s.id = g.sae_id "
+            f"WHERE s.model_id = ? ORDER BY g.id DESC LIMIT {HISTORY})",
+            (self._model_id,),
         )
 
     def generation(self, generation_id: int) -> Generation | None:
         return self._services.library.generations.find(generation_id)
+
+    def of_this_model(self, generation: Generation) -> bool:
+        source = self.source_of(generation.sae_id)
+        return source is not None and source.sae.model_id == self._model_id
+
+    def export_history(self, path: Path, done: Callable[[Any], None]) -> None:
+        """Write all generations with the model; `done` gets how many, `index_failed` an error."""
+        from mistudio.jobs.generation_files import write_generations
+
+        library, model_id = self._services.library, self._model_id
+        self._services.background.run(
+            lambda: (write_generations(library, model_id, path), path), done, self._on_index_failed
+        )
 
     # --- changes and state ----------------------------------------------------------------------
 
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
         if table in ("saes", "feature_runs", "trainings", "models", "datasets"):
             self._refresh_sources()
-        elif table == "feature_notes" and self.sae_id in ids:
-            self._notes = self._services.library.feature_notes.of_sae(self.sae_id)
+        elif table == "feature_notes":
+            for sae_id in ids & self._notes.keys():
+                self._notes[sae_id] = self._services.library.feature_notes.of_sae(sae_id)
             self.index_changed.emit()
+        elif table == "feature_calibrations":
+            for sae_id in ids:
+                self._calibrations.pop(sae_id, None)
+            self.calibrations_changed.emit()
         elif table == "generations":
             self.history_changed.emit()
 
@@ -562,33 +479,31 @@ class SteeringPresenter(QObject):
         before, self._sources = self.source, sources(self._services.library)
         if self.source is None:
             self.sae_id = self._sources[0].sae.id if self._sources else None
+        for model_id, chosen in self._selections.items():
+            known = [c for c in chosen if self.source_of(c.sae_id) is not None]
+            self._selections[model_id] = known
         self.sources_changed.emit()
         if self.source != before:
             self._show_source()
+        else:
+            self.selection_changed.emit()
 
     def save_state(self) -> dict[str, Any]:
         return {
             "sae_id": self.sae_id,
-            "selections": {
-                str(sae_id): [[feature, strength] for feature, strength in chosen.items()]
-                for sae_id, chosen in self._selections.items()
-                if chosen
-            },
+            "selections": [c.as_list() for chosen in self._selections.values() for c in chosen],
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        known = {source.sae.id: source.sae for source in self._sources}
-        selections = state.get("selections")
-        for key, chosen in (selections if isinstance(selections, dict) else {}).items():
-            sae = known.get(int(key)) if str(key).isdigit() else None
-            if sae is None:
-                continue
-            self._selections[sae.id] = {
-                int(feature): min(max(float(strength), -STRONGEST), STRONGEST)
-                for feature, strength in chosen
-                if 0 <= int(feature) < sae.d_sae
-            }
-        if state.get("sae_id") in known:
+        entries = state.get("selections")
+        for entry in entries if isinstance(entries, list) else []:
+            chosen = Chosen.read(entry)
+            source = self.source_of(chosen.sae_id) if chosen else None
+            if chosen and source and chosen.feature < source.sae.d_sae:
+                kept = self._selections.setdefault(source.sae.model_id, [])
+                if all(chosen.key != c.key for c in kept):
+                    kept.append(chosen)
+        if self.source_of(state.get("sae_id")) is not None:
             self.sae_id = state["sae_id"]
         self._show_source()
 

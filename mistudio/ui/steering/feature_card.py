@@ -1,0 +1,362 @@
+"""A feature that steers: its strength in three units, its method, and how far one can trust it."""
+
+from __future__ import annotations
+
+from PySide6.QtCore import QRectF, Qt, Signal
+from PySide6.QtGui import QColor, QPainter, QPaintEvent, QPen, QWheelEvent
+from PySide6.QtWidgets import QSizePolicy, QSlider, QStyle, QStyleOptionSlider, QWidget
+
+from mistudio.library.steering import Calibration
+from mistudio.ui.steering.feature_index import FeatureItem
+from mistudio.ui.steering.request import FACTORS, METHODS, Chosen
+from mistudio.ui.steering.units import (
+    NOTHING,
+    STRONGEST,
+    coefficient,
+    percent_of_norm,
+    significant,
+)
+from mistudio.ui.theme import tokens
+from mistudio.ui.widgets import (
+    Badge,
+    Button,
+    Choice,
+    ElidedLabel,
+    FloatBox,
+    IconButton,
+    Surface,
+    Text,
+    column,
+    row,
+)
+
+_STEPS = 100  # slider positions per unit of strength
+_SNAP = _STEPS // 10
+# A zone's word, its tone, what it means, and the pattern that tells it without colour.
+ZONES = {
+    "green": ("Safe", "emerald", "the text reads as the unsteered one does"),
+    "amber": ("Strong", "yellow", "the text changes more than its content"),
+    "red": ("Breaks", "red", "the text repeats itself"),
+}
+_ZONE_COLOURS = {"green": tokens.EMERALD, "amber": tokens.YELLOW, "red": tokens.RED}
+_ZONE_HEIGHTS = {"green": 2, "amber": 4, "red": 6}
+
+
+class StrengthSlider(QSlider):
+    """From -5 to +5 in steps of 0.1; filled from the middle, as 0 is where nothing happens. Below
+    it run the zones of a calibration: the higher the band, the riskier."""
+
+    def __init__(self, name: str, parent: QWidget | None = None) -> None:
+        super().__init__(Qt.Orientation.Horizontal, parent)
+        self._zones: list[tuple[float, float, str]] = []
+        self.setRange(round(-STRONGEST * _STEPS), round(STRONGEST * _STEPS))
+        self.setSingleStep(_SNAP)
+        self.setPageStep(5 * _SNAP)
+        self.setMinimumHeight(28)
+        self.setAccessibleName(name)
+        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+
+    def set_zones(self, zones: list[tuple[float, float, str]]) -> None:
+        """Stretches (from, to, zone)."""
+        self._zones = zones
+        self.update()
+
+    def wheelEvent(self, event: QWheelEvent) -> None:
+        event.ignore()
+
+    def _place(self, strength: float) -> float:
+        """Where the handle's middle is at a strength."""
+        return 8 + (strength + STRONGEST) / (2 * STRONGEST) * (self.width() - 16)
+
+    def paintEvent(self, event: QPaintEvent) -> None:
+        option = QStyleOptionSlider()
+        self.initStyleOption(option)
+        handle = self.style().subControlRect(
+            QStyle.ComplexControl.CC_Slider, option, QStyle.SubControl.SC_SliderHandle, self
+        )
+        x, y = handle.center().x() + 0.5, 10.0
+        middle = self.width() / 2
+        painter = QPainter(self)
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+        painter.setPen(Qt.PenStyle.NoPen)
+        for start, end, zone in self._zones:
+            painter.setBrush(QColor(_ZONE_COLOURS[zone]))
+            left, height = self._place(start), _ZONE_HEIGHTS[zone]
+            painter.drawRect(QRectF(left, 27 - height, self._place(end) - left - 1, height))
+        painter.setBrush(QColor(tokens.RAISED_HOVER))
+        painter.drawRoundedRect(QRectF(0, y - 3, self.width(), 6), 3, 3)
+        if self.isEnabled():
+            painter.setBrush(QColor(tokens.PRIMARY))
+            painter.drawRect(QRectF(min(x, middle), y - 3, abs(x - middle), 6))
+        painter.setBrush(QColor(tokens.EDGE))
+        painter.drawRect(QRectF(middle - 1, y - 7, 2, 14))
+        painter.setBrush(QColor(tokens.EMERALD if self.isEnabled() else tokens.EDGE))
+        if self.hasFocus():
+            painter.setPen(QPen(QColor(tokens.WHITE), 2))
+        painter.drawEllipse(QRectF(x - 8, y - 8, 16, 16))
+
+
+class FeatureCard(Surface):
+    """One chosen feature: strength by slider, number or button; under More its method, and what
+    its calibration found."""
+
+    strength_changed = Signal(int, int, float)
+    method_changed = Signal(int, int, str)
+    removed = Signal(int, int)
+    calibrate_wanted = Signal(int, int)
+
+    def __init__(self, chosen: Chosen, parent: QWidget | None = None) -> None:
+        super().__init__("row", None, 14, parent)
+        self.key = chosen.key
+        self.feature = feature = chosen.feature
+        self._max: float | None = None
+        self._median: float | None = None
+        self._calibration: Calibration | None = None
+        self.setAccessibleName(f"Feature {feature}")
+        self._add_head()
+        self._add_strength(chosen.strength)
+        self._add_more()
+        self.body.setSpacing(10)
+        self.set_chosen(chosen)
+
+    def _add_head(self) -> None:
+        feature = self.feature
+        self._text = ElidedLabel("", "small")
+        self._text.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Preferred)
+        self.badge = Badge("", "", "slate")
+        self.badge.hide()
+        self.remove = IconButton("x", f"Remove feature {feature}", tokens.RED, size=18)
+        self.remove.clicked.connect(self._on_remove_clicked)
+        head = row(Text(f"#{feature}", "mono", "emerald"), self._text, self.badge, self.remove)
+        head.setStretch(1, 1)
+        self.add(head)
+
+    def _add_strength(self, strength: float) -> None:
+        feature = self.feature
+        self.box = FloatBox(strength, -STRONGEST, STRONGEST, 0.1, 2, " × max")
+        self.box.setAccessibleName(f"Coefficient of feature {feature}")
+        self.box.setFixedWidth(152)
+        self.box.valueChanged.connect(self._on_box_value_changed)
+        self.units = Text(NOTHING, "small", "emerald", wrap=True)
+        label = Text("Coefficient", "label")
+        label.setBuddy(self.box)
+        numbers = row(label, self.box, self.units)
+        numbers.setStretch(2, 1)
+        self.slider = StrengthSlider(f"Coefficient of feature {feature}, slider")
+        self.slider.setValue(round(strength * _STEPS))
+        self.slider.valueChanged.connect(self._on_slider_value_changed)
+        ticks = row(spacing=0)
+        for tick, side in (
+            ("-5.0 (suppress)", Qt.AlignmentFlag.AlignLeft),
+            ("0.0", Qt.AlignmentFlag.AlignHCenter),
+            ("+5.0 (amplify)", Qt.AlignmentFlag.AlignRight),
+        ):
+            text = Text(tick, "helper")
+            text.setAlignment(side)
+            ticks.addWidget(text, 1)
+        scale = column(2)
+        scale.addWidget(self.slider)
+        scale.addLayout(ticks)
+        self.quick: list[Button] = []
+        buttons = row(spacing=8)
+        for name, value in (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0)):
+            button = Button(name, "small", tooltip=f"Coefficient {value:+.1f}" if value else "0.0")
+            button.setAccessibleName(f"{name} feature {feature}")
+            button.clicked.connect(lambda checked=False, value=value: self.box.setValue(value))
+            self.quick.append(button)
+            buttons.addWidget(button, 1)
+        self.more = Button("More", "small", "chevron-down")
+        self.more.setCheckable(True)
+        self.more.setAccessibleName(f"Method and calibration of feature {feature}")
+        self.more.toggled.connect(self._on_more_toggled)
+        buttons.addWidget(self.more)
+        self.add(numbers, scale, buttons)
+
+    def _add_more(self) -> None:
+        feature = self.feature
+        self.method = Choice([(key, name) for key, (name, _) in METHODS.items()])
+        self.method.setAccessibleName(f"Method for feature {feature}")
+        for place, (_, meaning) in enumerate(METHODS.values()):
+            self.method.setItemData(place, meaning, Qt.ItemDataRole.ToolTipRole)
+        self.method.currentIndexChanged.connect(self._on_method_changed)
+        label = Text("Method", "label")
+        label.setBuddy(self.method)
+        self.meaning = Text("", "helper", wrap=True)
+        self.calibrate = Button("Calibrate", "small", "gauge")
+        self.calibrate.setAccessibleName(f"Calibrate feature {feature}")
+        self.calibrate.setToolTip(
+            "Tries this feature at rising strengths on neutral prompts and measures where the "
+            "text changes and where it breaks. Takes seconds to minutes."
+        )
+        self.calibrate.clicked.connect(self._on_calibrate_clicked)
+        self.range = Text("", "helper", wrap=True)
+        self.score = Text("", "helper", wrap=True)
+        method = row(label, self.method)
+        method.setStretch(1, 1)
+        found = column(2)
+        found.addWidget(self.range)
+        found.addWidget(self.score)
+        ways = row(found, self.calibrate)
+        ways.setStretch(0, 1)
+        self.details = QWidget()
+        self.details.setProperty("surface", "clear")
+        below = column(8)
+        below.addLayout(method)
+        below.addWidget(self.meaning)
+        below.addLayout(ways)
+        self.details.setLayout(below)
+        self.details.hide()
+        self.add(self.details)
+
+    # --- showing --------------------------------------------------------------------------------
+
+    @property
+    def strength(self) -> float:
+        return self.box.value()
+
+    def show_item(
+        self, item: FeatureItem | None, median_norm: float | None, where: str = ""
+    ) -> None:
+        """What is known of the feature; None while that is still read. `where`: its layer, where
+        it is not of the SAE that is shown."""
+        self._max = item.max_activation if item else None
+        self._median = median_norm
+        text = item.text if item else "Reading…"
+        self._text.setText(f"{where} • {text}" if where else text)
+        self._show_units()
+
+    def show_calibration(self, calibration: Calibration | None, busy: bool = False) -> None:
+        """What is known of the strengths with the chosen method; None: nothing yet."""
+        self._calibration = calibration
+        self.slider.set_zones(calibration.zones() if calibration else [])
+        self.calibrate.setEnabled(not busy and self.method.value != "ablate")
+        again = "Calibrate again" if calibration else "Calibrate"
+        self.calibrate.setText("Calibrating…" if busy else again)
+        self.range.setText(_range_text(calibration))
+        self.range.setToolTip(_range_tip(calibration))
+        score = (calibration.curve.get("output_score") or {}) if calibration else {}
+        self.score.setText(f"Output score: {significant(score.get('score'), 2)}")
+        self.score.setToolTip(
+            "How likely the feature makes its own tokens when it is amplified tenfold, 0 to 1: "
+            "their largest probability × (1 − best rank ÷ vocabulary), after one prompt. Features "
+            "with a high score steer best (Arad et al. 2025)."
+        )
+        self._show_zone()
+
+    def set_chosen(self, chosen: Chosen) -> None:
+        """Show another strength or method without telling of a change."""
+        for widget, change in (
+            (self.box, lambda: self.box.setValue(chosen.strength)),
+            (self.method, lambda: self.method.set_value(chosen.method)),
+        ):
+            was_blocked = widget.blockSignals(True)
+            change()
+            widget.blockSignals(was_blocked)
+        if chosen.method != "add":
+            self.more.setChecked(True)
+        self._show_method()
+        self._follow_box()
+
+    def _show_method(self) -> None:
+        method = str(self.method.value)
+        self.meaning.setText(METHODS[method][1])
+        uses = method != "ablate"
+        for widget in (self.box, self.slider, *self.quick):
+            widget.setEnabled(uses)
+        self.box.setSuffix(" ×" if method in FACTORS else " × max")
+        self.box.setToolTip(
+            "A factor: 1 leaves everything as it is"
+            if method in FACTORS
+            else "In multiples of the largest activation that discovery saw"
+        )
+
+    def _follow_box(self) -> None:
+        was_blocked = self.slider.blockSignals(True)
+        self.slider.setValue(round(self.box.value() * _STEPS))
+        self.slider.blockSignals(was_blocked)
+        self.slider.update()
+        self._show_units()
+        self._show_zone()
+
+    def _show_units(self) -> None:
+        method = self.method.value
+        self.units.set_tone("emerald")
+        if self._max is not None and self._max <= 0:
+            self.units.setText("never fired: it cannot steer")
+            self.units.set_tone("yellow")
+            return
+        if method == "ablate":
+            self.units.setText("taken away wherever it is active")
+            return
+        if method in FACTORS:
+            self.units.setText("of what is there • 1 changes nothing")
+            return
+        raw = coefficient(self.strength, self._max)
+        percent = percent_of_norm(raw, self._median)
+        sign = "+" if raw is not None and raw > 0 else ""
+        self.units.setText(f"= {sign}{significant(raw)} raw • {significant(percent)} % of the norm")
+        self.units.setToolTip(
+            f"Raw coefficient: strength × {significant(self._max, 4)}, the feature's largest "
+            "activation. It acts along the feature's direction, whose length is 1.\n"
+            f"Norm: {significant(self._median, 4)}, the median length of the layer's activations."
+        )
+
+    def _show_zone(self) -> None:
+        """The zone of the strength as a word beside the name; nothing where it is not known."""
+        zone = self._calibration.zone(self.strength) if self._calibration else None
+        self.badge.setVisible(zone is not None)
+        if zone is not None:
+            word, tone, meaning = ZONES[zone]
+            self.badge.set_status(zone, word, tone)
+            self.badge.setToolTip(f"At this strength {meaning}, as the calibration measured.")
+
+    # --- what the user does ---------------------------------------------------------------------
+
+    def _on_box_value_changed(self, value: float) -> None:
+        self._follow_box()
+        self.strength_changed.emit(*self.key, value)
+
+    def _on_slider_value_changed(self, value: int) -> None:
+        self.box.setValue(round(value / _SNAP) * _SNAP / _STEPS)
+
+    def _on_method_changed(self, index: int) -> None:
+        self._show_method()
+        self._show_units()
+        self.method_changed.emit(*self.key, self.method.value)
+
+    def _on_more_toggled(self, checked: bool) -> None:
+        self.details.setVisible(checked)
+        self.more.setText("Less" if checked else "More")
+        self.more.set_icon("chevron-up" if checked else "chevron-down")
+
+    def _on_calibrate_clicked(self, checked: bool = False) -> None:
+        self.calibrate_wanted.emit(*self.key)
+
+    def _on_remove_clicked(self, checked: bool = False) -> None:
+        self.removed.emit(*self.key)
+
+
+def _range_text(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return f"Safe strength: {NOTHING} (not measured)"
+    if calibration.recommended:
+        safe = f"Recommended: {calibration.recommended:+g} × max"
+    else:
+        safe = "No strength that was tried is safe"
+    if calibration.s_max is None:
+        return f"{safe} • breaks at none that was tried"
+    return f"{safe} • breaks from {calibration.s_max:+g} on"
+
+
+def _range_tip(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "Calibrate finds how strongly this feature can be steered before the text breaks."
+    prompts = len(calibration.curve.get("prompts", ()))
+    tokens_each = calibration.curve.get("new_tokens", NOTHING)
+    words = [f"{word}: {meaning}" for word, _, meaning in ZONES.values()]
+    return (
+        f"Measured over {prompts} neutral prompts, {tokens_each} tokens each, at every strength.\n"
+        + "\n".join(words)
+        + "\nSafe keeps KL ≤ 0.5 nats per token, distinct bigrams ≥ 85 % and perplexity ≤ 3 times "
+        "those of the unsteered text."
+    )

@@ -1,0 +1,199 @@
+"""What steering changed, in numbers: four tiles, a table for several texts, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PySide6.QtCore import Qt, Signal
+from PySide6.QtWidgets import QGridLayout, QWidget
+
+from mistudio import formatting
+from mistudio.library.records import Generation
+from mistudio.ui.steering.request import features_text
+from mistudio.ui.steering.units import NOTHING, exists, share, signed, significant
+from mistudio.ui.theme import tokens
+from mistudio.ui.widgets import Card, Choice, StatTile, Surface, Text, clear
+
+KL_TIP = (
+    "Mean of KL(steered ‖ unsteered) over {n} generated tokens: both distributions on the steered "
+    "text's own prefix, at temperature 1, in nats."
+)
+PERPLEXITY_TIP = (
+    "Perplexity of the steered text ({n} tokens) minus that of the unsteered text, both under the "
+    "unsteered model."
+)
+SIMILARITY_TIP = "Cosine of the two texts' word counts; 100 % for the same words as often."
+OVERLAP_TIP = "Words that both texts have, of all words that either has (Jaccard)."
+DISTINCT_TIP = "Share of token pairs that are different from each other; low means repetition."
+REPEATED_TIP = "Share of runs of four tokens that stood in the text before."
+# Below these parts of the unsteered text's distinct bigrams a text is called out.
+_WEAK, _BROKEN = 0.85, 0.70
+_LONG_RUN = 8
+
+_COLUMNS = (
+    ("Text", ""),
+    ("KL (nats/token)", KL_TIP.format(n="all")),
+    ("Perplexity Δ", PERPLEXITY_TIP.format(n="all")),
+    ("Similarity", SIMILARITY_TIP),
+    ("Word Overlap", OVERLAP_TIP),
+    ("Distinct-2", DISTINCT_TIP),
+    ("Repeated 4-grams", REPEATED_TIP),
+)
+
+
+def perplexity_delta(variant: Mapping[str, Any]) -> float | None:
+    after, before = variant.get("perplexity"), variant.get("perplexity_unsteered")
+    return None if after is None or before is None else after - before
+
+
+def repetition_warning(variant: Mapping[str, Any]) -> str:
+    """A sentence where the text repeats itself; empty where it does not."""
+    now, before = variant.get("distinct_2"), variant.get("distinct_2_unsteered")
+    run = variant.get("longest_run") or 0
+    if run >= _LONG_RUN:
+        return f"It breaks: one token stands {run} times in a row. Use less strength."
+    if now is None or before is None or not exists(now) or not before:
+        return ""
+    told = f"{share(now)} of its token pairs are distinct, {share(before)} of the unsteered text's"
+    if now < _BROKEN * before:
+        return f"It repeats itself: {told}. Use less strength."
+    return f"It repeats itself somewhat: {told}." if now < _WEAK * before else ""
+
+
+class Measures(Card):
+    """Of one steered text at a time; `shown_changed` tells which, where there are several."""
+
+    shown_changed = Signal(int)
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__("Comparison Metrics", "git-compare", parent=parent)
+        self.which = Choice()
+        self.which.setAccessibleName("Text to measure and compare")
+        self.which.setMinimumContentsLength(22)
+        self.which.currentIndexChanged.connect(self._on_which_changed)
+        self.add_to_header(self.which)
+        self.tiles = {
+            "kl": StatTile("KL Divergence", role="purple", note="nats per token"),
+            "perplexity": StatTile("Perplexity Δ", role="emerald", note="of the steered text"),
+            "similarity": StatTile("Similarity", role="blue", note="Cosine similarity"),
+            "overlap": StatTile("Word Overlap", role="emerald", note="Shared words"),
+        }
+        tiles = QGridLayout()
+        tiles.setSpacing(tokens.GAP)
+        for place, tile in enumerate(self.tiles.values()):
+            tiles.addWidget(tile, 0, place)
+            tiles.setColumnStretch(place, 1)
+        self.warning = Text("", "small", "yellow", wrap=True)
+        self._table_place = QGridLayout()
+        self._table_place.setHorizontalSpacing(24)
+        self._table_place.setVerticalSpacing(6)
+        self.table = Surface("tile", None, 14)
+        self.table.add(self._table_place)
+        self.details = Text("", "helper", wrap=True)
+        self.reactivation = Text("", "helper", wrap=True)
+        self.add(tiles, self.warning, self.table, self.reactivation, self.details)
+        self.show_generation(None)
+
+    def show_generation(self, generation: Generation | None, names: Sequence[str] = ()) -> None:
+        variants = generation.result["variants"] if generation else []
+        was_blocked = self.which.blockSignals(True)
+        self.which.set_options(list(enumerate(names)))
+        self.which.set_value(0)
+        self.which.blockSignals(was_blocked)
+        self.which.setVisible(len(variants) > 1)
+        self._show_table(variants, names)
+        self._generation = generation
+        self.show_variant(0)
+
+    def show_variant(self, number: int) -> None:
+        generation = self._generation
+        variant = generation.result["variants"][number] if generation else None
+        self._show_tiles(variant or {})
+        warning = repetition_warning(variant) if variant else ""
+        self.warning.setText(f"⚠ {warning}" if warning else "")
+        self.warning.setVisible(bool(warning))
+        again = _reactivation_text(variant) if variant else ""
+        self.reactivation.setText(again)
+        self.reactivation.setVisible(bool(again))
+        self.say(_details(generation, variant) if generation and variant else "")
+
+    def say(self, text: str) -> None:
+        self.details.setText(text)
+        self.details.setVisible(bool(text))
+
+    def _on_which_changed(self, index: int) -> None:
+        self.show_variant(index)
+        self.shown_changed.emit(index)
+
+    def _show_tiles(self, measured: Mapping[str, Any]) -> None:
+        n = formatting.count(measured["tokens"]) if measured else "all"
+        delta = perplexity_delta(measured)
+        worse = delta is not None and delta > 0
+        self.tiles["kl"].set_value(
+            significant(measured.get("kl_per_token")), tooltip=KL_TIP.format(n=n)
+        )
+        self.tiles["perplexity"].set_role("red" if worse else "emerald")
+        caption = "of the steered text"
+        if delta is not None and exists(delta):
+            caption = "No change" if delta == 0 else f"{'Higher' if worse else 'Lower'} uncertainty"
+        parts = (
+            f"\n{significant(measured.get('perplexity'), 4)} − "
+            f"{significant(measured.get('perplexity_unsteered'), 4)}"
+        )
+        self.tiles["perplexity"].set_value(
+            signed(delta), caption, PERPLEXITY_TIP.format(n=n) + (parts if measured else "")
+        )
+        self.tiles["similarity"].set_value(share(measured.get("similarity")), None, SIMILARITY_TIP)
+        self.tiles["overlap"].set_value(share(measured.get("word_overlap")), None, OVERLAP_TIP)
+
+    def _show_table(self, variants: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+        clear(self._table_place)
+        self.table.setVisible(len(variants) > 1)
+        if len(variants) <= 1:
+            return
+        for place, (heading, tip) in enumerate(_COLUMNS):
+            label = Text(heading, "helper")
+            label.setToolTip(tip)
+            self._put(label, 0, place)
+            self._table_place.setColumnStretch(place, 2 if place == 0 else 1)
+        for line, (name, variant) in enumerate(zip(names, variants, strict=True), 1):
+            values = (
+                significant(variant.get("kl_per_token")),
+                signed(perplexity_delta(variant)),
+                share(variant.get("similarity")),
+                share(variant.get("word_overlap")),
+                share(variant.get("distinct_2")),
+                share(variant.get("repetition_4")),
+            )
+            warned = bool(repetition_warning(variant))
+            self._put(Text(f"⚠ {name}" if warned else name, "small"), line, 0)
+            for place, value in enumerate(values, 1):
+                self._put(Text(value, "small"), line, place)
+
+    def _put(self, label: Text, line: int, place: int) -> None:
+        side = Qt.AlignmentFlag.AlignLeft if place == 0 else Qt.AlignmentFlag.AlignRight
+        self._table_place.addWidget(label, line, place, side)
+
+
+def _details(generation: Generation, variant: Mapping[str, Any]) -> str:
+    """Small print: what was asked, and the measures that have no tile."""
+    request, result = generation.request, generation.result
+    percent = variant.get("percent_of_norm")
+    strength = f"{significant(percent)} %" if percent is not None else NOTHING
+    parts = [
+        features_text(request),
+        f"together {strength} of the layer's median norm",
+        f"perplexity ratio {significant(variant.get('perplexity_ratio'))}",
+        f"distinct-2 {share(variant.get('distinct_2'))} "
+        f"(unsteered {share(variant.get('distinct_2_unsteered'))})",
+        f"{formatting.number(result['tokens_per_second'], 0)} tokens/s in {result['precision']}",
+    ]
+    if not result.get("together", True):
+        parts.append("one after another, as memory was short")
+    return " • ".join(parts)
+
+
+def _reactivation_text(variant: Mapping[str, Any]) -> str:
+    """How active each feature is where the steered text is read again without steering."""
+    return ""
