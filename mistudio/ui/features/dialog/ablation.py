@@ -283,7 +283,7 @@ class AblationTab(FeatureTab):
         measured_already = set(similar(kept, self.feature, self.params, density))
         chosen = like_it(density, self.feature, measured_already)[:OTHERS]
         if chosen:
-            self.services.jobs.submit(Ablate(self.dialog.run.id, chosen, self.mode.value))
+            self.services.jobs.submit(Ablate(self.dialog.run.id, chosen, **self.params))
             self.compare.setEnabled(False)
             self.compare.setText(f"Measuring {len(chosen)} others…")
         else:
@@ -305,7 +305,7 @@ class AblationTab(FeatureTab):
         )
 
     def _make_job(self) -> Ablate:
-        return Ablate(self.dialog.run.id, [self.feature], self.mode.value)
+        return Ablate(self.dialog.run.id, [self.feature], **self.params)
 
 
 def similar(
@@ -384,6 +384,8 @@ def sentence_of(result: Result) -> str:
 def signed(value: float, decimals: int = 3) -> str:
     if value == 0:
         return "0"
+    if abs(value) < 0.5 * 10**-decimals:
+        return formatting.number(0.0, decimals)  # a sign would tell what the digits do not
     return f"{'+' if value > 0 else '−'}{formatting.number(abs(value), decimals)}"
 
 

@@ -204,10 +204,12 @@ class CorrelationsTab(FeatureTab):
     def _offer_scopes(self, sample: Sample | None) -> None:
         saes = self.services.library.saes
         options: list[tuple[Any, str]] = [(None, "This SAE")]
-        for number in sample.others if sample else ():
-            other = saes.find(number)
+        others = [saes.find(number) for number in (sample.others if sample else ())]
+        layers = [other.layer for other in others if other is not None]
+        for other in others:
             if other is not None:
-                options.append((number, f"Layer {other.layer} ({other.hook_point})"))
+                site = f": {other.hook_point}" if layers.count(other.layer) > 1 else ""
+                options.append((other.id, f"Layer {other.layer}{site}"))
         self.scope.set_options(options)
         self.scope.setVisible(len(options) > 1)
         self.scope.setEnabled(self.measure.value != COSINE)

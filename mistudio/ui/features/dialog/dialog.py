@@ -292,7 +292,7 @@ class FeatureDialog(QDialog):
         tried, rank = int(self.value("score_contexts") or 0), self.value("score_percentile")
         if score is None or accuracy is None:
             scored = "score" in self.columns.values
-            first = "too few contexts to try it on" if scored else "not scored yet"
+            first = "too few active or silent contexts" if scored else "not scored yet"
             tip = _tip("score", f"{tried} contexts")
             self.tiles["score"].set_value("—", first, "", tip)
             return

@@ -33,7 +33,7 @@ from mistudio.ui.widgets.token_strip import shown as written
 if TYPE_CHECKING:
     from mistudio.ui.features.dialog.dialog import FeatureDialog
 
-ZOOMS = ((5, "5 tokens each side"), (16, "16 tokens each side"), (0, "Whole context"))
+ZOOMS = ((5, "± 5 tokens"), (16, "± 16 tokens"), (0, "Whole context"))
 TOP, TENTHS, SILENT = "top", "tenths", "silent"
 GROUPS = (
     (TOP, "Top examples"),
@@ -70,15 +70,18 @@ class ExamplesTab(FeatureTab):
     def build(self) -> None:
         self.group = Choice(GROUPS)
         self.group.setAccessibleName("Which examples")
-        self.group.setMinimumContentsLength(20)
+        self.group.setMinimumContentsLength(16)
         self.group.currentIndexChanged.connect(self._on_group_changed)
         self.zoom = Choice(ZOOMS)
-        self.zoom.setAccessibleName("Tokens shown of each example")
+        self.zoom.setAccessibleName("Tokens shown on each side of the strongest one")
+        self.zoom.setToolTip("Tokens shown on each side of the strongest one")
         self.zoom.set_value(16)
-        self.zoom.setMinimumContentsLength(16)
+        self.zoom.setMinimumContentsLength(13)
         self.zoom.currentIndexChanged.connect(self._on_zoom_changed)
-        self.measure = Button("Read the missing activations", "small", "activity")
-        self.measure.setToolTip("Runs the model over these windows, in the background")
+        self.measure = Button("Read activations", "small", "activity")
+        self.measure.setToolTip(
+            "Those that are not stored: runs the model over these contexts, in the background"
+        )
         self.measure.clicked.connect(self._on_measure_clicked)
         self.measure.hide()
         self.copy_all = Button("Copy all", "small", "copy")

@@ -19,9 +19,9 @@ from mistudio.ui.widgets.token_strip import shown as written
 
 MOMENTS = (
     ("logit_std", "Deviation", "emerald", "how much it says directly"),
-    ("logit_skewness", "Skewness", "blue", "> 0 promotes few tokens, < 0 suppresses few"),
+    ("logit_skewness", "Skewness", "blue", "above 0: promotes a few"),
     ("logit_kurtosis", "Excess kurtosis", "purple", "large: few tokens stand out"),
-    ("logit_top_gap", "Gap", "yellow", "ten most promoted, in deviations"),
+    ("logit_top_gap", "Gap", "yellow", "ten most promoted, deviations"),
 )
 METHOD = (
     "The feature's decoder direction times the gain of the model's final norm, through the "

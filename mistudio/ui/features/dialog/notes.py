@@ -53,10 +53,10 @@ class NotesTab(FeatureTab):
         self.blind.clicked.connect(self._on_blind_clicked)
         self._list_title = row(Text("Lists", "card"), None)
         left, right = column(14), column(14)
-        left.addLayout(row(Text("Labels", "card"), None, self.describe))
-        left.addLayout(self._labels)
         left.addWidget(Text("Note", "card"))
         left.addWidget(self.note)
+        left.addLayout(row(Text("Labels", "card"), None, self.describe))
+        left.addLayout(self._labels)
         left.addStretch(1)
         right.addLayout(row(Text("Scores", "card"), None, self.blind))
         right.addLayout(self._scores)
@@ -171,7 +171,7 @@ class NotesTab(FeatureTab):
             self._score_box(
                 "Rule", accuracy, self.value("score_low"), self.value("score_high"),
                 f"n = {formatting.count(tried)} contexts" if accuracy is not None else
-                "too few contexts, or not scored",
+                "too few active or silent contexts, or not scored yet",
             )
         )  # fmt: skip
         found = self.services.library.feature_scores.of_feature(self.dialog.sae_id, self.feature)

@@ -104,10 +104,13 @@ class ExampleView(Surface):
         copy = IconButton("copy", f"Copy example {number}", size=16)
         copy.clicked.connect(self._on_copy_clicked)
         head = row(
-            Text(f"Example #{number}", "label"), self.strength, self.source, try_it, copy,
+            self.strength,
+            self.source,
+            try_it,
+            copy,
             spacing=8,
-        )  # fmt: skip
-        head.setStretch(2, 1)
+        )
+        head.setStretch(1, 1)
         self.add(head)
         self.add(self.strip)
         self._show()
