@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mistudio.engine.features.columns import TABLE, bands
 from mistudio.library.library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,7 @@ MODEL = ROOT / "tests" / "data" / "tiny-llama-0.9m"
 TEXT = ROOT / "resources" / "sample" / "wikipedia_vital_intros.jsonl"
 POINT = "blocks.2.hook_resid_post"
 DOCUMENTS = 400
+SHARES = {"0 to 1", *(column.unit for column in TABLE if column.unit.startswith("share"))}
 CONFIG = {"tokens": 20_000, "expansion": 4, "k": 8, "context": 128}
 
 
@@ -129,15 +131,16 @@ def _widen_store(library: Library, sae_id: int, n: int, chance: np.random.Genera
 
 def _columns(store: Any, rows: np.ndarray, chance: np.random.Generator) -> dict[str, np.ndarray]:
     """Every statistic there is: those that the discovery lacks are drawn from [0, 1)."""
-    from mistudio.engine.features.columns import TABLE, bands
-
     n = len(rows)
     columns = {}
     for column in TABLE:
         if column.name in store.columns:
             values = np.asarray(store.columns[column.name])[rows]
             if column.dtype == "float32":
-                values = values * np.exp(0.3 * chance.standard_normal(n, np.float32))
+                spread = np.exp(0.3 * chance.standard_normal(n, np.float32))
+                values = (
+                    np.minimum(values * spread, 1) if column.unit in SHARES else values * spread
+                )
         elif column.dtype == "float32":
             values = chance.random(n, np.float32)
         else:

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from PySide6.QtCore import QObject, Signal
 
+from mistudio.library.features import FeatureNote
 from mistudio.library.jobs import JobRecord
-from mistudio.library.records import FeatureRun, Sae, Training
-from mistudio.ui.features.reader import Details, FeatureReader, RowText
+from mistudio.library.library import Library
+from mistudio.library.records import FeatureRun
+from mistudio.ui.features.choices import SaeChoice, choices
+from mistudio.ui.features.notes import Notes
+from mistudio.ui.features.query import FIELDS, Query
+from mistudio.ui.features.reader import FeatureReader, RowText
 from mistudio.ui.features.table import FeatureTable
 from mistudio.ui.services import Services
-from mistudio.ui.times import clock_time
-from mistudio.ui.training.form import encoder_of, point_title
+
+__all__ = ["FeaturesPresenter", "SaeChoice"]
 
 MOST_ROWS = 64  # read at a time
-
-
-@dataclass(frozen=True)
-class SaeChoice:
-    """An SAE as the combo lists it."""
-
-    sae: Sae
-    training: Training
-    model: str
-    dataset: str
-    several: bool
-
-    @property
-    def title(self) -> str:
-        parts = [encoder_of(self.training.config), self.model, self.dataset]
-        if self.several:
-            parts.append(self.site)
-        return " • ".join([*parts, f"Started {clock_time(self.training.created_at)}"])
-
-    @property
-    def site(self) -> str:
-        return point_title(self.sae.hook_point, str(self.training.config.get("wiring", "")))
+AT_ONCE = 100  # features whose stars are written while the window waits; more in the background
 
 
 class FeaturesPresenter(QObject):
@@ -51,10 +36,11 @@ class FeaturesPresenter(QObject):
     """Another SAE was chosen, or its discovery began, moved on or ended."""
     opened = Signal()
     """The table has its columns."""
-    details_ready = Signal(object)
     failed = Signal(object)
     """Reading failed, with the exception."""
     searching_changed = Signal(bool)
+    lists_changed = Signal()
+    views_changed = Signal()
 
     def __init__(self, services: Services, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -65,10 +51,16 @@ class FeaturesPresenter(QObject):
         self.table = FeatureTable(self)
         self.error: Exception | None = None
         self._generation = 0  # of what is being opened
+        self._seen = (0, 0)
         self._wanted: list[int] = []
         self._reading_rows = False
-        self._search = ""
+        self._preparing = False
+        self._search: tuple[str, tuple[str, ...]] = ("", FIELDS)
         self._searching = False
+        self._asked: tuple[str, tuple[str, ...]] | None = None  # of the search that runs
+        self._again = False
+        self._reading_notes = False
+        self._notes_changed = False
         services.changes.changed.connect(self._on_changes_changed)
         services.jobs.job_changed.connect(self._on_jobs_job_changed)
         self.table.starred.connect(self.star)
@@ -76,24 +68,7 @@ class FeaturesPresenter(QObject):
     # --- what there is --------------------------------------------------------------------------
 
     def choices(self) -> list[SaeChoice]:
-        """SAEs of finished trainings, newest first."""
-        library = self._services.library
-        models = {record.id: record.name for record in library.models.all()}
-        datasets = {record.id: record.name for record in library.datasets.all()}
-        found = []
-        for training in library.trainings.all():
-            saes = library.saes.of_training(training.id)
-            found += [
-                SaeChoice(
-                    sae,
-                    training,
-                    models.get(training.model_id, "deleted model"),
-                    datasets.get(training.dataset_id, "deleted dataset"),
-                    len(saes) > 1,
-                )
-                for sae in saes
-            ]
-        return found
+        return choices(self._services.library)
 
     def choose(self, choice: SaeChoice | None) -> None:
         """Look at another SAE; its newest discovery is opened in the background."""
@@ -102,14 +77,22 @@ class FeaturesPresenter(QObject):
         self.choice = choice
         self._open_newest()
 
-    def corpus_tokens(self) -> int | None:
-        """Tokens of the split that a discovery passes over."""
-        if self.choice is None:
-            return None
-        record = self._services.library.tokenizations.find(self.choice.training.tokenization_id)
-        return record.statistics.get("split_tokens", {}).get("train") if record else None
+    @property
+    def sae_id(self) -> int | None:
+        return self.choice.sae.id if self.choice is not None else None
 
     # --- discovery ------------------------------------------------------------------------------
+
+    def corpus(self) -> tuple[int, int] | None:
+        """(tokens, documents) of the split that a discovery of a run's SAE passes over."""
+        if self.choice is None or self.choice.training is None:
+            return None
+        record = self._services.library.tokenizations.find(self.choice.training.tokenization_id)
+        if record is None:
+            return None
+        tokens = record.statistics.get("split_tokens", {}).get("train")
+        documents = record.statistics.get("split_documents", {}).get("train")
+        return (int(tokens), int(documents or 0)) if tokens else None
 
     def discovery(self) -> JobRecord | None:
         """The chosen SAE's discovery that is queued or runs."""
@@ -119,23 +102,53 @@ class FeaturesPresenter(QObject):
 
     def failure(self) -> JobRecord | None:
         """The chosen SAE's newest discovery, where it failed or was interrupted."""
-        for job in self._services.library.jobs.all("kind = 'discover'"):
+        for job in self._services.library.jobs.all("kind IN ('discover', 'discover_run')"):
             if self._is_own_discovery(job):
                 return job if job.status in ("failed", "interrupted") else None
         return None
 
+    def speed(self) -> float | None:
+        """Tokens per second of the newest discovery of this SAE that finished; None: not known."""
+        for job in self._services.library.jobs.all("kind = 'discover' AND status = 'finished'"):
+            if self._is_own_discovery(job) and job.started_at and job.ended_at:
+                run = self._services.library.feature_runs.find(job.result.get("feature_run_id", 0))
+                began, ended = map(datetime.fromisoformat, (job.started_at, job.ended_at))
+                seconds = (ended - began).total_seconds()
+                return run.tokens / seconds if run and seconds > 0 else None
+        return None
+
     def _is_own_discovery(self, job: JobRecord) -> bool:
+        if self.choice is None:
+            return False
+        if job.kind == "discover":
+            return job.params.get("sae_id") == self.choice.sae.id
+        training = self.choice.training
         return (
-            job.kind == "discover"
-            and self.choice is not None
-            and job.params.get("sae_id") == self.choice.sae.id
+            job.kind == "discover_run"
+            and training is not None
+            and job.params.get("training_id") == training.id
         )
 
-    def discover(self, max_tokens: int, top_k: int) -> int:
-        from mistudio.jobs.kinds import Discover
+    def discover(
+        self,
+        max_tokens: int,
+        top_k: int,
+        max_documents: int | None = None,
+        dataset_id: int | None = None,
+        whole_run: bool = False,
+    ) -> int:
+        """Discover the features of the chosen SAE, or of all SAEs of its run in one pass."""
+        from mistudio.jobs.kinds import Discover, DiscoverRun
 
         assert self.choice
-        return self._services.jobs.submit(Discover(self.choice.sae.id, max_tokens, top_k))
+        if whole_run:
+            assert self.choice.training
+            return self._services.jobs.submit(
+                DiscoverRun(self.choice.training.id, max_tokens, top_k, max_documents)
+            )
+        return self._services.jobs.submit(
+            Discover(self.choice.sae.id, max_tokens, top_k, dataset_id, max_documents)
+        )
 
     # --- opening --------------------------------------------------------------------------------
 
@@ -146,26 +159,23 @@ class FeaturesPresenter(QObject):
     def _open_newest(self) -> None:
         self._generation += 1
         self.reader, self.error, self._wanted = None, None, []
+        self._preparing = False
         library = self._services.library
         self.run = library.feature_runs.newest_of_sae(self.choice.sae.id) if self.choice else None
-        self.table.set_columns(None, {})
+        self.table.set_columns(None)
         self.state_changed.emit()
-        if self.run is None:
+        if self.run is None or self.choice is None:
             return
-        run = self.run
-        self._in_background(
-            lambda: FeatureReader.open(library, run), self._on_opened, self._on_failed
-        )
+        run, sae_id = self.run, self.choice.sae.id
+        self._in_background(lambda: _opened(library, run, sae_id), self._on_opened, self._on_failed)
 
-    def _on_opened(self, answer: tuple[int, FeatureReader]) -> None:
-        generation, reader = answer
+    def _on_opened(self, answer: tuple[int, tuple[FeatureReader, Notes]]) -> None:
+        generation, (reader, notes) = answer
         if generation != self._generation or self.choice is None:
             return
         self.reader = reader
-        self.table.set_columns(
-            reader.columns, self._services.library.feature_notes.of_sae(self.choice.sae.id)
-        )
-        if self._search:
+        self.table.set_columns(reader.columns, notes)
+        if self._search[0]:
             self._start_search()
         self.state_changed.emit()
         self.opened.emit()
@@ -174,6 +184,7 @@ class FeaturesPresenter(QObject):
 
     def want_rows(self, first: int, last: int) -> None:
         """The rows that can be seen; what is missing of them is read, newest wish first."""
+        self._seen = (first, last)
         self._wanted = self.table.missing(first, last)[:MOST_ROWS]
         self._read_rows()
 
@@ -189,58 +200,105 @@ class FeaturesPresenter(QObject):
         self._reading_rows = False
         if generation == self._generation:
             self.table.add_texts(rows)
-        self._wanted = [f for f in self._wanted if self.table.text(f) is None]
+            self._prepare()
+        self._wanted = self.table.missing(*self._seen)[:MOST_ROWS]
         self._read_rows()
 
     def _on_rows_failed(self, answer: tuple[int, Exception]) -> None:
         self._reading_rows = False
         self._on_failed(answer)
 
-    def read_details(self, feature: int) -> None:
-        """`details_ready` brings one feature in full."""
+    def _prepare(self) -> None:
+        """Once the first rows stand, what their descriptions are made of is read."""
         reader = self.reader
-        if reader is not None:
-            self._in_background(
-                lambda: reader.details(feature), self._on_details_read, self._on_failed
-            )
+        if reader is not None and not reader.described and not self._preparing:
+            self._preparing = True
+            self._in_background(reader.prepare, self._on_prepared, self._on_failed)
 
-    def _on_details_read(self, answer: tuple[int, Details]) -> None:
-        generation, details = answer
-        if generation == self._generation:
-            self.details_ready.emit(details)
+    def _on_prepared(self, answer: tuple[int, None]) -> None:
+        if answer[0] == self._generation:
+            self.table.forget_undescribed()
+            self.want_rows(*self._seen)
 
     # --- search ---------------------------------------------------------------------------------
 
-    def search(self, text: str) -> None:
-        """Labels, top tokens and promoted tokens that contain the text; "" shows all."""
-        text = text.strip()
-        if text == self._search:
+    def search(self, text: str, fields: Sequence[str] | None = None) -> None:
+        """Features in whose `fields` every word of the text begins some word; "" shows all."""
+        wanted = (text.strip(), tuple(fields) if fields is not None else self._search[1])
+        if wanted == self._search:
             return
-        self._search = text
-        if text:
+        self._search = wanted
+        if wanted[0]:
             self._start_search()
         else:
-            self.table.set_found("", None)
+            self._asked = None
+            self.table.set_search(*wanted, None)
             self._set_searching(False)
 
     def _start_search(self) -> None:
-        reader, text = self.reader, self._search
+        """One search at a time: the newest wish follows the one that runs."""
+        reader = self.reader
         if reader is None:
             return
         self._set_searching(True)
-        self._in_background(lambda: (text, reader.search(text)), self._on_searched, self._on_failed)
-
-    def _on_searched(self, answer: tuple[int, tuple[str, np.ndarray]]) -> None:
-        generation, (text, found) = answer
-        if generation != self._generation or text != self._search:
+        if self._asked is not None:
+            self._again = True
             return
-        self._set_searching(False)
-        self.table.set_found(text, found)
+        (text, fields), notes = self._search, self.table.notes
+        self._asked = self._search
+        self._in_background(
+            lambda: _found(reader, notes, text, fields), self._on_searched, self._on_search_failed
+        )
+
+    def _on_searched(self, answer: tuple[int, np.ndarray]) -> None:
+        generation, found = answer
+        asked, again, self._asked, self._again = self._asked, self._again, None, False
+        if generation != self._generation:
+            if self._search[0]:
+                self._start_search()
+        elif again and self._search[0]:
+            self._start_search()
+        elif asked == self._search:
+            self._set_searching(False)
+            self.table.set_search(*self._search, found)
+
+    def _on_search_failed(self, answer: tuple[int, Exception]) -> None:
+        self._asked, self._again = None, False
+        self._on_failed(answer)
 
     def _set_searching(self, searching: bool) -> None:
         if searching != self._searching:
             self._searching = searching
             self.searching_changed.emit(searching)
+
+    # --- the query as a whole -------------------------------------------------------------------
+
+    def apply(self, query: Query) -> None:
+        """Show what a saved view says; its search runs in the background, its list is read."""
+        listed, search = query.list_id, (query.search, query.fields)
+        self.table.show_subset(None)
+        self.table.set_query(replace(query, list_id=self.table.query.list_id, search=""))
+        self.show_list(listed)
+        self._search = ("", FIELDS)
+        self.table.set_search("", search[1], None)
+        self.search(*search)
+
+    def show_list(self, list_id: int) -> None:
+        """Only the members of a list; 0 shows all."""
+        if self.choice is None or not list_id:
+            self.table.set_listed(0, [])
+            return
+        library, sae_id = self._services.library, self.choice.sae.id
+        self._in_background(
+            lambda: (list_id, library.feature_lists.of_sae(list_id, sae_id)),
+            self._on_list_read,
+            self._on_failed,
+        )
+
+    def _on_list_read(self, answer: tuple[int, tuple[int, list[int]]]) -> None:
+        generation, (list_id, features) = answer
+        if generation == self._generation:
+            self.table.set_listed(list_id, features)
 
     # --- notes ----------------------------------------------------------------------------------
 
@@ -255,7 +313,56 @@ class FeaturesPresenter(QObject):
 
     def _write(self, feature: int, **values: Any) -> None:
         if self.choice is not None:
-            self._services.library.feature_notes.write(self.choice.sae.id, feature, **values)
+            sae_id = self.choice.sae.id
+            self._services.library.feature_notes.write(sae_id, feature, **values)
+            note = self.table.note(feature) or FeatureNote(sae_id, feature, "", "", False)
+            self.table.patch_note(replace(note, **values))
+
+    def mark(self, features: Sequence[int], **values: bool) -> None:
+        """Star (`starred`) or hide (`hidden`) many features, or none of them where it fails."""
+        if self.choice is None or not len(features):
+            return
+        library, sae_id = self._services.library, self.choice.sae.id
+        if len(features) <= AT_ONCE:
+            library.feature_notes.write_many(sae_id, features, **values)
+        else:
+            self._in_background(
+                lambda: library.feature_notes.write_many(sae_id, features, **values),
+                self._on_written,
+                self._on_failed,
+            )
+
+    def _on_written(self, answer: tuple[int, None]) -> None:
+        pass  # the change that it made is what the table hears of
+
+    def _read_notes(self) -> None:
+        """Once at a time; what changes meanwhile is read after."""
+        if self._reading_notes:
+            self._notes_changed = True
+            return
+        if self.choice is None or self.table.columns is None:
+            return
+        self._reading_notes, self._notes_changed = True, False
+        library, sae_id, n = self._services.library, self.choice.sae.id, len(self.table.columns)
+        self._in_background(
+            lambda: Notes.gathered(library.feature_notes.of_sae(sae_id), n),
+            self._on_notes_read,
+            self._on_notes_failed,
+        )
+
+    def _on_notes_read(self, answer: tuple[int, Notes]) -> None:
+        generation, notes = answer
+        self._reading_notes = False
+        if self._notes_changed:
+            self._read_notes()
+        elif generation == self._generation:
+            self.table.set_notes(notes)
+            if self._search[0]:
+                self._start_search()
+
+    def _on_notes_failed(self, answer: tuple[int, Exception]) -> None:
+        self._reading_notes = False
+        self._on_failed(answer)
 
     # --- background -----------------------------------------------------------------------------
 
@@ -282,6 +389,14 @@ class FeaturesPresenter(QObject):
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
         if table in ("saes", "trainings", "models", "datasets"):
             self.choices_changed.emit()
+        elif table == "feature_views":
+            self.views_changed.emit()
+        elif table == "feature_lists":
+            self.lists_changed.emit()
+            shown = self.table.query.list_id
+            if shown and shown in ids:
+                there = self._services.library.feature_lists.find(shown) is not None
+                self.show_list(shown if there else 0)
         elif self.choice is None:
             return
         elif table == "feature_runs":
@@ -289,7 +404,7 @@ class FeaturesPresenter(QObject):
             if newest != self.run:
                 self._open_newest()
         elif table == "feature_notes" and self.choice.sae.id in ids:
-            self.table.set_notes(self._services.library.feature_notes.of_sae(self.choice.sae.id))
+            self._read_notes()
 
     def _on_jobs_job_changed(self, job_id: int) -> None:
         if self.choice is None:
@@ -297,6 +412,20 @@ class FeaturesPresenter(QObject):
         job = self._services.library.jobs.find(job_id)
         if job is not None and self._is_own_discovery(job):
             self.state_changed.emit()
+
+
+def _opened(library: Library, run: FeatureRun, sae_id: int) -> tuple[FeatureReader, Notes]:
+    reader = FeatureReader.open(library, run)
+    return reader, Notes.gathered(library.feature_notes.of_sae(sae_id), len(reader.columns))
+
+
+def _found(reader: FeatureReader, notes: Notes, text: str, fields: tuple[str, ...]) -> np.ndarray:
+    """Bool [n_features]"""
+    mask = np.zeros(len(reader.columns), bool)
+    mask[reader.search(text, fields)] = True
+    own = np.array(notes.containing(text, fields), np.int64)
+    mask[own[(own >= 0) & (own < len(mask))]] = True
+    return mask
 
 
 class _Answer(QObject):

@@ -1,6 +1,8 @@
-"""Reading one discovery pass away from the GUI thread: the columns of the table, rows with their
-tokens, one feature in detail, the search. Nothing here knows widgets.
+"""Reading one discovery away from the GUI thread: the columns of the table, rows with their
+tokens, the search. Nothing here knows widgets.
 
+Opening reads numbers only. The tokenizer, the tokens and the documents are opened when the first
+text is asked for, what descriptions by rule need after that: the table stands before them.
 `FeatureReader` methods run in background threads, one at a time; what they return is plain data
 that is never changed again.
 """
@@ -15,18 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from mistudio.engine.features.describe import background, describe
 from mistudio.engine.features.store import Example, FeatureMeta, FeatureStore
+from mistudio.library.feature_index import FIELDS, FILE, FeatureIndex
 from mistudio.library.library import Library
 from mistudio.library.records import FeatureRun
+from mistudio.ui.features.shown import TOKEN_COLUMNS
 
-DESCRIBED = 10  # examples that an automatic description looks at
+DESCRIBED = 10  # examples that a description of an earlier version's discovery looks at
 CONTEXT = 16  # tokens on each side of the peak that a table row holds
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """Tokens around a peak with their activations. `texts` and `activations` have equal length."""
+    """Tokens around a peak with their activations. `texts` and `activations` have equal length;
+    tokens that hold parts of one character stand together."""
 
     texts: tuple[str, ...]
     activations: tuple[float, ...]
@@ -36,43 +40,23 @@ class Snippet:
 @dataclass(frozen=True)
 class RowText:
     """What a table row shows beside the numbers; `description` is "" for a feature without
-    examples."""
+    examples, None where it cannot be said yet. `pieces`: the texts of columns that hold tokens."""
 
     feature: int
-    description: str
+    description: str | None
     evidence: str
     snippet: Snippet
-
-
-@dataclass(frozen=True)
-class DetailExample:
-    """One stored example as the dialog shows it."""
-
-    snippet: Snippet
-    ids: tuple[int, ...]
-    activation: float
-    document: int
-    title: str
-
-
-@dataclass(frozen=True)
-class Details:
-    """One feature in full. `promoted`, `suppressed`: (token text, centred logit)."""
-
-    feature: int
-    description: str
-    evidence: str
-    examples: tuple[DetailExample, ...]
-    promoted: tuple[tuple[str, float], ...]
-    suppressed: tuple[tuple[str, float], ...]
+    pieces: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The table's numbers, in memory: float32 [n_features] each. `meta` tells the sample sizes."""
+    """The table's numbers, in memory: [n_features] each. `meta` tells the sample sizes;
+    `histograms` [n_features, 64] stay on disk, None where a discovery has none."""
 
     meta: FeatureMeta
     values: dict[str, np.ndarray] = field(repr=False)
+    histograms: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.meta.n_features
@@ -82,44 +66,47 @@ class Columns:
         return self.values["density"] > 0
 
 
-class FeatureReader:
-    """An opened pass: the store, the tokens it was made over, the tokenizer, the documents."""
+@dataclass(frozen=True)
+class _Text:
+    """What it takes to turn places into text."""
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        promoted: np.ndarray,
-        tokens: Any,
-        tokenizer: Any,
-        documents: Any | None,
-    ) -> None:
-        """`promoted` [n_features, n]: ids of the tokens that each feature promotes most."""
+    tokens: Any
+    tokenizer: Any
+    documents: Any | None
+
+
+class FeatureReader:
+    """An opened discovery: the store, the tokens it was made over, the tokenizer, the documents."""
+
+    def __init__(self, library: Library, run: FeatureRun) -> None:
+        self._library, self._run = library, run
+        self._store = FeatureStore(library.path(run.folder))
+        new = self._store.meta.format > 1
         self.columns = Columns(
-            store.meta, {name: np.array(column) for name, column in store.columns.items()}
+            self._store.meta,
+            {name: np.array(column) for name, column in self._store.columns.items()},
+            self._store.histograms if new else None,
         )
-        self._store, self._promoted, self._tokens = store, promoted, tokens
-        self._tokenizer, self._documents = tokenizer, documents
-        self._lock = threading.Lock()
+        index = self._store.folder / FILE
+        self.indexed = index.exists()
+        """Whether descriptions and contexts can be searched."""
+        self._index: FeatureIndex | None = None
+        self._lock = threading.RLock()
+        self._searching = threading.Lock()
+        self._opened: _Text | None = None
         self._pieces: dict[int, str] = {}
-        self._vocabulary: np.ndarray | None = None
+        self._lower: np.ndarray | None = None
         self._common: Counter[str] | None = None
+        self._rules: tuple[Any, Any] | None = None
+        self.described = False
+        """Whether rows have their descriptions."""
 
     @classmethod
     def open(cls, library: Library, run: FeatureRun) -> FeatureReader:
-        """Open everything that a pass needs; seconds where the tokenizer is not loaded yet."""
-        from mistudio.engine.datasets.documents import Documents
-        from mistudio.engine.models.loading import load_tokenizer
-        from mistudio.jobs.features import open_features
+        """Milliseconds; the texts come later."""
+        return cls(library, run)
 
-        store, tokens = open_features(library, run)
-        promoted = np.load(library.path(run.folder) / "logit_ids.npy", mmap_mode="r")[:, 0]
-        model = library.models.get(library.saes.get(run.sae_id).model_id)
-        tokenizer = load_tokenizer(library.path(model.folder))
-        dataset = library.datasets.find(library.tokenizations.get(run.tokenization_id).dataset_id)
-        documents = Documents(library.path(dataset.folder)) if dataset else None
-        return cls(store, promoted, tokens, tokenizer, documents)
-
-    # What the dialog of one feature reads from.
+    # What the dialog of one feature reads from; seconds where it is not open yet.
 
     @property
     def store(self) -> FeatureStore:
@@ -127,79 +114,118 @@ class FeatureReader:
 
     @property
     def tokens(self) -> Any:
-        return self._tokens
+        return self._text().tokens
 
     @property
     def tokenizer(self) -> Any:
-        return self._tokenizer
+        return self._text().tokenizer
 
     @property
     def documents(self) -> Any | None:
-        return self._documents
+        return self._text().documents
+
+    def _text(self) -> _Text:
+        with self._lock:
+            if self._opened is None:
+                from mistudio.engine.datasets.documents import Documents
+                from mistudio.engine.models.loading import load_tokenizer
+                from mistudio.jobs.features import open_features
+
+                library, run = self._library, self._run
+                _, tokens = open_features(library, run)
+                model = library.models.get(library.saes.get(run.sae_id).model_id)
+                tokenizer = load_tokenizer(library.path(model.folder))
+                tokenization = library.tokenizations.get(run.tokenization_id)
+                dataset = library.datasets.find(tokenization.dataset_id)
+                there = dataset is not None and not dataset.link
+                documents = Documents(library.path(dataset.folder)) if there and dataset else None
+                self._opened = _Text(tokens, tokenizer, documents)
+            return self._opened
 
     # --- rows -----------------------------------------------------------------------------------
 
     def rows(self, features: Sequence[int]) -> list[RowText]:
         """Descriptions and strongest examples of some features."""
         with self._lock:
+            tokens = self._text().tokens
             found = []
             for feature in features:
-                examples = self._store.examples(feature, self._tokens, DESCRIBED)
-                description, evidence = self._describe(examples)
-                snippet = self._snippet(examples[0], CONTEXT) if examples else Snippet((), (), 0)
-                found.append(RowText(feature, description, evidence, snippet))
+                examples = self._store.examples(feature, tokens, 1)
+                description, evidence = self._described(feature)
+                snippet = self._line(examples[0]) if examples else Snippet((), (), 0)
+                found.append(RowText(feature, description, evidence, snippet, self._named(feature)))
             return found
 
-    def details(self, feature: int) -> Details:
-        """Everything that is stored of one feature."""
-        with self._lock:
-            examples = self._store.examples(feature, self._tokens)
-            description, evidence = self._describe(examples[:DESCRIBED])
-            return Details(
-                feature,
-                description,
-                evidence,
-                tuple(self._detail(example) for example in examples),
-                self._logits(self._store.promoted(feature)),
-                self._logits(self._store.suppressed(feature)),
-            )
+    def _line(self, example: Example) -> Snippet:
+        """The tokens around the peak; those of one character stand together."""
+        from mistudio.ui.features.dialog.reading import joined
 
-    def _detail(self, example: Example) -> DetailExample:
-        number = self._tokens.document_at(
-            example.window, example.position, self._store.meta.context
-        )
-        title = self._documents[number].title if self._documents is not None else ""
-        return DetailExample(
-            self._snippet(example, len(example.ids)),
-            tuple(int(i) for i in example.ids),
-            example.activation,
-            number,
-            title,
-        )
+        first = max(0, example.peak - CONTEXT)
+        ids = [int(i) for i in example.ids[first : example.peak + CONTEXT + 1]]
+        values = [float(a) for a in example.activations[first : example.peak + CONTEXT + 1]]
+        texts, starts = joined(ids, self._piece, self.tokenizer.decode)
+        ends = [*starts[1:], len(ids)]
+        strongest = tuple(max(values[a:b]) for a, b in zip(starts, ends, strict=True))
+        peak = sum(start <= example.peak - first for start in starts) - 1
+        return Snippet(tuple(texts), strongest, peak)
 
-    def _snippet(self, example: Example, around: int) -> Snippet:
-        first, last = max(0, example.peak - around), example.peak + around + 1
-        return Snippet(
-            tuple(self._piece(int(i)) for i in example.ids[first:last]),
-            tuple(float(a) for a in example.activations[first:last]),
-            example.peak - first,
-        )
+    def _named(self, feature: int) -> dict[str, str]:
+        from mistudio.engine.datasets.tokenizers import piece
 
-    def _logits(self, pairs: list[tuple[int, float]]) -> tuple[tuple[str, float], ...]:
-        return tuple((self._piece(token), value) for token, value in pairs)
+        columns = self._store.columns
+        return {
+            name: piece(self.tokenizer, int(columns[name][feature]))
+            for name in TOKEN_COLUMNS
+            if name in columns and columns[name][feature] >= 0
+        }
 
-    def _describe(self, examples: Sequence[Example]) -> tuple[str, str]:
+    # --- descriptions ---------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read what descriptions by rule are made of: the rules, and what every token looks like
+        (a second for a vocabulary of 50,000)."""
+        from mistudio.engine.features.rules import Vocabulary
+        from mistudio.engine.features.score import Scores
+
+        if self.described:
+            return
+        scores = Scores.read(self._store)
+        if scores is not None:
+            tokens, tokenizer = self.tokens, self.tokenizer
+            size = max(tokens.meta.vocab_size, len(tokenizer))
+            self._rules = (scores, Vocabulary.of(tokenizer, size))
+        self.described = True
+
+    def _described(self, feature: int) -> tuple[str | None, str]:
+        """(description, what it rests on)"""
+        if not self.described:
+            return None, ""
+        if self._rules is None:
+            return self._described_by_examples(feature)
+        from mistudio.engine.features.score import rule_descriptions
+
+        scores, vocabulary = self._rules
+        text = next(rule_descriptions(self._store, scores, vocabulary, [feature]))
+        contexts = int(scores.contexts[feature])
+        return text, f"A rule found in {contexts:,} contexts that activate it." if contexts else ""
+
+    def _described_by_examples(self, feature: int) -> tuple[str, str]:
+        """Of discoveries of earlier versions, which have no rules."""
+        from mistudio.engine.features.describe import background, describe
+
+        tokens, tokenizer = self.tokens, self.tokenizer
+        examples = self._store.examples(feature, tokens, DESCRIBED)
         if not examples:
             return "", ""
         if self._common is None:
-            self._common = background(self._tokens, self._tokenizer, self._store.meta.context)
-        found = describe(examples, self._tokenizer, self._common)
+            self._common = background(tokens, tokenizer, self._store.meta.context)
+        found = describe(examples, tokenizer, self._common)
         if found is None:
             return "", ""
         kind = {
-            "token": "the strongest token is the same",
-            "words": "the contexts share words",
-            "mixed": "no single token or word; the most common is shown first",
+            "token": "The strongest token is the same",
+            "words": "The contexts share words",
+            "mixed": "No single token or word; the most common is shown first",
         }[found.kind]
         return found.text, f"{kind}: {found.share:.0%} of the top {found.n} examples"
 
@@ -209,27 +235,40 @@ class FeatureReader:
         """A token's text with the blank before it, which decoding alone may drop."""
         text = self._pieces.get(token)
         if text is None:
-            text = self._tokenizer.decode([token])
-            raw = self._tokenizer.convert_ids_to_tokens(token)
-            if isinstance(raw, str) and raw.startswith("▁") and not text.startswith(" "):
-                text = f" {text}"
-            self._pieces[token] = text
+            from mistudio.ui.features.dialog.reading import piece_of
+
+            text = self._pieces[token] = piece_of(self.tokenizer, token)
         return text
 
-    def _lower_vocabulary(self) -> np.ndarray:
-        """Every token's text in lower case, [vocabulary], decoded once."""
-        if self._vocabulary is None:
-            top = self._store.columns["top_token"]
-            highest = max(int(np.max(top, initial=0)), int(np.max(self._promoted, initial=0)))
-            n = max(len(self._tokenizer), highest + 1)
-            self._vocabulary = np.array([self._piece(token).lower() for token in range(n)], object)
-        return self._vocabulary
+    # --- search ---------------------------------------------------------------------------------
 
-    def search(self, text: str) -> np.ndarray:
-        """Bool [n_features]: the top token or one of the promoted tokens contains the text."""
+    def search(self, text: str, fields: Sequence[str] = FIELDS) -> np.ndarray:
+        """int32: features in whose texts every word of `text` begins some word, ascending. A
+        discovery without an index is searched for tokens and promoted tokens that contain it."""
+        if not self.indexed:
+            return self._search_tokens(text, fields)
+        with self._searching:
+            if self._index is None:
+                self._index = FeatureIndex(self._store.folder / FILE)
+            return self._index.search(text, [name for name in fields if name in FIELDS])
+
+    def _search_tokens(self, text: str, fields: Sequence[str]) -> np.ndarray:
         wanted = text.strip().lower()
         with self._lock:
             matching = np.array([wanted in piece for piece in self._lower_vocabulary()], bool)
-            top = self._store.columns["top_token"]
-            hit = matching[np.maximum(top, 0)] & (np.asarray(top) >= 0)
-            return hit | matching[self._promoted].any(1)
+            top = np.asarray(self._store.columns["top_token"])
+            hit = np.zeros(len(self._store), bool)
+            if "tokens" in fields:
+                hit |= matching[np.maximum(top, 0)] & (top >= 0)
+            if "logits" in fields:
+                hit |= matching[np.asarray(self._store.array("logit_ids")[:, 0])].any(1)
+            return np.flatnonzero(hit).astype(np.int32)
+
+    def _lower_vocabulary(self) -> np.ndarray:
+        """Every token's text in lower case, [vocabulary], decoded once."""
+        if self._lower is None:
+            top, promoted = self._store.columns["top_token"], self._store.array("logit_ids")
+            highest = max(int(np.max(top, initial=0)), int(np.max(promoted, initial=0)))
+            n = max(len(self.tokenizer), highest + 1)
+            self._lower = np.array([self._piece(token).lower() for token in range(n)], object)
+        return self._lower

@@ -1,4 +1,4 @@
-"""The feature table: a model over numpy columns, its order and filters, and how tokens are painted.
+"""The feature table: a model over numpy columns, and which of them are shown.
 
 A row is a position in `visible`, an int32 array of feature numbers: sorting and filtering make a
 new array and touch no row. Descriptions and tokens come later, for the rows that can be seen.
@@ -6,11 +6,9 @@ new array and touch no row. Descriptions and tokens come later, for the rows tha
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,172 +17,315 @@ from PySide6.QtCore import (
     QModelIndex,
     QObject,
     QPersistentModelIndex,
-    QPoint,
-    QPointF,
-    QRect,
-    QSize,
     Qt,
     Signal,
 )
-from PySide6.QtGui import QColor, QFont, QIcon, QPainter, QPixmap, QPolygonF
-from PySide6.QtWidgets import QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
+from PySide6.QtGui import QColor
 
 from mistudio import formatting
 from mistudio.library.features import FeatureNote
-from mistudio.ui.features.reader import Columns, RowText, Snippet
-from mistudio.ui.theme import fonts, icons, tokens
-from mistudio.ui.widgets.token_strip import Arrangement, arrange_tokens, paint_tokens
+from mistudio.ui.features import shown as columns_of
+from mistudio.ui.features.notes import Notes
+from mistudio.ui.features.painting import (
+    HISTOGRAM_ROLE,
+    ROW_HEIGHT,
+    SNIPPET_ROLE,
+    STAR_ROLE,
+    star_icon,
+)
+from mistudio.ui.features.query import GIVEN, Marks, Orders, Query
+from mistudio.ui.features.reader import Columns, RowText
+from mistudio.ui.features.shown import (
+    CONTEXT,
+    HISTOGRAM,
+    ID,
+    LABEL,
+    STAR,
+    SUBSET,
+    Shown,
+    frequency,
+    tip,
+    written,
+)
+from mistudio.ui.theme import fonts, tokens
+
+__all__ = [
+    "CONTEXT",
+    "FEATURE_ROLE",
+    "HISTOGRAM",
+    "HISTOGRAM_ROLE",
+    "ID",
+    "LABEL",
+    "ROW_HEIGHT",
+    "SNIPPET_ROLE",
+    "STAR",
+    "STAR_ROLE",
+    "FeatureTable",
+    "Subset",
+    "frequency",
+    "star_icon",
+]
 
 Index = QModelIndex | QPersistentModelIndex
 
-ID, LABEL, CONTEXT, DENSITY, MAXIMUM, TOP_TOKEN, STAR = range(7)
-TITLES = ("ID", "Label", "Example Context", "Activation Freq", "Max activation",
-          "Top-token share", "Starred")  # fmt: skip
-ROW_HEIGHT = 44
 KEPT_TEXTS = 2000  # rows whose tokens stay in memory
-
-# key -> (what the combo says, the column of the table that shows it)
-SORTS = {
-    "density": ("Activation Freq", DENSITY),
-    "max_activation": ("Max activation", MAXIMUM),
-    "top_token_share": ("Top-token share", TOP_TOKEN),
-    "id": ("Feature ID", ID),
-}
-
-SNIPPET_ROLE = Qt.ItemDataRole.UserRole + 1
 FEATURE_ROLE = Qt.ItemDataRole.UserRole + 2
-STAR_ROLE = Qt.ItemDataRole.UserRole + 3
+_LEFT = Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter
+_RIGHT = Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter
+_COLOURS = {
+    "helper": QColor(tokens.HELPER),
+    "emerald": QColor(tokens.EMERALD),
+    "purple": QColor(tokens.PURPLE),
+    "blue": QColor(tokens.BLUE),
+}
+_NO_NOTES = Notes()
 
 
 @dataclass(frozen=True)
-class Filters:
-    """What is shown. Densities are shares, both ends included."""
+class Subset:
+    """Only these `features` are shown, and `title` says why. `ranked`: their order means
+    something. `values` float32 [n], NaN elsewhere, get a column of their own."""
 
-    hide_dead: bool = True
-    starred_only: bool = False
-    low: float = 0.0
-    high: float = 1.0
-    search: str = ""
+    features: np.ndarray
+    title: str
+    ranked: bool = False
+    values: np.ndarray | None = None
+    column: Shown | None = None
 
 
 class FeatureTable(QAbstractTableModel):
-    """Rows are features that pass the filters, in order. Emits `starred` when a star is clicked."""
+    """Rows are features that pass the query, in order. Emits `starred` when a star is clicked."""
 
     order_changed = Signal()
+    query_changed = Signal()
+    """The query or the subset is another one."""
+    shown_changed = Signal()
+    """Other columns are shown, or can be."""
     starred = Signal(int, bool)
 
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
         self.columns: Columns | None = None
         self.visible = np.empty(0, np.int32)
-        self.sort_key, self.descending = "density", True
-        self.filters = Filters()
+        self.query = Query()
+        self.subset: Subset | None = None
+        self.shown: list[Shown] = []
+        self._wanted: tuple[str, ...] = columns_of.DEFAULT
+        self._orders = Orders({}, 0)
+        self._rows: np.ndarray | None = None
         self._found: np.ndarray | None = None
-        self._notes: dict[int, FeatureNote] = {}
+        self._listed: np.ndarray | None = None
+        self._notes = _NO_NOTES
         self._texts: OrderedDict[int, RowText] = OrderedDict()
+        self._undescribed_missing = False
         self._italic = fonts.sans(tokens.TEXT_BODY)
         self._italic.setItalic(True)
         self._mono = fonts.mono(tokens.TEXT_SMALL)
+        self._choose_shown()
 
     # --- what is shown --------------------------------------------------------------------------
 
-    def set_columns(self, columns: Columns | None, notes: dict[int, FeatureNote]) -> None:
-        self.columns, self._notes, self._found = columns, notes, None
+    def set_columns(
+        self, columns: Columns | None, notes: Notes | Mapping[int, FeatureNote] = _NO_NOTES
+    ) -> None:
+        """Another discovery: its subset, search and list are forgotten, the query stays."""
+        self.beginResetModel()
+        self.columns, self._found, self._listed, self.subset = columns, None, None, None
+        n = len(columns) if columns is not None else 0
+        self._orders = Orders(columns.values if columns is not None else {}, n)
+        self._notes = notes if isinstance(notes, Notes) else Notes.gathered(notes, n)
         self._texts.clear()
-        self._arrange()
+        self._undescribed_missing = False
+        if self.query.list_id or self.query.sort == GIVEN:
+            sort = "density" if self.query.sort == GIVEN else self.query.sort
+            self.query = replace(self.query, list_id=0, sort=sort)
+        self._choose_shown()
+        self._set_order()
+        self.endResetModel()
+        self.shown_changed.emit()
+        self.query_changed.emit()
+        self.order_changed.emit()
 
-    def set_notes(self, notes: dict[int, FeatureNote]) -> None:
+    def set_notes(self, notes: Notes | Mapping[int, FeatureNote]) -> None:
         """Labels and stars changed; the order changes only where it depends on them."""
-        self._notes = notes
-        if self.filters.starred_only or self.filters.search:
+        n = len(self.columns) if self.columns is not None else 0
+        self._notes = notes if isinstance(notes, Notes) else Notes.gathered(notes, n)
+        if not np.array_equal(self._arranged(), self.visible):
             self._arrange()
         elif len(self.visible):
             self._row_changed(0, len(self.visible) - 1)
 
+    def set_query(self, query: Query) -> None:
+        if query != self.query:
+            self.query = query
+            self._arrange()
+            self.query_changed.emit()
+
     def set_sort(self, key: str, descending: bool) -> None:
-        if (key, descending) != (self.sort_key, self.descending):
-            self.sort_key, self.descending = key, descending
-            self._arrange()
+        self.set_query(replace(self.query, sort=key, descending=descending))
 
-    def set_filters(self, filters: Filters) -> None:
-        if filters != self.filters:
-            if not filters.search:
-                self._found = None
-            self.filters = filters
-            self._arrange()
-
-    def set_found(self, search: str, found: np.ndarray | None) -> None:
-        """The mask that a search brought; labels are looked at here."""
+    def set_search(self, text: str, fields: Sequence[str], found: np.ndarray | None) -> None:
+        """`found` bool [n] is what the search for `text` brought; None shows all."""
+        if found is None and self._found is None and self.query.fields == tuple(fields):
+            return
         self._found = found
-        self.filters = replace(self.filters, search=search)
+        self.query = replace(self.query, search=text, fields=tuple(fields))
         self._arrange()
+        self.query_changed.emit()
+
+    def patch_note(self, note: FeatureNote) -> None:
+        """One note as it is now; masks and order follow with `set_notes`."""
+        self._notes = replace(self._notes, of={**self._notes.of, note.feature: note})
+        row = self.row_of(note.feature)
+        if row >= 0:
+            self._row_changed(row, row)
+
+    def set_listed(self, list_id: int, features: Iterable[int]) -> None:
+        """Only the members of a list; 0 shows all."""
+        self._listed = self._mask(features) if list_id else None
+        changed = self.query.list_id != list_id
+        self.query = replace(self.query, list_id=list_id)
+        self._arrange()
+        if changed:
+            self.query_changed.emit()
+
+    def set_subset(self, features: np.ndarray | None, title: str = "") -> None:
+        """Only these features are shown; None shows all. A chip with the title tells so."""
+        self.show_subset(None if features is None else Subset(np.asarray(features), title))
+
+    def show_subset(self, subset: Subset | None) -> None:
+        if subset is not None:
+            n = len(self.columns) if self.columns is not None else 0
+            inside = np.asarray(subset.features, np.int64)
+            inside = inside[(inside >= 0) & (inside < n)].astype(np.int32)
+            subset = replace(subset, features=inside)
+        if subset is None and self.subset is None:
+            return
+        self.beginResetModel()
+        self.subset = subset
+        if subset is not None and subset.ranked:
+            self.query = replace(self.query, sort=GIVEN)
+        elif self.query.sort in (GIVEN, SUBSET):
+            self.query = replace(self.query, sort="density", descending=True)
+        self._choose_shown()
+        self._set_order()
+        self.endResetModel()
+        self.shown_changed.emit()
+        self.query_changed.emit()
+        self.order_changed.emit()
+
+    def _arranged(self) -> np.ndarray:
+        if self.columns is None:
+            return np.empty(0, np.int32)
+        notes, subset = self._notes, self.subset
+        marks = Marks(
+            starred=notes.starred,
+            labelled=notes.labelled,
+            hidden=notes.hidden,
+            found=self._found,
+            listed=self._listed,
+            subset=subset.features if subset is not None else None,
+            by_name=notes.by_name,
+        )
+        return self._orders.arrange(self.query, marks)
+
+    def _set_order(self) -> None:
+        self.visible, self._rows = self._arranged(), None
 
     def _arrange(self) -> None:
         self.beginResetModel()
-        self.visible = self._order()
+        self._set_order()
         self.endResetModel()
-        self.headerDataChanged.emit(Qt.Orientation.Horizontal, 0, len(TITLES) - 1)
+        self.headerDataChanged.emit(Qt.Orientation.Horizontal, 0, max(len(self.shown) - 1, 0))
         self.order_changed.emit()
 
-    def _order(self) -> np.ndarray:
-        if self.columns is None:
-            return np.empty(0, np.int32)
-        density = self.columns.values["density"]
-        kept = (density >= np.float32(self.filters.low)) & (
-            density <= np.float32(self.filters.high)
-        )
-        if self.filters.hide_dead:
-            kept &= density > 0
-        if self.filters.starred_only:
-            kept &= self._mask(note.feature for note in self._notes.values() if note.starred)
-        if self.filters.search and self._found is not None:
-            wanted = self.filters.search.lower()
-            labelled = self._mask(
-                note.feature for note in self._notes.values() if wanted in note.label.lower()
-            )
-            kept &= self._found | labelled
-        chosen = np.flatnonzero(kept).astype(np.int32)
-        if self.sort_key == "id":
-            return chosen[::-1] if self.descending else chosen
-        values = self.columns.values[self.sort_key][chosen]
-        return chosen[np.argsort(-values if self.descending else values, kind="stable")]
-
     def _mask(self, features: Iterable[int]) -> np.ndarray:
-        assert self.columns is not None
-        mask = np.zeros(len(self.columns), bool)
+        mask = np.zeros(len(self.columns) if self.columns is not None else 0, bool)
         numbers = np.fromiter(features, np.int64)
         mask[numbers[(numbers >= 0) & (numbers < len(mask))]] = True
         return mask
+
+    # --- columns --------------------------------------------------------------------------------
+
+    def available(self) -> list[Shown]:
+        """The columns that can be shown of this discovery."""
+        names = self.columns.values if self.columns is not None else columns_of.ALL
+        histograms = self.columns is None or self.columns.histograms is not None
+        return columns_of.available(names, histograms)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The columns that were chosen, also those that this discovery lacks."""
+        return self._wanted
+
+    def set_wanted(self, names: Sequence[str]) -> None:
+        """Show these columns, in this order."""
+        known = tuple(name for name in dict.fromkeys(names) if name in columns_of.ALL)
+        if known and known != self._wanted:
+            self._wanted = known
+            self.beginResetModel()
+            self._choose_shown()
+            self.endResetModel()
+            self.shown_changed.emit()
+            self.order_changed.emit()
+
+    def section(self, name: str) -> int:
+        """Where a column stands, -1 where it is not shown."""
+        return next((i for i, one in enumerate(self.shown) if one.name == name), -1)
+
+    def _choose_shown(self) -> None:
+        there = {one.name: one for one in self.available()}
+        self.shown = [there[name] for name in self._wanted if name in there]
+        if self.subset is not None and self.subset.column is not None:
+            place = self.section(CONTEXT)
+            self.shown.insert(place + 1 if place >= 0 else len(self.shown), self.subset.column)
 
     # --- texts ----------------------------------------------------------------------------------
 
     def missing(self, first: int, last: int) -> list[int]:
         """Features of the rows first..last whose tokens have not been read."""
-        rows = self.visible[max(first, 0) : last + 1]
-        return [feature for feature in rows.tolist() if feature not in self._texts]
+        rows = self.visible[max(first, 0) : last + 1].tolist()
+        return [feature for feature in rows if self._is_missing(feature)]
+
+    def _is_missing(self, feature: int) -> bool:
+        text = self._texts.get(feature)
+        return text is None or (self._undescribed_missing and text.description is None)
 
     def add_texts(self, texts: list[RowText]) -> None:
         for text in texts:
             self._texts[text.feature] = text
         while len(self._texts) > KEPT_TEXTS:
             self._texts.popitem(last=False)
-        read = {text.feature for text in texts}
-        for row in np.flatnonzero(np.isin(self.visible, list(read))).tolist():
-            self._row_changed(row, row)
+        rows = [row for row in (self.row_of(text.feature) for text in texts) if row >= 0]
+        if rows:
+            self._row_changed(min(rows), max(rows))
+
+    def forget_undescribed(self) -> None:
+        """Rows without a description are read again; they stay in sight until then."""
+        self._undescribed_missing = True
 
     def text(self, feature: int) -> RowText | None:
         return self._texts.get(feature)
 
     def note(self, feature: int) -> FeatureNote | None:
-        return self._notes.get(feature)
+        return self._notes.of.get(feature)
+
+    @property
+    def notes(self) -> Notes:
+        return self._notes
 
     def row_of(self, feature: int) -> int:
         """The row that shows a feature, -1 where none does."""
-        rows = np.flatnonzero(self.visible == feature)
-        return int(rows[0]) if len(rows) else -1
+        n = len(self.columns) if self.columns is not None else 0
+        if not 0 <= feature < n:
+            return -1
+        if self._rows is None:
+            self._rows = np.full(n, -1, np.int32)
+            self._rows[self.visible] = np.arange(len(self.visible), dtype=np.int32)
+        return int(self._rows[feature])
 
     def _row_changed(self, first: int, last: int) -> None:
-        self.dataChanged.emit(self.index(first, 0), self.index(last, len(TITLES) - 1))
+        self.dataChanged.emit(self.index(first, 0), self.index(last, len(self.shown) - 1))
 
     # --- the model ------------------------------------------------------------------------------
 
@@ -192,114 +333,137 @@ class FeatureTable(QAbstractTableModel):
         return 0 if parent is not None and parent.isValid() else len(self.visible)
 
     def columnCount(self, parent: Index | None = None) -> int:
-        return 0 if parent is not None and parent.isValid() else len(TITLES)
+        return 0 if parent is not None and parent.isValid() else len(self.shown)
 
     def headerData(
         self, section: int, orientation: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole
     ) -> Any:
-        if orientation != Qt.Orientation.Horizontal:
+        if orientation != Qt.Orientation.Horizontal or not 0 <= section < len(self.shown):
             return None
+        one = self.shown[section]
         if role == Qt.ItemDataRole.DisplayRole:
-            arrow = (" ↓" if self.descending else " ↑") if self._sorted_by(section) else ""
-            return "" if section == STAR else TITLES[section] + arrow
+            by = self.query.sort == one.name and one.sortable
+            arrow = (" ↓" if self.query.descending else " ↑") if by else ""
+            return arrow.strip() if one.name == STAR else one.title + arrow
         if role == Qt.ItemDataRole.AccessibleTextRole:
-            return TITLES[section]
+            return one.title
         if role == Qt.ItemDataRole.ToolTipRole:
-            return self._header_tip(section)
+            meta = self.columns.meta if self.columns is not None else None
+            how = "\nClick to sort by it." if one.sortable else ""
+            return f"{one.title}\n{tip(one, meta)}{how}"
         if role == Qt.ItemDataRole.TextAlignmentRole:
-            right = section in (DENSITY, MAXIMUM, TOP_TOKEN)
-            side = Qt.AlignmentFlag.AlignRight if right else Qt.AlignmentFlag.AlignLeft
-            return side | Qt.AlignmentFlag.AlignVCenter
+            return _RIGHT if one.right else _LEFT
         return None
-
-    def _sorted_by(self, section: int) -> bool:
-        return SORTS[self.sort_key][1] == section
-
-    def _header_tip(self, section: int) -> str | None:
-        n = formatting.count(self.columns.meta.tokens) if self.columns else "—"
-        return {
-            DENSITY: f"Share of {n} tokens on which the feature fires",
-            MAXIMUM: f"Largest activation over {n} tokens",
-            TOP_TOKEN: "Share of the top examples whose strongest token is the most common one",
-            LABEL: "Your label, or in italics what the top examples share, found by rule",
-            CONTEXT: "The text around the strongest activation",
-        }.get(section)
 
     def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
         if not index.isValid() or self.columns is None:
             return None
-        feature = int(self.visible[index.row()])
-        column = index.column()
-        if role == FEATURE_ROLE:
-            return feature
-        if role == SNIPPET_ROLE:
-            text = self._texts.get(feature)
-            return text.snippet if text and column == CONTEXT else None
-        if role in (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.AccessibleTextRole):
-            return self._shown(feature, column, role)
-        if role == Qt.ItemDataRole.ForegroundRole:
-            return self._colour(feature, column)
-        if role == Qt.ItemDataRole.FontRole:
-            if column == ID:
-                return self._mono
-            return self._italic if column == LABEL and not self._label(feature) else None
-        if role == Qt.ItemDataRole.TextAlignmentRole:
-            right = column in (DENSITY, MAXIMUM, TOP_TOKEN)
-            side = Qt.AlignmentFlag.AlignRight if right else Qt.AlignmentFlag.AlignLeft
-            return side | Qt.AlignmentFlag.AlignVCenter
-        if role == Qt.ItemDataRole.ToolTipRole and column == LABEL:
-            text = self._texts.get(feature)
-            return text.evidence.capitalize() if text and not self._label(feature) else None
-        if role == STAR_ROLE:
-            return self._starred(feature)
-        return None
+        answer = _ANSWERS.get(role)
+        if answer is None:
+            return None
+        return answer(self, int(self.visible[index.row()]), self.shown[index.column()])
 
-    def _shown(self, feature: int, column: int, role: int) -> str | None:
+    def _display(self, feature: int, one: Shown) -> str | None:
+        """None for what a delegate paints."""
+        return None if one.name in (CONTEXT, HISTOGRAM, STAR) else self.written(feature, one)
+
+    def _accessible(self, feature: int, one: Shown) -> str | None:
+        return self.written(feature, one)
+
+    def written(self, feature: int, one: Shown) -> str:
+        """What a cell says, in words."""
         assert self.columns is not None
-        values = self.columns.values
-        if column == ID:
+        if one.name == ID:
             return f"#{feature}"
-        if column == LABEL:
+        if one.name == LABEL:
             return self._label(feature) or self._description(feature)
-        if column == CONTEXT:
-            if role == Qt.ItemDataRole.DisplayRole:
-                return None  # painted by the delegate
+        if one.name == CONTEXT:
             text = self._texts.get(feature)
             return "".join(text.snippet.texts) if text else ""
-        if column == DENSITY:
-            return frequency(float(values["density"][feature]))
-        if column == MAXIMUM:
-            return formatting.number(float(values["max_activation"][feature]), 2)
-        if column == TOP_TOKEN:
-            if values["top_token"][feature] < 0:
-                return "—"
-            return formatting.percent(float(values["top_token_share"][feature]), 0)
-        if role == Qt.ItemDataRole.AccessibleTextRole:
+        if one.name == STAR:
             return "Starred" if self._starred(feature) else "Not starred"
-        return None
+        if one.name == HISTOGRAM:
+            return self._histogram_text(feature)
+        if one.name == SUBSET:
+            assert self.subset is not None and self.subset.values is not None
+            return written(one, float(self.subset.values[feature]))
+        value = self.columns.values[one.name][feature]
+        if one.name in columns_of.TOKEN_COLUMNS:
+            return self._token(feature, one.name, int(value))
+        return written(one, float(value))
+
+    def _token(self, feature: int, name: str, token: int) -> str:
+        if token < 0:
+            return "—"
+        text = self._texts.get(feature)
+        return f"“{text.pieces[name]}”" if text and name in text.pieces else "…"
+
+    def _histogram_text(self, feature: int) -> str:
+        assert self.columns is not None
+        values = self.columns.values
+        n = int(values["n_active"][feature]) if "n_active" in values else 0
+        most = formatting.number(float(values["max_activation"][feature]), 2)
+        return f"{formatting.count(n)} activations up to {most}" if n else "Never fired"
+
+    def _font(self, feature: int, one: Shown) -> Any:
+        if one.name == ID or one.name in columns_of.TOKEN_COLUMNS:
+            return self._mono
+        return self._italic if one.name == LABEL and not self._label(feature) else None
+
+    def _alignment(self, feature: int, one: Shown) -> Any:
+        return _RIGHT if one.right else _LEFT
+
+    def _tip(self, feature: int, one: Shown) -> str | None:
+        assert self.columns is not None
+        if one.name == LABEL:
+            text = self._texts.get(feature)
+            note = self.note(feature)
+            words = [text.evidence] if text and not self._label(feature) else []
+            words += [f"Note: {note.note}"] if note and note.note else []
+            return "\n".join(words) or None
+        if one.name == "score":
+            values = self.columns.values
+            return columns_of.score_tip(
+                {
+                    name: float(values[name][feature])
+                    for name in columns_of.SCORE_PARTS & set(values)
+                }
+            )
+        return self._histogram_text(feature) if one.name == HISTOGRAM else None
+
+    def _histogram(self, feature: int, one: Shown) -> Any:
+        if one.name != HISTOGRAM or self.columns is None or self.columns.histograms is None:
+            return None
+        return self.columns.histograms[feature]
+
+    def _snippet(self, feature: int, one: Shown) -> Any:
+        text = self._texts.get(feature)
+        return text.snippet if text and one.name == CONTEXT else None
+
+    def _feature(self, feature: int, one: Shown) -> int:
+        return feature
+
+    def _star(self, feature: int, one: Shown) -> bool:
+        return self._starred(feature)
 
     def _description(self, feature: int) -> str:
         text = self._texts.get(feature)
-        if text is not None:
-            return text.description or "never fired"
-        return "…"
+        if text is None or text.description is None:
+            return "…"
+        return text.description or "never fired"
 
     def _label(self, feature: int) -> str:
-        note = self._notes.get(feature)
+        note = self.note(feature)
         return note.label if note else ""
 
     def _starred(self, feature: int) -> bool:
-        note = self._notes.get(feature)
+        note = self.note(feature)
         return bool(note and note.starred)
 
-    def _colour(self, feature: int, column: int) -> QColor | None:
-        if column == ID or (column == LABEL and not self._label(feature)):
-            return QColor(tokens.HELPER)
-        if column == DENSITY:
-            return QColor(tokens.EMERALD)
-        if column == MAXIMUM:
-            return QColor(tokens.PURPLE)
-        return QColor(tokens.BLUE) if column == TOP_TOKEN else None
+    def _colour(self, feature: int, one: Shown) -> QColor | None:
+        if one.name == ID or (one.name == LABEL and not self._label(feature)):
+            return _COLOURS["helper"]
+        return _COLOURS.get(one.tone)
 
     def flags(self, index: Index) -> Qt.ItemFlag:
         return Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable
@@ -309,133 +473,15 @@ class FeatureTable(QAbstractTableModel):
         self.starred.emit(feature, not self._starred(feature))
 
 
-def frequency(share: float) -> str:
-    """A density as people compare it: `0.23%`, and `0.0012%` where two decimals would say 0."""
-    if share <= 0:
-        return "0%"
-    if share < 0.0001:
-        return formatting.percent(share, 4)
-    return formatting.percent(share, 2)
-
-
-# --- painting -------------------------------------------------------------------------------------
-
-
-class TokenDelegate(QStyledItemDelegate):
-    """Paints a snippet's tokens with their heat in one line, the strongest one in sight."""
-
-    def __init__(self, colour_map: str, parent: QObject | None = None) -> None:
-        super().__init__(parent)
-        self.colour_map = colour_map
-        self._font: QFont = fonts.mono(tokens.TEXT_SMALL)
-        self._arrangements: OrderedDict[Snippet, Arrangement] = OrderedDict()
-
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
-        style = option.widget.style()
-        style.drawPrimitive(
-            QStyle.PrimitiveElement.PE_PanelItemViewItem, option, painter, option.widget
-        )
-        snippet = index.data(SNIPPET_ROLE)
-        if not isinstance(snippet, Snippet) or not snippet.texts:
-            return
-        line = self._line(snippet)
-        cell = option.rect.adjusted(8, 0, -8, 0)
-        place = QRect(cell)
-        place.setTop(cell.top() + (cell.height() - line.height) // 2)
-        place.setHeight(line.height)
-        shift = self._shift(line, snippet.peak, cell.width())
-        moved = Arrangement(
-            tuple(rect.translated(-shift, 0) for rect in line.rects), line.texts, line.height
-        )
-        selected = bool(option.state & QStyle.StateFlag.State_Selected)
-        paint_tokens(
-            painter,
-            place,
-            snippet.texts,
-            snippet.activations,
-            max(snippet.activations),
-            font=self._font,
-            background=tokens.SELECTION if selected else tokens.CARD,
-            colour_map=self.colour_map,
-            arrangement=moved,
-            text_colour=tokens.LABEL,
-        )
-
-    def _line(self, snippet: Snippet) -> Arrangement:
-        """All tokens in one line; laying out costs more than painting, so it is kept."""
-        line = self._arrangements.get(snippet)
-        if line is None:
-            line = arrange_tokens(snippet.texts, self._font, 1_000_000)
-            self._arrangements[snippet] = line
-            while len(self._arrangements) > 200:
-                self._arrangements.popitem(last=False)
-        return line
-
-    @staticmethod
-    def _shift(line: Arrangement, peak: int, width: int) -> int:
-        """How far to the left: the peak stands at 60 % of the width, nothing is left empty."""
-        peak_rect = line.rects[peak]
-        end = line.rects[-1].right() + 1
-        wanted = peak_rect.center().x() - round(width * 0.6)
-        return max(0, min(wanted, end - width))
-
-    def sizeHint(self, option: QStyleOptionViewItem, index: Index) -> QSize:
-        return QSize(240, ROW_HEIGHT)
-
-
-class StarDelegate(QStyledItemDelegate):
-    """A star, yellow and filled where it is set: told by the shape as well as by the colour."""
-
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
-        style = option.widget.style()
-        style.drawPrimitive(
-            QStyle.PrimitiveElement.PE_PanelItemViewItem, option, painter, option.widget
-        )
-        on = bool(index.data(STAR_ROLE))
-        picture = star_pixmap(on, option.widget)
-        side = 18
-        corner = option.rect.center() - QPoint(side // 2, side // 2)
-        painter.drawPixmap(QRect(corner, QSize(side, side)), picture)
-
-    def sizeHint(self, option: QStyleOptionViewItem, index: Index) -> QSize:
-        return QSize(52, ROW_HEIGHT)
-
-
-def star_pixmap(on: bool, widget: QWidget | None) -> QPixmap:
-    ratio = widget.devicePixelRatioF() if widget else 1.0
-    if not on:
-        return icons.pixmap("star", tokens.EDGE, 18, ratio)
-    return filled_star(ratio)
-
-
-def star_icon() -> QIcon:
-    """For a button: an outline, and filled while it is checked."""
-    icon = QIcon()
-    for side in (20, 40):
-        icon.addPixmap(icons.pixmap("star", tokens.LABEL, side))
-        icon.addPixmap(filled_star(1.0, side), QIcon.Mode.Normal, QIcon.State.On)
-    return icon
-
-
-@cache
-def filled_star(ratio: float, size: int = 18) -> QPixmap:
-    """Lucide's star with its inside filled."""
-    side = round(size * ratio)
-    picture = QPixmap(side, side)
-    picture.fill(Qt.GlobalColor.transparent)
-    painter = QPainter(picture)
-    painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-    painter.setPen(Qt.PenStyle.NoPen)
-    painter.setBrush(QColor(tokens.YELLOW))
-    points = []
-    for corner in range(10):
-        radius = side * (0.40 if corner % 2 == 0 else 0.18)
-        angle = math.pi * (corner / 5 - 0.5)
-        points.append(
-            QPointF(side / 2 + radius * math.cos(angle), side * 0.52 + radius * math.sin(angle))
-        )
-    painter.drawPolygon(QPolygonF(points))
-    painter.drawPixmap(0, 0, icons.pixmap("star", tokens.YELLOW, side, 1.0))
-    painter.end()
-    picture.setDevicePixelRatio(ratio)
-    return picture
+_ANSWERS: dict[int, Callable[[FeatureTable, int, Shown], Any]] = {
+    FEATURE_ROLE: FeatureTable._feature,
+    SNIPPET_ROLE: FeatureTable._snippet,
+    STAR_ROLE: FeatureTable._star,
+    HISTOGRAM_ROLE: FeatureTable._histogram,
+    Qt.ItemDataRole.DisplayRole: FeatureTable._display,
+    Qt.ItemDataRole.AccessibleTextRole: FeatureTable._accessible,
+    Qt.ItemDataRole.ForegroundRole: FeatureTable._colour,
+    Qt.ItemDataRole.FontRole: FeatureTable._font,
+    Qt.ItemDataRole.TextAlignmentRole: FeatureTable._alignment,
+    Qt.ItemDataRole.ToolTipRole: FeatureTable._tip,
+}
