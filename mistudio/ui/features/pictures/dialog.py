@@ -75,6 +75,7 @@ class PicturesDialog(QDialog):
         self.tabs.currentChanged.connect(self._on_tabs_current_changed)
         self.view(view)
         self._show_subtitle()
+        self.tabs.tabBar().setFocus()
 
     def view(self, name: str) -> QWidget:
         """The view of this name, made now where it is looked at for the first time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PySide6.QtCore import QBuffer, QIODevice, QPointF, QRectF, QSize, Qt
 from PySide6.QtGui import QBrush, QColor, QFont, QFontMetricsF, QImage, QPainter, QPen
 from PySide6.QtSvg import QSvgGenerator
 
+import mistudio
 from mistudio.ui.features.pictures.grid import Grid, picture_of, shown_every
 from mistudio.ui.features.pictures.scales import PAPER, PAPER_FAINT, PAPER_INK, Scale
 from mistudio.ui.theme import fonts
@@ -52,6 +54,12 @@ class Figure:
     notes: tuple[str, ...]
     as_pixels: bool = False
     """Whether points are one picture in an SVG instead of a circle each."""
+
+
+def drawn(provenance: str) -> str:
+    """What a picture is of, and when which version drew it."""
+    today = datetime.now().astimezone().date().isoformat()
+    return f"{provenance} • drawn by miStudio {mistudio.__version__}, {today}"
 
 
 def pixels(width_mm: float) -> int:
@@ -278,10 +286,11 @@ def _paint_legend(painter: QPainter, scale: Scale, area: QRectF) -> None:
             _text(painter, QPointF(area.left(), y), line, SMALL, PAPER_FAINT)
             y += SMALL * 1.4
     y += 4
-    if scale.names:
+    if scale.kind in ("kinds", "steps"):
         for number, name in enumerate(scale.names):
-            colour = QColor(scale.colour(number, paper=True))
-            y = _swatch(painter, area.left(), y, colour, name)
+            if name:
+                colour = QColor(scale.colour(number, paper=True))
+                y = _swatch(painter, area.left(), y, colour, name)
     else:
         y = _bar(painter, scale, QRectF(area.left(), y, 12, 110))
     if scale.has_none:

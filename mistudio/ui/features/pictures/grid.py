@@ -28,6 +28,7 @@ from mistudio.ui.theme import fonts, tokens
 CLICK = 4
 LARGEST_CELL = 40.0
 LABEL_ROOM = 200  # pixels at the left; labels that need more end in …
+TOP = 12  # pixels above the cells, for half of the first label
 HATCHED = 8.0  # a cell of this size shows the hatching of "no data"
 
 
@@ -94,9 +95,12 @@ class GridPicture(QWidget):
             return 0.0, 0.0
         metrics = _metrics()
         widest = max((metrics.horizontalAdvance(text) for text in self.grid.rows), default=0)
-        left = min(widest, LABEL_ROOM) + 12
         names = max((metrics.horizontalAdvance(text) for text in self.grid.columns), default=0)
-        return left, min(names, 0.6 * LABEL_ROOM) + 12 + metrics.height()
+        bottom = min(names, 0.6 * LABEL_ROOM) + 12 + metrics.height()
+        room = LABEL_ROOM
+        if self.grid.square:  # what the cells leave beside them
+            room = max(room, self.width() - (self.height() - round(bottom) - TOP) - 24)
+        return min(widest, room) + 12, bottom
 
     def _cells(self) -> tuple[float, float]:
         """Width and height of a cell."""
@@ -105,7 +109,7 @@ class GridPicture(QWidget):
         rows, columns = self.grid.values.shape
         left, bottom = self._gutters()
         wide = max(self.width() - left - 8, 10) / columns
-        high = max(self.height() - bottom - 8, 10) / rows
+        high = max(self.height() - bottom - TOP - 4, 10) / rows
         if self.grid.square:
             wide = high = min(wide, high, LARGEST_CELL)
         return min(wide, LARGEST_CELL) * self._zoom, min(high, LARGEST_CELL) * self._zoom
@@ -113,7 +117,8 @@ class GridPicture(QWidget):
     def _area(self) -> QRectF:
         """Where cells are drawn."""
         left, bottom = self._gutters()
-        return QRectF(left, 4, max(self.width() - left - 4, 1), max(self.height() - bottom - 4, 1))
+        width, height = self.width() - left - 4, self.height() - bottom - TOP
+        return QRectF(left, TOP, max(width, 1), max(height, 1))
 
     def cell_at(self, place: QPointF) -> tuple[int, int]:
         """(row, column) at a place of the widget; (-1, -1) where there is none."""
@@ -199,7 +204,7 @@ class GridPicture(QWidget):
         elide = Qt.TextElideMode.ElideRight
         here_row, here_column = self._current
         painter.save()
-        painter.setClipRect(QRectF(0, area.top(), area.left(), area.height()))
+        painter.setClipRect(QRectF(0, 0, area.left(), area.bottom()))
         for row in self._labelled(len(grid.rows), shown_every(high, line), here_row):
             middle = self.rect_of(row, 0).center().y()
             text = metrics.elidedText(grid.rows[row], elide, round(area.left()) - 12)
@@ -210,7 +215,7 @@ class GridPicture(QWidget):
         bottom = min(area.bottom(), self.rect_of(len(grid.rows) - 1, 0).bottom()) + 4
         room = round(self.height() - area.bottom() - line - 8)
         painter.save()
-        painter.setClipRect(QRectF(area.left(), bottom, area.width(), self.height() - bottom))
+        painter.setClipRect(QRectF(area.left() - TOP, bottom, area.width() + TOP, self.height()))
         for column in self._labelled(len(grid.columns), shown_every(wide, line), here_column):
             painter.save()
             painter.translate(self.rect_of(0, column).center().x(), bottom)

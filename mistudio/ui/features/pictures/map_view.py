@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PySide6.QtGui import QIcon
 from PySide6.QtWidgets import QButtonGroup, QCheckBox, QWidget
 
 from mistudio import formatting
@@ -23,13 +24,14 @@ from mistudio.ui.features.pictures.point_map import (
 )
 from mistudio.ui.features.pictures.scales import Scale, continuous
 from mistudio.ui.features.pictures.session import Session
+from mistudio.ui.theme import icons, tokens
 from mistudio.ui.widgets import (
     Button,
     Choice,
-    Collapsible,
     FloatBox,
     FormRow,
     IntBox,
+    Surface,
     Text,
     column,
     debounced,
@@ -78,7 +80,7 @@ class MapView(QWidget):
         self.points.enclosed.connect(self._on_points_enclosed)
         self.points.pointed.connect(self._on_points_pointed)
         self.legend = Legend(MARKS)
-        self._modes = QButtonGroup(self)
+        self._modes = QButtonGroup(self)  # one of them is on
         self.modes: dict[str, Button] = {}
         for mode, text, tip in (
             (PAN, "Move", "Drag moves the map, the wheel zooms; with Shift a drag is a lasso"),
@@ -91,7 +93,8 @@ class MapView(QWidget):
             button.clicked.connect(self._on_mode_clicked)
             self._modes.addButton(button)
             self.modes[mode] = button
-        whole = Button("Show all", "small", "maximize-2", "The whole map again (Home)")
+        self._show_mode()
+        self.whole = whole = Button("Show all", "small", "maximize-2", "The whole map again (Home)")
         whole.clicked.connect(self._on_whole_clicked)
         self.export = Button("Save picture…", "small", "download")
         self.export.clicked.connect(self.open_export)
@@ -121,14 +124,19 @@ class MapView(QWidget):
         self._count = Text("", "label")
         self.clear_button = Button("Clear", "small", "x", "Choose none, and show all in the table")
         self.clear_button.clicked.connect(self.clear_chosen)
-        self._below = QWidget()
-        self._below.setLayout(row(self._count, self.clear_button, None, self.only_shown))
         self.said = Text("", "helper", wrap=True, selectable=True)
         self.settings = self._make_settings()
-        layout = column(10)
+        self.settings_button = Button(
+            "Other settings…", "small", "sliders-horizontal", "Make the map with other settings"
+        )
+        self.settings_button.setCheckable(True)
+        self.settings_button.toggled.connect(self.settings.setVisible)
+        layout = column(8)
         layout.addWidget(self._tools)
         layout.addWidget(self.place, 1)
-        layout.addWidget(self._below)
+        layout.addLayout(
+            row(self._count, self.clear_button, None, self.only_shown, self.settings_button)
+        )
         layout.addWidget(self.said)
         layout.addWidget(self.settings)
         self.setLayout(layout)
@@ -141,8 +149,9 @@ class MapView(QWidget):
         session.names_arrived.connect(self._on_names_arrived)
         self.refresh()
 
-    def _make_settings(self) -> Collapsible:
-        box = Collapsible("Make it with other settings")
+    def _make_settings(self) -> QWidget:
+        box = Surface("row", None, 14)
+        box.hide()
         self.neighbours = IntBox(15, 2, 200)
         self.min_dist = FloatBox(0.05, 0.0, 0.99, 0.05)
         self.perplexity = IntBox(30, 2, 100)
@@ -231,12 +240,14 @@ class MapView(QWidget):
             self.place.show_picture()
         there = self.place.shows_picture
         self.export.setEnabled(there)
-        self._below.setVisible(there)
-        self.said.setVisible(there)
+        for part in (self._count, self.only_shown, self.said):
+            part.setVisible(there)
         self.colour.setEnabled(there)
-        for button in self.modes.values():
+        for button in (*self.modes.values(), self.whole):
             button.setEnabled(there)
-        self.settings.setVisible(session.run is not None and job is None and session.ready)
+        can = session.run is not None and job is None and session.ready
+        self.settings_button.setEnabled(can)
+        self.settings.setVisible(can and self.settings_button.isChecked())
         self._show_count()
 
     def _show_progress(self) -> None:
@@ -334,7 +345,9 @@ class MapView(QWidget):
         values = np.asarray(columns.values[name], np.float64)
         tip = shown.tip(one, columns.meta)
         if name == "band":
-            return Scale(one.title, "steps", names=BANDS, definition=tip), values
+            there = set(values[made.features].astype(int).tolist())
+            names = tuple(name if i in there else "" for i, name in enumerate(BANDS))
+            return Scale(one.title, "steps", names=names, definition=tip), values
         return (
             continuous(
                 one.title,
@@ -420,7 +433,7 @@ class MapView(QWidget):
             if n
             else "Draw around features to see them alone in the table"
         )
-        self.clear_button.setVisible(n > 0)
+        self.clear_button.setVisible(n > 0 and self.place.shows_picture)
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -433,7 +446,15 @@ class MapView(QWidget):
             self.points.show_tip()
 
     def _on_mode_clicked(self, checked: bool = False) -> None:
-        self.points.mode = next(mode for mode, b in self.modes.items() if b.isChecked())
+        self._show_mode()
+
+    def _show_mode(self) -> None:
+        """The one that is on has a tick."""
+        for mode, button in self.modes.items():
+            on = button.isChecked()
+            button.setIcon(icons.icon_beside_text("check", tokens.EMERALD) if on else QIcon())
+            if on:
+                self.points.mode = mode
 
     def _on_whole_clicked(self, checked: bool = False) -> None:
         self.points.show_all()
@@ -450,7 +471,7 @@ class MapView(QWidget):
         kept = self.session.shown()[features] if self.only_shown.isChecked() else None
         captions = self._captions() if self.colour.value == "group" else []
         name = TITLES[made.settings.method]
-        notes = [self.method_text(), self.session.provenance]
+        notes = [self.method_text(), figures.drawn(self.session.provenance)]
         if kept is not None and not kept.all():
             n = formatting.count(int(kept.sum()))
             notes.insert(1, f"Coloured: the {n} features that pass the filters; grey: the others.")

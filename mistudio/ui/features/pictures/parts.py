@@ -59,8 +59,10 @@ class Legend(QWidget):
     def set_scale(self, scale: Scale) -> None:
         self._scale = scale
         self.setToolTip(scale.definition)
-        ends = scale.ticks(2)
-        told = ", ".join(scale.names) if scale.names else f"{ends[0][1]} to {ends[-1][1]}"
+        if scale.kind in ("kinds", "steps"):
+            told = ", ".join(filter(None, scale.names)) or scale.unit
+        else:
+            told = " to ".join(text for _, text in scale.ticks(2))
         self.setAccessibleDescription(f"{scale.title}: {told}. {scale.definition}")
         self.update()
 
@@ -85,9 +87,10 @@ class Legend(QWidget):
         y += 8
         line = painter.fontMetrics().height() + 6
         palette = scale.palette()
-        if scale.names:
+        if scale.kind in ("kinds", "steps"):
             for number, name in enumerate(scale.names):
-                y = self._swatch(painter, y, line, QColor(scale.colour(number)), name)
+                if name:
+                    y = self._swatch(painter, y, line, QColor(scale.colour(number)), name)
         else:
             y = self._bar(painter, scale, y)
         if scale.has_none:

@@ -58,14 +58,16 @@ class SampledView(QWidget):
             f"are; at most {self.limit}",
         )  # fmt: skip
         self.take.clicked.connect(self._on_take_clicked)
-        self.tokens = IntBox(200_000, 1_000, 10_000_000, 50_000)
+        self.tokens = IntBox(200_000, 1_000, 10_000_000, 50_000, " tokens")
         self.tokens.setAccessibleName("Tokens to sample")
         self.tokens.setToolTip("Rare features need many to be seen at all")
         self.again = Button("Sample again", "small", "refresh-cw", "Run the model over the text")
         self.again.clicked.connect(self.take_sample)
         self.export = Button("Save picture…", "small", "download")
         self.export.clicked.connect(self.open_export)
-        whole = Button("Show all", "small", "maximize-2", "The whole picture again (Home)")
+        self.whole = whole = Button(
+            "Show all", "small", "maximize-2", "The whole picture again (Home)"
+        )
         whole.clicked.connect(self._on_whole_clicked)
         tools = row(*self.controls(), self.take, whole, None, self.export, spacing=8)
         both = QWidget()
@@ -194,6 +196,7 @@ class SampledView(QWidget):
             self.place.show_picture()
         there = self.place.shows_picture
         self.export.setEnabled(there)
+        self.whole.setEnabled(there)
         self.said.setVisible(there)
         can = session.run is not None and job is None
         self.again.setEnabled(can and session.ready)
@@ -250,7 +253,7 @@ class SampledView(QWidget):
 
     def figure(self, as_pixels: bool = False) -> figures.Figure:
         grid = self.grid()
-        notes = (self.method_text(), self.session.provenance)
+        notes = (self.method_text(), figures.drawn(self.session.provenance))
         return figures.Figure(self.title, grid, grid.scale, notes)
 
     def open_export(self, *_: object) -> ExportDialog:
@@ -314,7 +317,8 @@ class HeatmapView(SampledView):
         order = list(found.order)
         names = tuple(self.session.name(found.features[i]) for i in order)
         values = found.values[np.ix_(order, order)]
-        return Grid(values, names, names, self._scale())
+        numbers = tuple(f"#{found.features[i]}" for i in order)
+        return Grid(values, names, numbers, self._scale())
 
     def feature_at(self, row_number: int, column_number: int) -> int:
         assert self.result is not None

@@ -32,7 +32,8 @@ _DIVERGING_ON_PAPER = ("#1D4ED8", "#F1F5F9", "#C2410C")
 class Scale:
     """How values become colours. `kind`: "points" (continuous, on a background that must stay
     visible between them), "cells" (continuous from nothing), "diverging" (around 0), "kinds"
-    (0, 1, ... of `names`, in no order), "steps" (as kinds, in order). `clipped`: whether there are
+    (0, 1, ... of `names`, in no order), "steps" (as kinds, in order); a legend leaves out names
+    that are "". `clipped`: whether there are
     values beyond the ends. `definition` says what the value is and of how much."""
 
     title: str
@@ -111,6 +112,8 @@ class Scale:
         if self.names:
             kind = int(value)
             return self.names[kind] if 0 <= kind < len(self.names) else self.none
+        if self.percent and self.kind == "cells":
+            return formatting.percent(float(value), 0)
         if self.percent:
             decimals = 4 if 0 < abs(value) < 1e-4 else 2 if abs(value) < 0.1 else 1
             return formatting.percent(float(value), decimals)
