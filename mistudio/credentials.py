@@ -193,6 +193,11 @@ def _secret(text: str) -> Secret:
     return Secret(text)
 
 
+def keyring_for_secrets() -> Any:
+    """The system's keyring for other secrets than the token, or None. May take a moment."""
+    return _keyring()
+
+
 def _keyring() -> Any:
     """The system's keyring, or None. Backends that keep passwords in plain text have a priority
     below 1: our own file is no worse, and we say where it is."""

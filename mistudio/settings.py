@@ -24,7 +24,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Setting:
-    """`minimum`/`maximum` bound a number; `choices` are (value, label) pairs."""
+    """`minimum`/`maximum` bound a number; `choices` are (value, label) pairs. A `hidden` one is
+    changed where it is used and not on the settings page."""
 
     key: str
     type: type
@@ -37,6 +38,7 @@ class Setting:
     choices: tuple[tuple[Any, str], ...] = ()
     unit: str = ""
     needs_restart: bool = False
+    hidden: bool = False
 
     def problem(self, value: object) -> str:
         """Why a value cannot be used; empty where it can."""
@@ -94,6 +96,21 @@ SETTINGS: tuple[Setting, ...] = (
         "notify_after", int, 30, "Only for jobs longer than",
         "Shorter jobs end silently.",
         "Notifications", minimum=0, maximum=3600, unit=" s",
+    ),
+    Setting(
+        "describer_address", str, "", "Describing server",
+        "Address of a server with a language model that describes features.",
+        "Features", hidden=True,
+    ),
+    Setting(
+        "describer_model", str, "", "Describing model",
+        "Which of that server's models describes features.",
+        "Features", hidden=True,
+    ),
+    Setting(
+        "describer_confirmed", str, "", "Confirmed server",
+        "The address beyond this machine that text may be sent to.",
+        "Features", hidden=True,
     ),
 )  # fmt: skip
 

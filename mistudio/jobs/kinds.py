@@ -10,6 +10,7 @@ from mistudio.jobs.ablation import Ablate
 from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
+from mistudio.jobs.describing import DescribeFeatures
 from mistudio.jobs.extraction import Extract
 from mistudio.jobs.feature_exports import ExportFeatures, ExportWholeContexts
 from mistudio.jobs.feature_map import MapFeatures, SampleFeatures
@@ -19,6 +20,7 @@ from mistudio.jobs.job import Job
 from mistudio.jobs.models import AddModel, CheckQuality
 from mistudio.jobs.sae_measuring import MeasureSae
 from mistudio.jobs.saes import DownloadSae, Export, ImportSae
+from mistudio.jobs.scoring import ScoreFeatures
 from mistudio.jobs.searching import IndexDataset
 from mistudio.jobs.speed import Measure
 from mistudio.jobs.statistics import AnalyseDataset
@@ -37,6 +39,7 @@ __all__ = [
     "CheckQuality",
     "CoActivate",
     "Demo",
+    "DescribeFeatures",
     "Discover",
     "DiscoverRun",
     "DownloadDataset",
@@ -51,6 +54,7 @@ __all__ = [
     "Measure",
     "MeasureSae",
     "SampleFeatures",
+    "ScoreFeatures",
     "Steer",
     "Tokenize",
     "Train",
@@ -77,6 +81,8 @@ KINDS: dict[str, Any] = {
         Ablate,
         MapFeatures,
         SampleFeatures,
+        ScoreFeatures,
+        DescribeFeatures,
         Steer,
         Export,
         ExportFeatures,

@@ -58,6 +58,8 @@ class SettingsDialog(QDialog):
         inside.addWidget(Text("Settings", "h1"))
         groups: dict[str, Card] = {}
         for setting in SETTINGS:
+            if setting.hidden:
+                continue
             if setting.group not in groups:
                 groups[setting.group] = Card(setting.group)
                 inside.addWidget(groups[setting.group])
