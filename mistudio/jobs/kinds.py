@@ -7,6 +7,7 @@ from typing import Any
 
 from mistudio.errors import Incompatible
 from mistudio.jobs.ablation import Ablate
+from mistudio.jobs.calibrating import Calibrate, ScoreOutputs
 from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
@@ -36,6 +37,7 @@ __all__ = [
     "AddSampleDataset",
     "AddTokenizer",
     "AnalyseDataset",
+    "Calibrate",
     "CheckQuality",
     "CoActivate",
     "Demo",
@@ -55,6 +57,7 @@ __all__ = [
     "MeasureSae",
     "SampleFeatures",
     "ScoreFeatures",
+    "ScoreOutputs",
     "Steer",
     "Tokenize",
     "Train",
@@ -84,6 +87,8 @@ KINDS: dict[str, Any] = {
         ScoreFeatures,
         DescribeFeatures,
         Steer,
+        Calibrate,
+        ScoreOutputs,
         Export,
         ExportFeatures,
         ExportWholeContexts,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,14 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mistudio.engine.datasets.tokens import TokenSplit
+    from mistudio.engine.features.store import FeatureStore
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
     from mistudio.engine.sae.files import SavedSae
     from mistudio.engine.steering.interventions import FeatureEdit, SiteSteering, Variant
+    from mistudio.engine.steering.metrics import SteeringEffect
 
 STEER_PARTS = {"generate": (0.0, 0.9), "measure": (0.9, 1.0)}
-
-
 MOST_VARIANTS = 4
+OWN_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,22 @@ class Steer:
 
 def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress) -> dict[str, Any]:
     """Generate and measure. The result is plain JSON: `unsteered`, and per scale (and for the
-    control) a `variants` entry with `text`, `coefficients`, `percent_of_norm` and the effect's
-    measures."""
-    from mistudio.engine.models import loading
+    control) a `variants` entry with `text`, `coefficients`, `percent_of_norm`, the effect's
+    measures (`metrics.SteeringEffect`), and
+
+        ended           whether the text ended by itself; `unsteered_ended` of the unsteered one
+        ended_early     it did, and with fewer tokens than the unsteered text
+        features        what became of each steered feature: `Expressed`
+        effectiveness   `metrics.effectiveness`, of the mean gain of the features; None where it
+                        is not known
+    """
     from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
     from mistudio.engine.steering.interventions import Scope
     from mistudio.engine.steering.metrics import steering_effect
 
     recipe = Recipe(library, job, model)
     planned = recipe.planned()
-    tokenizer = loading.load_tokenizer(library.path(recipe.model_folder))
-    special = sorted(loading.special_ids(tokenizer))
+    tokenizer, special = recipe.tokenizer()
     prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
     sampling = Sampling(
         job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
@@ -105,15 +113,19 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         [one.variant for one in planned],
         sampling,
         special_ids=special,
-        stop_ids=_stop_ids(model, tokenizer),
+        stop_ids=stop_ids(model, tokenizer),
         scope=scope,
         progress=progress,
     )
     seconds = time.monotonic() - began
     unsteered = generated.rows[0]
+    texts = [row.ids for row in generated.rows]
+    progress.report(0, len(planned) + 1, phase="measure")
+    expressed = recipe.expressed(prompt_ids, texts, special)
     variants = []
     for number, (one, row) in enumerate(zip(planned, generated.rows[1:], strict=True)):
-        progress.report(number, len(planned), phase="measure")
+        progress.check()
+        progress.report(number + 1, len(planned) + 1, phase="measure")
         effect = steering_effect(
             model,
             one.variant,
@@ -135,6 +147,10 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
                 "coefficients": one.coefficients,
                 "percent_of_norm": one.percent_of_norm,
                 **effect.as_dict(),
+                "ended": row.ended,
+                "ended_early": row.ended and len(row.ids) < len(unsteered.ids),
+                "features": [asdict(feature) for feature in expressed[number]],
+                "effectiveness": effectiveness_of(expressed[number], effect),
             }
         )
     return {
@@ -144,6 +160,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         "precision": precision_of(model),
         "unsteered": unsteered.text,
         "unsteered_ids": unsteered.ids,
+        "unsteered_ended": unsteered.ended,
         "unsteered_pieces": [tokenizer.decode([token]) for token in unsteered.ids],
         "variants": variants,
         "median_norm": recipe.median,
@@ -164,6 +181,41 @@ class Planned:
     percent_of_norm: float | None
 
 
+@dataclass(frozen=True)
+class Expressed:
+    """Whether a text shows what a feature stands for. `reactivation`: the mean of the feature's
+    activation at the text's tokens under the unsteered model, `reactivation_unsteered` the same of
+    the unsteered text; `gain` is their difference in shares of `max_activation`, counted downwards
+    where the feature is suppressed. `own_share`: of the text's tokens among the 20 that the feature
+    promotes most (GenSucc@20), and of the unsteered text. None where there is no such number."""
+
+    sae_id: int
+    feature: int
+    method: str
+    max_activation: float
+    reactivation: float | None
+    reactivation_unsteered: float | None
+    gain: float | None
+    own_share: float | None
+    own_share_unsteered: float | None
+
+
+def effectiveness_of(features: Sequence[Expressed], effect: SteeringEffect) -> float | None:
+    """`metrics.effectiveness` of the mean gain; None where a part of it is not known."""
+    from mistudio.engine.steering.metrics import effectiveness
+
+    gains = [feature.gain for feature in features if feature.gain is not None]
+    if not gains:
+        return None
+    ratio = effect.distinct_2 / effect.distinct_2_unsteered
+    return known(effectiveness(sum(gains) / len(gains), ratio, effect.perplexity_ratio))
+
+
+def known(value: float) -> float | None:
+    """None for what is not a number: JSON has no word for it."""
+    return value if math.isfinite(value) else None
+
+
 class Recipe:
     """The variants that a job asks for, of SAEs, features and norms of this library. Raises
     InvalidInput where something it names does not exist or does not go together."""
@@ -180,21 +232,19 @@ class Recipe:
                 field="scales",
             )
         self._library, self._job, self._model = library, job, model
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, Part] = {}
         self._norms: dict[HookPoint, float] | None = None
         chosen = [(job.sae_id, *entry) for entry in job.features]
         chosen += [(int(entry[0]), *entry[1:]) for entry in job.others]
         for sae_id, feature, strength, *method in chosen:
-            part = self._parts.get(sae_id) or self._part(sae_id)
+            part = self._parts.get(sae_id) or self._open(sae_id)
             self._parts[sae_id] = part
             part.add(int(feature), float(strength), str(method[0]) if method else "add")
         first = next(iter(self._parts.values()))
         self.point, self.median = first.point, first.median
         self.model_folder = library.models.get(library.saes.get(job.sae_id).model_id).folder
 
-    def _part(self, sae_id: int) -> _Part:
-        from mistudio.engine.sae.files import load_sae
-
+    def _open(self, sae_id: int) -> Part:
         sae = self._library.saes.get(sae_id)
         if sae.model_id != self._library.saes.get(self._job.sae_id).model_id:
             raise InvalidInput(
@@ -203,10 +253,24 @@ class Recipe:
                 "Steer with SAEs of one model.",
                 field="features",
             )
-        store, tokens = open_features(self._library, newest_run(self._library, sae_id))
-        saved = load_sae(self._library.path(sae.folder))
-        median = _median_norm(self._model, tokens, saved)
-        return _Part(saved, store.columns["max_activation"], median, tokens, self._model.device)
+        return open_part(self._library, sae_id, self._model)
+
+    def tokenizer(self) -> tuple[Any, list[int]]:
+        """The model's tokenizer and the ids that are never steered."""
+        from mistudio.engine.models import loading
+
+        tokenizer = loading.load_tokenizer(self._library.path(self.model_folder))
+        return tokenizer, sorted(loading.special_ids(tokenizer))
+
+    def expressed(
+        self, prompt_ids: Sequence[int], texts: Sequence[Sequence[int]], special: Sequence[int]
+    ) -> list[list[Expressed]]:
+        """Of each text but the first, which is the unsteered one: what became of each feature."""
+        found: list[list[Expressed]] = [[] for _ in texts[1:]]
+        for part in self._parts.values():
+            for row, features in enumerate(part.expressed(self._model, prompt_ids, texts, special)):
+                found[row] += features
+        return found
 
     def planned(self) -> list[Planned]:
         """One for each scale, and the control of the last."""
@@ -260,17 +324,34 @@ class Recipe:
         ]
 
 
-class _Part:
+def open_part(library: Library, sae_id: int, model: HookedDecoder) -> Part:
+    """What steering with an SAE needs: NotFound before its features are discovered."""
+    from mistudio.engine.sae.files import load_sae
+
+    store, tokens = open_features(library, newest_run(library, sae_id))
+    saved = load_sae(library.path(library.saes.get(sae_id).folder))
+    median = _median_norm(model, tokens, saved)
+    return Part(sae_id, saved, store, median, tokens, model.device)
+
+
+class Part:
     """What is done with the features of one SAE."""
 
     def __init__(
-        self, saved: SavedSae, largest: Any, median: float, tokens: TokenSplit, device: Any
+        self,
+        sae_id: int,
+        saved: SavedSae,
+        store: FeatureStore,
+        median: float,
+        tokens: TokenSplit,
+        device: Any,
     ) -> None:
+        self.sae_id, self.store = sae_id, store
         self.dictionary = saved.dictionary.to(device)
         self.site, self.median, self.tokens = saved.site, median, tokens
         self.point = saved.site.output  # where decoder rows are directions
         self.context = int(saved.metadata.get("context_size", 128))
-        self._largest = largest
+        self._largest = store.columns["max_activation"]
         self._edits: list[FeatureEdit] = []
 
     @property
@@ -278,23 +359,36 @@ class _Part:
         return all(edit.method == "add" for edit in self._edits)
 
     def add(self, feature: int, strength: float, method: str) -> None:
+        self._edits.append(self.edit(feature, strength, method))
+
+    def edit(self, feature: int, strength: float, method: str) -> FeatureEdit:
         from mistudio.engine.steering.interventions import FeatureEdit
 
         # A feature outside the SAE gets its clear refusal from `SiteSteering.check`.
-        known = 0 <= feature < len(self._largest)
-        largest = float(self._largest[feature]) if known else 1.0
-        self._edits.append(FeatureEdit(feature, strength, largest, method))
+        there = 0 <= feature < len(self._largest)
+        return FeatureEdit(
+            feature, strength, float(self._largest[feature]) if there else 1.0, method
+        )
 
-    def steering(self, scale: float) -> SiteSteering:
+    def steering_of(self, *edits: FeatureEdit) -> SiteSteering:
+        """These edits at the SAE's site. Raises InvalidInput where they cannot be made."""
         from mistudio.engine.steering.interventions import SiteSteering
 
-        edits = tuple(replace(edit, strength=edit.strength * scale) for edit in self._edits)
-        found = SiteSteering(self.site, self.dictionary, edits, gain=self._gain)
+        found = SiteSteering(self.site, self.dictionary, edits, gain=self.gain)
         found.check()
         return found
 
+    def own_tokens(self, feature: int) -> list[int]:
+        """The tokens that the feature's direction promotes most; none where it writes none."""
+        return [token for token, _ in self.store.promoted(feature)[:OWN_TOKENS] if token >= 0]
+
+    def steering(self, scale: float) -> SiteSteering:
+        return self.steering_of(
+            *(replace(edit, strength=edit.strength * scale) for edit in self._edits)
+        )
+
     @property
-    def _gain(self) -> float:
+    def gain(self) -> float:
         """A decoder of normalised activations: in raw ones it is multiplied by a token's standard
         deviation, of which the median norm over sqrt(d) is the usual size."""
         if self.dictionary.norm != "layer_norm":
@@ -304,14 +398,61 @@ class _Part:
     def vector(self, scale: float) -> Tensor:
         from mistudio.engine.steering.interventions import steering_vector
 
-        return self._gain * steering_vector(self.dictionary, self.steering(scale).edits)
+        return self.gain * steering_vector(self.dictionary, self.steering(scale).edits)
+
+    def expressed(
+        self,
+        model: HookedDecoder,
+        prompt_ids: Sequence[int],
+        texts: Sequence[Sequence[int]],
+        special: Sequence[int],
+    ) -> list[list[Expressed]]:
+        """Of each text but the first, the unsteered one, and each edit."""
+        from mistudio.engine.steering.metrics import reactivation, share_among
+
+        features = [edit.feature for edit in self._edits]
+        means = reactivation(
+            model, self.dictionary, self.site.input, features, prompt_ids, texts, special
+        )
+        own = [set(self.own_tokens(feature)) for feature in features]
+        shares = [
+            [share_among(ids, tokens) if tokens else math.nan for tokens in own] for ids in texts
+        ]
+        return [
+            [
+                Expressed(
+                    self.sae_id,
+                    edit.feature,
+                    edit.method,
+                    edit.max_activation,
+                    known(mean[i]),
+                    known(means[0][i]),
+                    known(_gain(edit, mean[i] - means[0][i])),
+                    known(share[i]),
+                    known(shares[0][i]),
+                )
+                for i, edit in enumerate(self._edits)
+            ]
+            for mean, share in zip(means[1:], shares[1:], strict=True)
+        ]
 
     def percent(self, scale: float) -> float | None:
         """Of what is added in the median norm; None where that depends on the text."""
         return 100.0 * float(self.vector(scale).norm()) / self.median if self.adds else None
 
 
-def _stop_ids(model: HookedDecoder, tokenizer: Any) -> set[int]:
+def _gain(edit: FeatureEdit, difference: float) -> float:
+    """A difference in activation as a share of the largest, positive where the edit wants it; NaN
+    for an edit that wants nothing."""
+    from mistudio.engine.steering.interventions import wanted
+
+    direction = wanted(edit)
+    if not direction or edit.max_activation <= 0:
+        return math.nan
+    return direction * difference / edit.max_activation
+
+
+def stop_ids(model: HookedDecoder, tokenizer: Any) -> set[int]:
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}

@@ -110,6 +110,7 @@ def calibrate(
     feature promotes most. Texts do not end early, so that all have the same length.
 
     All strengths must have one sign: negative ones (suppression) have zones of their own.
+    `progress.report` gets `tried`, the curve of the prompts so far.
     """
     strengths = sorted(strengths, key=abs)
     if not strengths or any(s * strengths[0] <= 0 for s in strengths):
@@ -128,16 +129,19 @@ def calibrate(
             Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, seed=seed + number),
             special_ids=special_ids,
             stop_ids=(),
+            progress=_Writing(progress, number, len(prompts)),
         ).rows
         texts = [row.ids for row in made]
-        found = divergences(model, [None, *variants], ids, texts, special_ids)
+        found = divergences(
+            model, [None, *variants], ids, texts, special_ids, progress=_Checked(progress)
+        )
         for sums, text, divergence in zip(rows, texts, found, strict=True):
             sums.add(text, divergence.kl, divergence.nll, wanted)
-        progress.report(number + 1, len(prompts), phase="calibrate")
-    base = rows[0]
-    tried = tuple(
-        row.tried(strength, base) for strength, row in zip(strengths, rows[1:], strict=True)
-    )
+        base = rows[0]
+        tried = tuple(
+            row.tried(strength, base) for strength, row in zip(strengths, rows[1:], strict=True)
+        )
+        progress.report(number + 1, len(prompts), phase="calibrate", tried=tried)
     return Calibration(
         tried,
         recommended_of(tried),
@@ -146,6 +150,35 @@ def calibrate(
         len(prompts),
         new_tokens,
     )
+
+
+class _Checked:
+    """Hears that the work should stop, says nothing."""
+
+    def __init__(self, outer: Progress) -> None:
+        self._outer = outer
+
+    def check(self) -> None:
+        self._outer.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        pass
+
+
+class _Writing(_Checked):
+    """Tokens written for one prompt of several: most of what a prompt takes."""
+
+    def __init__(self, outer: Progress, number: int, count: int) -> None:
+        super().__init__(outer)
+        self._number, self._count = number, count
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        share = 0.8 * done / total if total else 0.0
+        self._outer.report(self._number + share, self._count, phase="calibrate")
 
 
 def recommended_of(tried: Sequence[Tried]) -> float:

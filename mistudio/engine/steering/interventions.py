@@ -56,6 +56,17 @@ class FeatureEdit:
         return NEUTRAL.get(self.method) == self.strength
 
 
+def wanted(edit: FeatureEdit) -> int:
+    """1 where an edit is to make the text say more of what its feature stands for, -1 where less,
+    0 where it leaves everything as it is."""
+    if edit.method in ("ablate", "cap"):
+        return -1
+    at = edit.strength - NEUTRAL.get(edit.method, 0.0)
+    if edit.method in ("clamp", "clamp_min"):
+        return 1 if at > 0 else -1
+    return (at > 0) - (at < 0)
+
+
 @dataclass(frozen=True)
 class SiteSteering:
     """What is done at one site: `edits` by features of `dictionary`, and `vector` [d] added as it

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+from mistudio.engine.progress import SILENT, Progress
+from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
 
 
@@ -86,7 +88,8 @@ def steering_effect(
 @dataclass(frozen=True)
 class Divergence:
     """Of one continuation, by token: KL(p_steered || p_unsteered) before it, and its negative log
-    probability under the unsteered model; both in nats, on the continuation's own prefix."""
+    probability under the unsteered model (or what it is held against); both in nats, on the
+    continuation's own prefix."""
 
     kl: list[float]
     nll: list[float]
@@ -100,18 +103,26 @@ def divergences(
     continuations: Sequence[Sequence[int]],
     special_ids: Sequence[int],
     scope: Scope | None = None,
+    *,
+    against: Variant | None = None,
+    progress: Progress = SILENT,
 ) -> list[Divergence]:
-    """How far each variant moves the model's predictions along its continuation of the prompt.
+    """How far each variant moves the model's predictions along its continuation of the prompt:
+    from the unsteered model's, or from those of the variant `against`.
 
     One after another: the logits of a large vocabulary are what takes memory.
     """
-    pairs = zip(variants, continuations, strict=True)
-    return [_divergence(model, v, prompt_ids, ids, special_ids, scope) for v, ids in pairs]
+    found = []
+    for variant, ids in zip(variants, continuations, strict=True):
+        progress.check()
+        rows = [against] if variant is against else [against, variant]
+        found.append(_divergence(model, rows, prompt_ids, ids, special_ids, scope))
+    return found
 
 
 def _divergence(
     model: HookedDecoder,
-    variant: Variant | None,
+    rows: Sequence[Variant | None],
     prompt_ids: Sequence[int],
     ids: Sequence[int],
     special_ids: Sequence[int],
@@ -119,7 +130,6 @@ def _divergence(
 ) -> Divergence:
     if not ids:
         return Divergence([], [])
-    rows: list[Variant | None] = [None] if variant is None else [None, variant]
     fed = torch.tensor([[*prompt_ids, *ids]] * len(rows), device=model.device)
     steering = Steering(model, rows, special_ids, len(prompt_ids), scope)
     steering.expect(fed, 0)
@@ -132,6 +142,62 @@ def _divergence(
     nll = -base.gather(1, chosen[:, None])[:, 0]
     kl = (steered.exp() * (steered - base)).sum(-1).clamp_min(0.0)
     return Divergence(kl.tolist(), nll.tolist())
+
+
+# -------------------------------------------------------------------- does the text say it
+
+
+@torch.inference_mode()
+def reactivation(
+    model: HookedDecoder,
+    dictionary: Dictionary,
+    reads: HookPoint,
+    features: Sequence[int],
+    prompt_ids: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    special_ids: Sequence[int],
+) -> list[list[float]]:
+    """How much each feature is active on each continuation where nothing is steered: the mean of
+    its activation at the generated tokens that are not special, [continuations][features]. NaN
+    where there is no such token.
+
+    A text that expresses what a feature stands for makes the unsteered model activate it anew;
+    one that only broke does not.
+    """
+    found = []
+    chosen = torch.tensor(list(features), device=dictionary.device)
+    special = set(special_ids)
+    for ids in continuations:
+        counted = [len(prompt_ids) + i for i, token in enumerate(ids) if token not in special]
+        if not counted:
+            found.append([math.nan] * len(features))
+            continue
+        fed = torch.tensor([[*prompt_ids, *ids]], device=model.device)
+        x = model.capture(fed, [reads])[reads][0, counted].float().to(dictionary.device)
+        codes = dictionary.encode(x)
+        sums = torch.zeros(dictionary.d_sae, device=dictionary.device)
+        sums.index_add_(0, codes.latents, codes.values.float())
+        found.append((sums[chosen] / len(counted)).tolist())
+    return found
+
+
+def share_among(ids: Sequence[int], own: Collection[int]) -> float:
+    """The share of the tokens that are among `own`; NaN for no tokens."""
+    return sum(token in own for token in ids) / len(ids) if ids else math.nan
+
+
+def effectiveness(gain: float, distinct_ratio: float, perplexity_ratio: float) -> float:
+    """One number from 0 to 1 for a steered text: the harmonic mean of
+    `gain`, how much more the text activates the feature, in shares of its largest activation;
+    min(1, distinct-2 relative to the unsteered text's); min(1, 3 / perplexity ratio).
+    0 where one of the three is 0 or less (AxBench's rule, Wu et al. 2025, 2501.17148); NaN where
+    one is unknown."""
+    parts = (min(1.0, gain), min(1.0, distinct_ratio), min(1.0, 3.0 / perplexity_ratio))
+    if any(math.isnan(part) for part in parts):
+        return math.nan
+    if min(parts) <= 0:
+        return 0.0
+    return len(parts) / sum(1 / part for part in parts)
 
 
 def _mean(values: Sequence[float]) -> float:
