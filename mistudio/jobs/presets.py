@@ -8,10 +8,10 @@ here; the preset is kept and binds as soon as there is one.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mistudio.jobs.template_files import Config
+from mistudio.jobs.template_files import Config, Entry
 from mistudio.jobs.templates import find_model
 from mistudio.library.library import Library
 from mistudio.library.records import Sae
@@ -60,6 +60,19 @@ def bind(library: Library, config: Config) -> Binding:
             remarks.append(what)
         found.append(sae.id)
     return Binding(WARNED if remarks else BOUND, " ".join(remarks), tuple(found))
+
+
+def with_bindings(library: Library, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of a file, each usable preset with a note that says how it is bound here."""
+    return [_with_binding(library, entry) for entry in entries]
+
+
+def _with_binding(library: Library, entry: Entry) -> Entry:
+    if entry.kind != "steering" or entry.config is None or entry.problem:
+        return entry
+    binding = bind(library, entry.config)
+    told = f"{binding.result.capitalize()}{': ' if binding.message else '.'}{binding.message}"
+    return replace(entry, notes=(told, *entry.notes))
 
 
 def _best(

@@ -8,7 +8,7 @@ from PySide6.QtWidgets import QSizePolicy, QSlider, QStyle, QStyleOptionSlider, 
 
 from mistudio.library.steering import Calibration
 from mistudio.ui.steering.feature_index import FeatureItem
-from mistudio.ui.steering.request import FACTORS, METHODS, Chosen
+from mistudio.ui.steering.request import CALIBRATED, FACTORS, METHODS, Chosen
 from mistudio.ui.steering.units import (
     NOTHING,
     STRONGEST,
@@ -30,6 +30,11 @@ from mistudio.ui.widgets import (
     row,
 )
 
+SCORE_TIP = (
+    "How likely the feature makes its own tokens when it is amplified tenfold, 0 to 1: their "
+    "largest probability × (1 − best rank ÷ vocabulary), after one prompt. Features with a high "
+    "score steer best (Arad et al. 2025)."
+)
 _STEPS = 100  # slider positions per unit of strength
 _SNAP = _STEPS // 10
 # A zone's word, its tone, what it means, and the pattern that tells it without colour.
@@ -225,22 +230,25 @@ class FeatureCard(Surface):
         self._text.setText(f"{where} • {text}" if where else text)
         self._show_units()
 
-    def show_calibration(self, calibration: Calibration | None, busy: bool = False) -> None:
-        """What is known of the strengths with the chosen method; None: nothing yet."""
+    def show_calibration(
+        self,
+        calibration: Calibration | None,
+        busy: bool = False,
+        score: float | None = None,
+    ) -> None:
+        """What is known of the strengths with the chosen method, None: nothing yet; and of how
+        well the feature steers at all."""
         self._calibration = calibration
         self.slider.set_zones(calibration.zones() if calibration else [])
-        self.calibrate.setEnabled(not busy and self.method.value != "ablate")
+        self.calibrate.setEnabled(not busy and self.method.value in CALIBRATED)
         again = "Calibrate again" if calibration else "Calibrate"
         self.calibrate.setText("Calibrating…" if busy else again)
         self.range.setText(_range_text(calibration))
         self.range.setToolTip(_range_tip(calibration))
-        score = (calibration.curve.get("output_score") or {}) if calibration else {}
-        self.score.setText(f"Output score: {significant(score.get('score'), 2)}")
-        self.score.setToolTip(
-            "How likely the feature makes its own tokens when it is amplified tenfold, 0 to 1: "
-            "their largest probability × (1 − best rank ÷ vocabulary), after one prompt. Features "
-            "with a high score steer best (Arad et al. 2025)."
-        )
+        measured = (calibration.curve.get("output_score") or {}) if calibration else {}
+        known = measured.get("score") if score is None else score
+        self.score.setText(f"Output score: {significant(known, 2)}")
+        self.score.setToolTip(SCORE_TIP)
         self._show_zone()
 
     def set_chosen(self, chosen: Chosen) -> None:

@@ -55,6 +55,8 @@ class FeatureIndex:
     promoted: tuple[tuple[str, ...], ...]
     max_activations: tuple[float, ...]
     has_chat_format: bool
+    scores: Mapping[int, float] = field(default_factory=dict)
+    """Output scores, of the features that have one."""
 
     def __len__(self) -> int:
         return len(self.top_tokens)
@@ -103,7 +105,14 @@ def build_index(library: Library, sae_id: int, run_id: int) -> FeatureIndex:
         ),
         max_activations=tuple(float(value) for value in store.columns["max_activation"]),
         has_chat_format=bool(getattr(tokenizer, "chat_template", None)),
+        scores=output_scores(library, run_id),
     )
+
+
+def output_scores(library: Library, run_id: int) -> dict[int, float]:
+    """A row of the library for each scored feature: for background threads."""
+    found = library.feature_analyses.of_run(run_id, "output_score")
+    return {feature: float(result["score"]) for feature, result in found.items()}
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -213,18 +222,26 @@ class Suggestion:
     text: str
 
 
-def suggestions(library: Library, sae_id: int, run_id: int) -> tuple[Suggestion, ...]:
-    """Features whose examples visibly share something; takes a second or two of background."""
+def suggestions(library: Library, index: FeatureIndex) -> tuple[Suggestion, ...]:
+    """The best output scores, where there are any; else features whose examples visibly share
+    something. Takes a second or two of background."""
+    run = library.feature_runs.get(index.run_id)
+    if index.scores:
+        best = sorted(index.scores, key=lambda feature: -index.scores[feature])[:RESULTS]
+        texts = describe(library, index.sae_id, run.id, best).texts
+        notes = library.feature_notes.of_sae(index.sae_id)
+        items = [(feature, index.item(feature, notes, texts)) for feature in best]
+        return tuple(Suggestion(feature, item.text) for feature, item in items if item)
     from mistudio.engine.features.describe import showcase
     from mistudio.engine.models.loading import load_tokenizer
     from mistudio.jobs.features import open_features
 
-    store, texts = open_features(library, library.feature_runs.get(run_id))
-    model = library.models.get(library.saes.get(sae_id).model_id)
+    store, tokens = open_features(library, run)
+    model = library.models.get(library.saes.get(index.sae_id).model_id)
     tokenizer = load_tokenizer(library.path(model.folder))
     return tuple(
         Suggestion(
             feature, f"{found.text} • in {round(found.share * found.n)} of {found.n} examples"
         )
-        for feature, found in showcase(store, texts, tokenizer, RESULTS, candidates=100)
+        for feature, found in showcase(store, tokens, tokenizer, RESULTS, candidates=100)
     )

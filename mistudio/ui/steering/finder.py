@@ -7,10 +7,10 @@ from PySide6.QtGui import QKeyEvent
 from PySide6.QtWidgets import QLineEdit, QWidget
 
 from mistudio import formatting
-from mistudio.ui.steering.feature_card import FeatureCard
+from mistudio.ui.steering.feature_card import SCORE_TIP, FeatureCard
 from mistudio.ui.steering.feature_index import Found
 from mistudio.ui.steering.presenter import SteeringPresenter
-from mistudio.ui.steering.units import NEW_STRENGTH
+from mistudio.ui.steering.units import NEW_STRENGTH, significant
 from mistudio.ui.theme import icons, tokens
 from mistudio.ui.widgets import (
     Button,
@@ -44,7 +44,12 @@ class FoundRow(Surface):
     chosen = Signal(int)
 
     def __init__(
-        self, feature: int, text: str, there: bool = False, parent: QWidget | None = None
+        self,
+        feature: int,
+        text: str,
+        there: bool = False,
+        score: float | None = None,
+        parent: QWidget | None = None,
     ) -> None:
         super().__init__("tile", None, 8, parent)
         self.feature = feature
@@ -55,7 +60,10 @@ class FoundRow(Surface):
         self.button.setEnabled(not there)
         self.button.setAccessibleName(f"Add feature {feature}, {text}")
         self.button.clicked.connect(self._on_button_clicked)
-        line = row(number, self.text, self.button, spacing=8)
+        self.score = Text(f"score {significant(score, 2)}", "helper")
+        self.score.setToolTip(SCORE_TIP)
+        self.score.setVisible(score is not None)
+        line = row(number, self.text, self.score, self.button, spacing=8)
         line.setStretch(1, 1)
         self.add(line)
 
@@ -110,15 +118,13 @@ class FeatureFinder(Card):
 
     def _add_suggestions(self) -> None:
         self.suggestions = QWidget()
+        self.best = Button("Find those that steer best", "link")
+        self.best.setToolTip(f"Scores every feature of this SAE; minutes at most. {SCORE_TIP}")
+        self.best.clicked.connect(self._on_best_clicked)
+        self._why = Text("", "helper", wrap=True)
         suggested = column(8)
-        suggested.addWidget(Text("Worth a try", "label"))
-        suggested.addWidget(
-            Text(
-                "Features whose strongest examples visibly share a word or a token.",
-                "helper",
-                wrap=True,
-            )
-        )
+        suggested.addLayout(row(Text("Worth a try", "label"), None, self.best))
+        suggested.addWidget(self._why)
         self._suggested_place = column(4)
         suggested.addLayout(self._suggested_place)
         self.suggestions.setLayout(suggested)
@@ -169,7 +175,8 @@ class FeatureFinder(Card):
         else:
             clear(self._found_place)
             for feature, there in states:
-                line = FoundRow(feature, texts.get(feature, ""), there)
+                score = self.presenter.score(feature)
+                line = FoundRow(feature, texts.get(feature, ""), there, score)
                 line.chosen.connect(self._on_found_chosen)
                 self._found_place.addWidget(line)
         self.note.setText(" ".join(part for part in (_count_text(found), found.note) if part))
@@ -206,17 +213,29 @@ class FeatureFinder(Card):
         wanted = not self.presenter.selected and not self.search.text().strip()
         if wanted:
             self.presenter.suggest()
-        found = self.presenter.suggested
+        found, scored = self.presenter.suggested, self.presenter.has_scores
+        self._why.setText(
+            "Features that make their own tokens most likely when they are amplified."
+            if scored
+            else "Features whose strongest examples visibly share a word or a token."
+        )
+        self.best.setVisible(not scored)
+        self.best.setEnabled(not self.presenter.is_scoring)
+        self.best.setText("Scoring…" if self.presenter.is_scoring else "Find those that steer best")
         if [line.feature for line in self.suggestion_rows()] != [s.feature for s in found]:
             clear(self._suggested_place)
             for suggestion in found:
-                line = FoundRow(suggestion.feature, suggestion.text)
+                score = self.presenter.score(suggestion.feature)
+                line = FoundRow(suggestion.feature, suggestion.text, score=score)
                 line.chosen.connect(self._on_suggestion_chosen)
                 self._suggested_place.addWidget(line)
         self.suggestions.setVisible(wanted and bool(found))
 
     def _on_suggestion_chosen(self, feature: int) -> None:
         self._add(feature, NEW_STRENGTH)
+
+    def _on_best_clicked(self, checked: bool = False) -> None:
+        self.presenter.score_features()
 
     # --- selected -------------------------------------------------------------------------------
 
@@ -259,6 +278,7 @@ class FeatureFinder(Card):
             card.show_calibration(
                 self.presenter.calibration(sae_id, feature, str(card.method.value)),
                 self.presenter.is_calibrating(sae_id, feature),
+                self.presenter.score(feature, sae_id),
             )
 
     def _on_card_strength_changed(self, sae_id: int, feature: int, strength: float) -> None:

@@ -27,6 +27,12 @@ SIMILARITY_TIP = "Cosine of the two texts' word counts; 100 % for the same words
 OVERLAP_TIP = "Words that both texts have, of all words that either has (Jaccard)."
 DISTINCT_TIP = "Share of token pairs that are different from each other; low means repetition."
 REPEATED_TIP = "Share of runs of four tokens that stood in the text before."
+REACTIVATION_TIP = (
+    "Mean activation over the steered text's tokens when the model reads it without steering: a "
+    "text that says what the feature stands for activates it anew, one that only broke does not.\n"
+    "Effectiveness, 0 to 1: harmonic mean of that gain in shares of the maximum, distinct-2 and "
+    "3 ÷ perplexity ratio, each at most 1 (after AxBench)."
+)
 # Below these parts of the unsteered text's distinct bigrams a text is called out.
 _WEAK, _BROKEN = 0.85, 0.70
 _LONG_RUN = 8
@@ -92,6 +98,7 @@ class Measures(Card):
         self.table.add(self._table_place)
         self.details = Text("", "helper", wrap=True)
         self.reactivation = Text("", "helper", wrap=True)
+        self.reactivation.setToolTip(REACTIVATION_TIP)
         self.add(tiles, self.warning, self.table, self.reactivation, self.details)
         self.show_generation(None)
 
@@ -195,5 +202,18 @@ def _details(generation: Generation, variant: Mapping[str, Any]) -> str:
 
 
 def _reactivation_text(variant: Mapping[str, Any]) -> str:
-    """How active each feature is where the steered text is read again without steering."""
-    return ""
+    """How active each feature is where the unsteered model reads the steered text."""
+    told = []
+    for entry in variant.get("features", ()):
+        now = _of_max(entry, "reactivation")
+        before = _of_max(entry, "reactivation_unsteered")
+        told.append(f"#{entry['feature']} {share(now)} of its max (unsteered {share(before)})")
+    if not told:
+        return ""
+    score = significant(variant.get("effectiveness"), 2)
+    return f"Re-activation: {', '.join(told)} • effectiveness {score}"
+
+
+def _of_max(entry: Mapping[str, Any], name: str) -> float | None:
+    value, most = entry.get(name), entry.get("max_activation")
+    return value / most if value is not None and most else None

@@ -100,7 +100,7 @@ class SteeringPage(QWidget):
         presenter.source_changed.connect(self._on_presenter_source_changed)
         presenter.selection_changed.connect(self._on_presenter_selection_changed)
         presenter.index_failed.connect(self._on_presenter_index_failed)
-        presenter.calibration_failed.connect(self._on_presenter_calibration_failed)
+        presenter.job_failed.connect(self._on_presenter_job_failed)
         presenter.ended.connect(self._on_presenter_ended)
         services.jobs.tick.connect(self._on_jobs_tick)
         self._show_sources()
@@ -192,7 +192,7 @@ class SteeringPage(QWidget):
         clear(self._error_place)
         self.presenter.load()
 
-    def _on_presenter_calibration_failed(self, error: object) -> None:
+    def _on_presenter_job_failed(self, error: dict[str, Any]) -> None:
         clear(self._error_place)
         self._error_place.addWidget(ErrorPanel.of_row(error))
 

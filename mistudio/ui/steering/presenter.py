@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mistudio.ui.steering.feature_index import (
     build_index,
     describe,
     find,
+    output_scores,
     suggestions,
 )
 from mistudio.ui.steering.prompt_tokens import PromptTokens, read_tokens
@@ -49,8 +51,8 @@ class SteeringPresenter(QObject):
     suggestions_changed = Signal()
     selection_changed = Signal()
     calibrations_changed = Signal()
-    calibration_failed = Signal(object)
-    """the error of the job's row"""
+    job_failed = Signal(object)
+    """the error in the row of a job that found something out"""
     tokens_read = Signal(object)
     tokens_failed = Signal(object)
     history_changed = Signal()
@@ -75,6 +77,7 @@ class SteeringPresenter(QObject):
         self._searching = False
         self._calibrations: dict[int, dict[tuple[int, str], Calibration]] = {}
         self._calibrating: dict[int, tuple[int, int]] = {}  # job -> (SAE, feature)
+        self._scoring: int | None = None
         self.job_id: int | None = None
         services.changes.changed.connect(self._on_changes_changed)
         services.jobs.job_finished.connect(self._on_jobs_job_finished)
@@ -154,9 +157,9 @@ class SteeringPresenter(QObject):
         if wanted == self._suggested_for:
             return
         self._suggested_for, self.suggested = wanted, ()
-        library = self._services.library
+        library, index = self._services.library, self.index
         self._services.background.run(
-            lambda: (wanted, suggestions(library, *wanted)), self._on_suggested
+            lambda: (wanted, suggestions(library, index)), self._on_suggested
         )
 
     def _on_suggested(self, result: tuple[tuple[int, int], tuple[Suggestion, ...]]) -> None:
@@ -296,6 +299,39 @@ class SteeringPresenter(QObject):
         self.selection_changed.emit()
         self.load()
 
+    # --- which steer ------------------------------------------------------------------------------
+
+    def score(self, feature: int, sae_id: int | None = None) -> float | None:
+        """The output score of a feature (of the source); None where it has none yet."""
+        index = self._index_of(self.source_of(self.sae_id if sae_id is None else sae_id))
+        return index.scores.get(feature) if index else None
+
+    @property
+    def has_scores(self) -> bool:
+        return self.index is not None and bool(self.index.scores)
+
+    @property
+    def is_scoring(self) -> bool:
+        return self._scoring is not None
+
+    def score_features(self) -> None:
+        """Queue the scoring of all features of the source; `index_changed` tells when it is
+        there."""
+        from mistudio.jobs.kinds import ScoreOutputs
+
+        if self.sae_id is not None and not self.is_scoring:
+            self._scoring = self._services.jobs.submit(ScoreOutputs(self.sae_id))
+            self.suggestions_changed.emit()
+
+    def _on_scores_read(self, result: tuple[int, int, dict[int, float]]) -> None:
+        sae_id, run_id, scores = result
+        index = self._indexes.get(sae_id)
+        if index is not None and index.run_id == run_id:
+            self._indexes[sae_id] = replace(index, scores=scores)
+            if sae_id == self.sae_id:
+                self._suggested_for = None
+            self.index_changed.emit()
+
     # --- how strong -----------------------------------------------------------------------------
 
     def percent(self) -> float | None:
@@ -334,7 +370,7 @@ class SteeringPresenter(QObject):
         chosen = next((c for c in self.selected if c.key == (sae_id, feature)), None)
         if chosen is None or self.is_calibrating(sae_id, feature):
             return
-        job = Calibrate(sae_id, [feature], chosen.method)
+        job = Calibrate(sae_id, [feature], chosen.method, suppress=chosen.strength < 0)
         self._calibrating[self._services.jobs.submit(job)] = chosen.key
         self.calibrations_changed.emit()
 
@@ -398,8 +434,13 @@ class SteeringPresenter(QObject):
         elif self._calibrating.pop(job_id, None) is not None:
             if status == "failed":
                 error = self._services.library.jobs.get(job_id).error
-                self.calibration_failed.emit(error)
+                self.job_failed.emit(error)
             self.calibrations_changed.emit()
+        elif job_id == self._scoring:
+            self._scoring = None
+            if status == "failed":
+                self.job_failed.emit(self._services.library.jobs.get(job_id).error)
+            self.suggestions_changed.emit()
 
     def read_tokens(self, prompt: str, chat: bool) -> None:
         """Tell the prompt's tokens by `tokens_read`."""
@@ -472,8 +513,17 @@ class SteeringPresenter(QObject):
             for sae_id in ids:
                 self._calibrations.pop(sae_id, None)
             self.calibrations_changed.emit()
+        elif table == "feature_analyses":
+            for index in [self._indexes[i] for i in ids & self._indexes.keys()]:
+                self._read_scores(index.sae_id, index.run_id)
         elif table == "generations":
             self.history_changed.emit()
+
+    def _read_scores(self, sae_id: int, run_id: int) -> None:
+        library = self._services.library
+        self._services.background.run(
+            lambda: (sae_id, run_id, output_scores(library, run_id)), self._on_scores_read
+        )
 
     def _refresh_sources(self) -> None:
         before, self._sources = self.source, sources(self._services.library)

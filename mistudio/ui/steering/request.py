@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "orthogonal": ("Orthogonal", "Multiplies all that lies along the direction; 0 takes it out."),
     "cap": ("Cap", "Limits what lies along the direction to strength × max from above."),
 }
+CALIBRATED = ("add", "clamp", "clamp_min")  # those whose strength can be calibrated
 FACTORS = ("scale", "orthogonal")  # the strength is a factor, not a multiple of the maximum
 SCOPES = (
     ("all", "Prompt and generated tokens"),

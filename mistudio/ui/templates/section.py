@@ -12,6 +12,7 @@ from PySide6.QtWidgets import QFileDialog, QFrame, QLineEdit, QScrollArea, QWidg
 
 from mistudio.errors import UserError, explain
 from mistudio.jobs import templates
+from mistudio.jobs.presets import with_bindings
 from mistudio.jobs.template_files import LONGEST_NAME, LONGEST_TEXT, Config, read_templates
 from mistudio.library.records import Template
 from mistudio.ui.services import Services
@@ -281,8 +282,11 @@ class TemplateSection(Collapsible):
 
     def import_from(self, path: Path) -> None:
         """Read a file in the background, then show what it holds."""
+        library = self._services.library
         self._services.background.run(
-            lambda: (read_templates(path), path), self._on_read, self._on_failed
+            lambda: (with_bindings(library, read_templates(path)), path),
+            self._on_read,
+            self._on_failed,
         )
 
     def _on_read(self, result: tuple[list[Any], Path]) -> None:
