@@ -13,7 +13,6 @@ from mistudio.library.feature_index import FILE, IndexRow, build
 if TYPE_CHECKING:
     from mistudio.engine.datasets.tokens import TokenSplit
     from mistudio.engine.features.rules import Vocabulary
-    from mistudio.engine.features.score import Scores
     from mistudio.engine.features.store import FeatureStore
     from mistudio.engine.sae.dictionary import Dictionary
 
@@ -30,8 +29,13 @@ def finish_store(
 ) -> None:
     """Complete the store in `folder`, which `tokens` was passed over for."""
     from mistudio.engine.features.rules import Vocabulary
-    from mistudio.engine.features.score import score_store
-    from mistudio.engine.features.store import FeatureStore, add_arrays, add_columns
+    from mistudio.engine.features.score import rule_descriptions, score_store
+    from mistudio.engine.features.store import (
+        FeatureStore,
+        add_arrays,
+        add_columns,
+        add_descriptions,
+    )
 
     progress.report(0, 1, phase="directions")
     _add_neighbours(folder, dictionary, progress)
@@ -42,8 +46,9 @@ def finish_store(
     scores = score_store(store, tokens, vocabulary, progress=progress)
     add_columns(folder, scores.columns())
     add_arrays(folder, scores.arrays())
+    add_descriptions(folder, rule_descriptions(store, scores, vocabulary))
     progress.report(0, len(store), phase="search index")
-    build(folder / FILE, _rows(store, tokens, tokenizer, vocabulary, scores, progress))
+    build(folder / FILE, _rows(store, tokens, tokenizer, vocabulary, progress))
 
 
 def _add_neighbours(folder: Path, dictionary: Dictionary, progress: Progress) -> None:
@@ -61,21 +66,18 @@ def _rows(
     tokens: TokenSplit,
     tokenizer: Any,
     vocabulary: Vocabulary,
-    scores: Scores,
     progress: Progress,
 ) -> Iterator[IndexRow]:
-    from mistudio.engine.features.score import rule_descriptions
-
     def named(numbers: Sequence[int]) -> str:
         return " ".join(vocabulary.texts[number] for number in numbers)
 
-    for feature, description in enumerate(rule_descriptions(store, scores, vocabulary)):
+    for feature in range(len(store)):
         if feature % 100 == 0:
             progress.check()
             progress.report(feature, len(store))
         examples = store.examples(feature, tokens, EXAMPLES)
         yield IndexRow(
-            description,
+            store.description(feature),
             named([entry.token for entry in store.token_counts(feature)]),
             named([token for token, _ in store.promoted(feature)]) if examples else "",
             " … ".join(

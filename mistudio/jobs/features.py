@@ -404,19 +404,8 @@ def open_features(library: Library, run: FeatureRun) -> tuple[FeatureStore, Toke
 def describe_features(library: Library, run: FeatureRun, features: Sequence[int]) -> list[str]:
     """What the rules say of some features; "" for what never fired, and for all of a discovery
     by a version that made no rules."""
-    from mistudio.engine.features.rules import Vocabulary
-    from mistudio.engine.features.score import Scores, rule_descriptions
-    from mistudio.engine.models.loading import load_tokenizer
-
-    store, tokens = open_features(library, run)
-    scores = Scores.read(store)
-    if scores is None:
-        return ["" for _ in features]
-    tokenizer = load_tokenizer(
-        library.path(library.models.get(library.saes.get(run.sae_id).model_id).folder)
-    )
-    vocabulary = Vocabulary.of(tokenizer, max(tokens.meta.vocab_size, len(tokenizer)))
-    return list(rule_descriptions(store, scores, vocabulary, features))
+    store = open_features(library, run)[0]
+    return [store.description(feature) if store.described else "" for feature in features]
 
 
 def search_features(library: Library, run: FeatureRun, text: str) -> np.ndarray:

@@ -13,6 +13,8 @@ fixed stride that are opened without being read.
                           of the feature's five commonest tokens, which stands at that position
     histogram.npy         u32 [F, 64], histogram_top.npy i16 [F]: see `Histogram`
     tokens.npy            [F, 16] `TOKEN`: its commonest tokens, token_error.npy u32 [F]
+    descriptions.txt      what the rules say of each feature, UTF-8, one after another;
+                          descriptions.npy i64 [F + 1]: where each begins
     token_counts.npy      u32 [vocabulary]: how often each token id counted in this pass
     logit_ids.npy         i32 [F, 2, 20], logit_values.npy f32 [F, 2, 20]: promoted and suppressed
     logit_histogram.npy   i32 [F, 50], logit_range.npy f32 [F, 2]: logits of all tokens, in bins of
@@ -40,7 +42,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from mistudio.engine.features.columns import BY_NAME, DISCOVERY
 from mistudio.errors import CorruptFile, Incompatible
 
 META, COLUMN_FOLDER = "run.json", "columns"
+DESCRIPTIONS = "descriptions"
 FORMAT = 2
 ENTRY = np.dtype([("window", "<u4"), ("position", "<u2"), ("value", "<f4")])
 PLACE = np.dtype([("window", "<u4"), ("position", "<u2")])
@@ -174,6 +177,19 @@ def add_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         _save(folder / f"{name}.npy", array)
 
 
+def add_descriptions(folder: Path, texts: Iterable[str]) -> None:
+    """Keep what the rules say of each feature, in order."""
+    encoded = [text.encode("utf-8", "replace") for text in texts]
+    part = folder / f"{DESCRIPTIONS}.txt.part"
+    with part.open("wb") as file:
+        file.writelines(encoded)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / f"{DESCRIPTIONS}.txt")
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    add_arrays(folder, {DESCRIPTIONS: ends})  # last: without it there are none
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
@@ -194,6 +210,7 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._arrays: dict[str, np.ndarray] = {}
+        self._texts: bytes | None = None
         self.meta = _read_meta(folder)
         if self.meta.format == 1:
             self.columns = {name: self.array(name) for name in EARLIER_COLUMNS}
@@ -342,6 +359,22 @@ class FeatureStore:
             for entry in np.array(self.tokens[feature])
             if entry["token"] != NONE
         ]
+
+    @property
+    def described(self) -> bool:
+        """Whether the descriptions were kept; discoveries of earlier versions have none."""
+        return (self._folder / f"{DESCRIPTIONS}.npy").exists()
+
+    def description(self, feature: int) -> str:
+        """What the rules say of it; "" for a feature that never fired."""
+        start, end = np.asarray(self.array(DESCRIPTIONS)[feature : feature + 2]).tolist()
+        if self._texts is None:
+            path = self._folder / f"{DESCRIPTIONS}.txt"
+            try:
+                self._texts = path.read_bytes()
+            except OSError as exc:
+                raise damaged(path) from exc
+        return self._texts[start:end].decode("utf-8", "replace")
 
     def promoted(self, feature: int) -> list[tuple[int, float]]:
         """Logit lens: (token id, centred logit) of the tokens it promotes most, strongest first."""
