@@ -87,6 +87,9 @@ class CorrelationsTab(FeatureTab):
 
     def show_feature(self) -> None:
         self.panel.refresh()
+        self.panel.setVisible(self.panel.job is not None)  # else when it is known that it is needed
+        self.note.setText("Reading…")
+        self.bars.set_rows([])
         self._read()
 
     # --- reading --------------------------------------------------------------------------------

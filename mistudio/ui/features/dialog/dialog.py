@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PySide6.QtCore import Qt, QTimer, Signal
-from PySide6.QtGui import QAction, QCloseEvent, QKeySequence, QShortcut
+from PySide6.QtCore import QRect, Qt, QTimer, Signal
+from PySide6.QtGui import (
+    QAction,
+    QCloseEvent,
+    QColor,
+    QFont,
+    QFontMetrics,
+    QKeySequence,
+    QPainter,
+    QPaintEvent,
+    QShortcut,
+)
 from PySide6.QtWidgets import (
     QApplication,
     QDialog,
-    QFrame,
     QHBoxLayout,
     QInputDialog,
     QLineEdit,
@@ -35,7 +44,7 @@ from mistudio.ui.features.dialog.tab import FeatureTab
 from mistudio.ui.features.presenter import FeaturesPresenter
 from mistudio.ui.features.table import star_icon
 from mistudio.ui.services import Services
-from mistudio.ui.theme import tokens
+from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import Button, IconButton, Text, column, debounced, row
 
 if TYPE_CHECKING:
@@ -49,39 +58,49 @@ TABS: tuple[tuple[str, type[FeatureTab]], ...] = (
     ("Notes", NotesTab),
 )
 SAVE_MS = 500
+TILE_PADDING = 12
 MOST_BLANK_MS = 60
 
 
-class Tile(QFrame):
-    """One number with what it is of, in two lines."""
+class Tile(QWidget):
+    """One number with what it is of, in two lines. Painted: labels would take a while to make."""
 
     def __init__(self, label: str, role: str) -> None:
         super().__init__()
-        self.setProperty("surface", "tile")
-        self._label = label
-        self._value = Text("—", "stat", role)
-        self._note = Text("", "helper", wrap=True)
-        self._note.setAlignment(Qt.AlignmentFlag.AlignTop)
-        self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Maximum)
-        layout = column(2, 12)
-        layout.addWidget(Text(label, "helper"))
-        layout.addWidget(self._value)
-        layout.addWidget(self._note)
-        self.setLayout(layout)
-
-    @property
-    def value(self) -> str:
-        return self._value.text()
-
-    @property
-    def note(self) -> str:
-        return self._note.text()
+        self._label, self._colour = label, QColor(tokens.TONES[role][0])
+        self.value, self.note = "—", ""
+        self._small = fonts.sans(tokens.TEXT_SMALL)
+        self._large = fonts.sans(tokens.TEXT_STAT, QFont.Weight.DemiBold)
+        self._line = QFontMetrics(self._small).height() + 1
+        self._middle = QFontMetrics(self._large).height() + 2
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.setFixedHeight(3 * self._line + self._middle + 2 * TILE_PADDING)
 
     def set_value(self, value: str, first: str, second: str, tooltip: str) -> None:
-        self._value.setText(value)
-        self._note.setText(f"{first}\n{second}")
+        self.value, self.note = value, f"{first}\n{second}"
         self.setToolTip(tooltip)
         self.setAccessibleName(f"{self._label}: {value}. {first}. {second}")
+        self.update()
+
+    def paintEvent(self, event: QPaintEvent) -> None:
+        painter = QPainter(self)
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+        painter.setPen(Qt.PenStyle.NoPen)
+        painter.setBrush(QColor(tokens.DIALOG_TILE))
+        painter.drawRoundedRect(self.rect(), tokens.RADIUS, tokens.RADIUS)
+        width, y = self.width() - 2 * TILE_PADDING, TILE_PADDING
+        metrics = QFontMetrics(self._small)
+        for text in (self._label, None, *self.note.split("\n")):
+            large = text is None
+            height = self._middle if large else self._line
+            painter.setFont(self._large if large else self._small)
+            painter.setPen(self._colour if large else QColor(tokens.HELPER))
+            told = self.value if text is None else text
+            if not large:
+                told = metrics.elidedText(told, Qt.TextElideMode.ElideRight, width)
+            place = QRect(TILE_PADDING, y, width, height)
+            painter.drawText(place, Qt.AlignmentFlag.AlignVCenter, told)
+            y += height
 
 
 class FeatureDialog(QDialog):

@@ -91,7 +91,6 @@ class ExamplesTab(FeatureTab):
         self._list = column(8)
         self.more = Button("Show more", "small", "chevron-down")
         self.more.clicked.connect(self._on_more_clicked)
-        self.more.hide()
         inner = QWidget()
         body = QVBoxLayout(inner)
         body.setContentsMargins(24, 14, 12, 24)
@@ -321,11 +320,13 @@ class ExamplesTab(FeatureTab):
             self._views.append(view)
             self._list.addWidget(view)
         del self._pending[:n]
-        if self._pending:
-            QTimer.singleShot(LATER_MS, self, self._build_more)
+        QTimer.singleShot(LATER_MS, self, self._build_more)
 
     def _build_more(self) -> None:
-        self._build_views()
+        for view in self._views:
+            view.add_tools()
+        if self._pending:
+            self._build_views()
         self._offer_measuring()
 
     def _on_zoom_changed(self, *_: object) -> None:

@@ -125,7 +125,11 @@ def estimate(library: Library, run: FeatureRun | None, tokens: float) -> str:
 
 def speed_of(library: Library, run: FeatureRun) -> float | None:
     """Tokens per second of the job that made a discovery, loading the model included; None where
-    its row is gone."""
+    its row is gone, or where it may have read stored activations: the model did not run then."""
+    training = library.saes.get(run.sae_id).training_id
+    record = library.trainings.find(training) if training is not None else None
+    if record is not None and record.extraction_id is not None:
+        return None
     for job in library.jobs.all("kind IN ('discover', 'discover_run') AND status = 'finished'"):
         numbers = [job.result.get("feature_run_id"), *job.result.get("feature_run_ids", [])]
         if run.id in numbers and job.started_at and job.ended_at:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
-from PySide6.QtCore import QEvent, Qt, Signal
-from PySide6.QtGui import QColor, QKeyEvent, QKeySequence, QPainter, QPaintEvent, QPen
+from PySide6.QtCore import QEvent, QSize, Qt, Signal
+from PySide6.QtGui import (
+    QColor,
+    QFont,
+    QFontMetrics,
+    QKeyEvent,
+    QKeySequence,
+    QPainter,
+    QPaintEvent,
+    QPen,
+)
 from PySide6.QtWidgets import QApplication, QWidget
 
 from mistudio import formatting
@@ -13,6 +23,11 @@ from mistudio.ui.features.dialog.reading import Line, Shown
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import ElidedLabel, IconButton, Surface, Text, TokenStrip, row
 from mistudio.ui.widgets.token_strip import Arrangement, shown
+
+# Of `widgets.token_strip`.
+PAD_X, PAD_Y, LINE_GAP = 2, 3, 3
+MOST_WIDTHS = 100_000
+TOOLS_WIDTH = 84  # of an example's buttons
 
 
 class LineStrip(TokenStrip):
@@ -30,12 +45,36 @@ class LineStrip(TokenStrip):
         self.line: Line | None = None
         self._first = 0
         self._framed = -1
-        self._layouts: dict[int, Arrangement] = {}  # layouts ask for many widths, again and again
+        self._layouts: dict[int, Arrangement] = {}
+        self._advances: list[int] = []
+        self._metrics, self._widths = _measured(self._font.toString())
+        self._line_height = self._metrics.height() + 2 * PAD_Y
 
     def _arranged(self, width: int) -> Arrangement:
         if width not in self._layouts:
             self._layouts[width] = super()._arranged(width)
         return self._layouts[width]
+
+    def _advance(self, text: str) -> int:
+        """Pixels of a token with the room around it."""
+        if text not in self._widths:
+            if len(self._widths) > MOST_WIDTHS:
+                self._widths.clear()
+            self._widths[text] = self._metrics.horizontalAdvance(shown(text)) + 2 * PAD_X
+        return self._widths[text]
+
+    def heightForWidth(self, width: int) -> int:
+        """As it is arranged, by widths that are measured once a text: layouts ask for many."""
+        room, lines, x = max(width, 1), 1, 0
+        for advance in self._advances:
+            if x and x + min(advance, room) > room:
+                x, lines = 0, lines + 1
+            x += min(advance, room)
+        return lines * (self._line_height + LINE_GAP) - LINE_GAP
+
+    def sizeHint(self) -> QSize:
+        width = max(self.width(), 320)
+        return QSize(320, self.heightForWidth(width))
 
     def resizeEvent(self, event: QEvent) -> None:
         super().resizeEvent(event)
@@ -48,6 +87,7 @@ class LineStrip(TokenStrip):
         self._first = first
         self._layouts.clear()
         known = [value if value == value else 0.0 for value in line.activations[first:last]]
+        self._advances = [self._advance(text) for text in line.texts[first:last]]
         self.set_tokens(line.texts[first:last], known, maximum)
         peak = line.peak - first
         silent = 0 <= peak < len(known) and known[peak] <= 0
@@ -75,6 +115,14 @@ class LineStrip(TokenStrip):
             painter.drawRoundedRect(place.adjusted(0, 1, -1, -1), 3, 3)
 
 
+@cache
+def _measured(font: str) -> tuple[QFontMetrics, dict[str, int]]:
+    """(metrics, widths of texts by now) of a font by its description."""
+    made = QFont()
+    made.fromString(font)
+    return QFontMetrics(made), {}
+
+
 class ExampleView(Surface):
     """One example. Up and down go to its neighbours; Ctrl+C copies it."""
 
@@ -99,21 +147,26 @@ class ExampleView(Surface):
         self.strength = Text(self._told(), "label")
         self.source = ElidedLabel(f"Source: {example.source}", "helper")
         self.source.setAlignment(Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
-        try_it = IconButton("flask-conical", f"Put example {number} into your own text", size=16)
-        try_it.clicked.connect(self._on_try_clicked)
-        copy = IconButton("copy", f"Copy example {number}", size=16)
-        copy.clicked.connect(self._on_copy_clicked)
-        head = row(
-            self.strength,
-            self.source,
-            try_it,
-            copy,
-            spacing=8,
-        )
-        head.setStretch(1, 1)
-        self.add(head)
+        self._head = row(self.strength, self.source, TOOLS_WIDTH, spacing=8)
+        self._head.setStretch(1, 1)
+        self.add(self._head)
         self.add(self.strip)
         self._show()
+
+    def add_tools(self) -> None:
+        """Its buttons; they come after the first painting, into room that is kept for them."""
+        if self._head.count() > 3:
+            return
+        self._head.takeAt(2)
+        try_it = IconButton("flask-conical", f"Put example {self.number} into your own text",
+                            size=16)  # fmt: skip
+        try_it.clicked.connect(self._on_try_clicked)
+        copy = IconButton("copy", f"Copy example {self.number}", size=16)
+        copy.clicked.connect(self._on_copy_clicked)
+        self._head.addWidget(try_it)
+        self._head.addWidget(copy)
+        self.setTabOrder(try_it, copy)
+        self.setTabOrder(copy, self.strip)
 
     def show_zoom(self, zoom: int) -> None:
         self._zoom = zoom
