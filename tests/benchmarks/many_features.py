@@ -102,7 +102,13 @@ def _repeated(activation: Any, rows: Any) -> Any:
 
 
 def _widen_store(library: Library, sae_id: int, n: int, chance: np.random.Generator) -> None:
-    from mistudio.engine.features.store import META, FeatureStore, write_store
+    from mistudio.engine.features.store import (
+        DESCRIPTIONS,
+        META,
+        FeatureStore,
+        add_descriptions,
+        write_store,
+    )
     from mistudio.library.feature_index import FILE, build
 
     run = library.feature_runs.newest_of_sae(sae_id)
@@ -113,6 +119,8 @@ def _widen_store(library: Library, sae_id: int, n: int, chance: np.random.Genera
     columns = _columns(store, rows, chance)
     arrays = {}
     for path in sorted(old.glob("*.npy")):
+        if path.stem == DESCRIPTIONS:  # places in a text, not one value a feature
+            continue
         array = store.array(path.stem)
         whole = array.ndim > 0 and len(array) == len(store)
         arrays[path.stem] = array[rows] if whole else np.array(array)
@@ -121,6 +129,7 @@ def _widen_store(library: Library, sae_id: int, n: int, chance: np.random.Genera
     meta = replace(store.meta, n_features=n, statistics=statistics)
     name = library.new_folder("features", f"{n} features")
     write_store(library.path(name), meta, columns, arrays)
+    add_descriptions(library.path(name), (store.description(row) for row in rows.tolist()))
     build(library.path(name) / FILE, _texts(n, chance))
     summary = {**run.summary, **statistics}
     for path in old.glob("*.json"):

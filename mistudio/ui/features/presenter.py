@@ -54,7 +54,6 @@ class FeaturesPresenter(QObject):
         self._seen = (0, 0)
         self._wanted: list[int] = []
         self._reading_rows = False
-        self._preparing = False
         self._search: tuple[str, tuple[str, ...]] = ("", FIELDS)
         self._searching = False
         self._asked: tuple[str, tuple[str, ...]] | None = None  # of the search that runs
@@ -159,7 +158,6 @@ class FeaturesPresenter(QObject):
     def _open_newest(self) -> None:
         self._generation += 1
         self.reader, self.error, self._wanted = None, None, []
-        self._preparing = False
         library = self._services.library
         self.run = library.feature_runs.newest_of_sae(self.choice.sae.id) if self.choice else None
         self.table.set_columns(None)
@@ -200,25 +198,12 @@ class FeaturesPresenter(QObject):
         self._reading_rows = False
         if generation == self._generation:
             self.table.add_texts(rows)
-            self._prepare()
         self._wanted = self.table.missing(*self._seen)[:MOST_ROWS]
         self._read_rows()
 
     def _on_rows_failed(self, answer: tuple[int, Exception]) -> None:
         self._reading_rows = False
         self._on_failed(answer)
-
-    def _prepare(self) -> None:
-        """Once the first rows stand, what their descriptions are made of is read."""
-        reader = self.reader
-        if reader is not None and not reader.described and not self._preparing:
-            self._preparing = True
-            self._in_background(reader.prepare, self._on_prepared, self._on_failed)
-
-    def _on_prepared(self, answer: tuple[int, None]) -> None:
-        if answer[0] == self._generation:
-            self.table.forget_undescribed()
-            self.want_rows(*self._seen)
 
     # --- search ---------------------------------------------------------------------------------
 

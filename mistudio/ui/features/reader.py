@@ -2,7 +2,7 @@
 tokens, the search. Nothing here knows widgets.
 
 Opening reads numbers only. The tokenizer, the tokens and the documents are opened when the first
-text is asked for, what descriptions by rule need after that: the table stands before them.
+text is asked for: the table stands before them.
 `FeatureReader` methods run in background threads, one at a time; what they return is plain data
 that is never changed again.
 """
@@ -40,10 +40,10 @@ class Snippet:
 @dataclass(frozen=True)
 class RowText:
     """What a table row shows beside the numbers; `description` is "" for a feature without
-    examples, None where it cannot be said yet. `pieces`: the texts of columns that hold tokens."""
+    examples. `pieces`: the texts of columns that hold tokens."""
 
     feature: int
-    description: str | None
+    description: str
     evidence: str
     snippet: Snippet
     pieces: dict[str, str] = field(default_factory=dict)
@@ -97,9 +97,6 @@ class FeatureReader:
         self._pieces: dict[int, str] = {}
         self._lower: np.ndarray | None = None
         self._common: Counter[str] | None = None
-        self._rules: tuple[Any, Any] | None = None
-        self.described = False
-        """Whether rows have their descriptions."""
 
     @classmethod
     def open(cls, library: Library, run: FeatureRun) -> FeatureReader:
@@ -181,33 +178,13 @@ class FeatureReader:
 
     # --- descriptions ---------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Read what descriptions by rule are made of: the rules, and what every token looks like
-        (a second for a vocabulary of 50,000)."""
-        from mistudio.engine.features.rules import Vocabulary
-        from mistudio.engine.features.score import Scores
-
-        if self.described:
-            return
-        scores = Scores.read(self._store)
-        if scores is not None:
-            tokens, tokenizer = self.tokens, self.tokenizer
-            size = max(tokens.meta.vocab_size, len(tokenizer))
-            self._rules = (scores, Vocabulary.of(tokenizer, size))
-        self.described = True
-
-    def _described(self, feature: int) -> tuple[str | None, str]:
+    def _described(self, feature: int) -> tuple[str, str]:
         """(description, what it rests on)"""
-        if not self.described:
-            return None, ""
-        if self._rules is None:
+        if not self._store.described:
             return self._described_by_examples(feature)
-        from mistudio.engine.features.score import rule_descriptions
-
-        scores, vocabulary = self._rules
-        text = next(rule_descriptions(self._store, scores, vocabulary, [feature]))
-        contexts = int(scores.contexts[feature])
-        return text, f"A rule found in {contexts:,} contexts that activate it." if contexts else ""
+        contexts = int(self._store.array("score_contexts")[feature])
+        evidence = f"A rule found in {contexts:,} contexts that activate it." if contexts else ""
+        return self._store.description(feature), evidence
 
     def _described_by_examples(self, feature: int) -> tuple[str, str]:
         """Of discoveries of earlier versions, which have no rules."""

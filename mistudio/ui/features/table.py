@@ -117,7 +117,6 @@ class FeatureTable(QAbstractTableModel):
         self._listed: np.ndarray | None = None
         self._notes = _NO_NOTES
         self._texts: OrderedDict[int, RowText] = OrderedDict()
-        self._undescribed_missing = False
         self._italic = fonts.sans(tokens.TEXT_BODY)
         self._italic.setItalic(True)
         self._mono = fonts.mono(tokens.TEXT_SMALL)
@@ -135,7 +134,6 @@ class FeatureTable(QAbstractTableModel):
         self._orders = Orders(columns.values if columns is not None else {}, n)
         self._notes = notes if isinstance(notes, Notes) else Notes.gathered(notes, n)
         self._texts.clear()
-        self._undescribed_missing = False
         if self.query.list_id or self.query.sort == GIVEN:
             sort = "density" if self.query.sort == GIVEN else self.query.sort
             self.query = replace(self.query, list_id=0, sort=sort)
@@ -285,11 +283,7 @@ class FeatureTable(QAbstractTableModel):
     def missing(self, first: int, last: int) -> list[int]:
         """Features of the rows first..last whose tokens have not been read."""
         rows = self.visible[max(first, 0) : last + 1].tolist()
-        return [feature for feature in rows if self._is_missing(feature)]
-
-    def _is_missing(self, feature: int) -> bool:
-        text = self._texts.get(feature)
-        return text is None or (self._undescribed_missing and text.description is None)
+        return [feature for feature in rows if feature not in self._texts]
 
     def add_texts(self, texts: list[RowText]) -> None:
         for text in texts:
@@ -299,10 +293,6 @@ class FeatureTable(QAbstractTableModel):
         rows = [row for row in (self.row_of(text.feature) for text in texts) if row >= 0]
         if rows:
             self._row_changed(min(rows), max(rows))
-
-    def forget_undescribed(self) -> None:
-        """Rows without a description are read again; they stay in sight until then."""
-        self._undescribed_missing = True
 
     def text(self, feature: int) -> RowText | None:
         return self._texts.get(feature)
@@ -448,7 +438,7 @@ class FeatureTable(QAbstractTableModel):
 
     def _description(self, feature: int) -> str:
         text = self._texts.get(feature)
-        if text is None or text.description is None:
+        if text is None:
             return "…"
         return text.description or "never fired"
 

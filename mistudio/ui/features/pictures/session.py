@@ -163,11 +163,9 @@ class Session(QObject):
         part, self._wanted = self._wanted[:NAMES_AT_ONCE], self._wanted[NAMES_AT_ONCE:]
         self._naming = True
 
-        def make() -> tuple[int, list[RowText]]:
-            reader.prepare()
-            return run.id, reader.rows(part)
-
-        self.services.background.run(make, self._on_names, self._on_names_failed)
+        self.services.background.run(
+            lambda: (run.id, reader.rows(part)), self._on_names, self._on_names_failed
+        )
 
     def _on_names(self, found: tuple[int, list[RowText]]) -> None:
         self._naming = False
