@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.generation import Sampling, generate
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
@@ -259,7 +260,7 @@ def output_scores(
         steering = Steering(model, some, special_ids, ids.shape[1], Scope("last"))
         steering.expect(ids, 0)
         with model.intervene(steering.edits()):
-            logits = model.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            logits = last_logits(model, ids, 1)[:, -1].float()
         probabilities = logits.softmax(-1)
         for row, tokens in enumerate(own[start : start + batch]):
             chosen = probabilities[row, torch.tensor(list(tokens), device=logits.device)]

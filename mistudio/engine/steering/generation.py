@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mistudio.engine.models.hf import DynamicCache
 from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
 from mistudio.errors import InvalidInput, is_out_of_memory
@@ -180,15 +181,15 @@ class _Making:
             progress.check()
             steering.expect(fed, position)
             with self.model.intervene(steering.edits()):
-                out = self.model.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                kept = last_logits(self.model, fed, 1, cache)
             position += fed.shape[1]
-            logits = out.logits[:, -1].float()
+            logits = kept[:, -1].float()
             if variants[0] is None and still:
                 # Equal rows of one batch may differ in their last bits, which can tip a near tie.
                 logits[still] = logits[0].clone()
             if step == 0:
                 first = logits.clone()
-                self._check_effect(variants, logits, out.logits.dtype, steering.acts)
+                self._check_effect(variants, logits, kept.dtype, steering.acts)
             penalised = penalise(logits, sampling.repetition_penalty, self.prompt_ids, made)
             chosen = draw(penalised, sampling, noise)
             for row, token in enumerate(chosen.tolist()):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mistudio.engine.models.hooks import HookedDecoder, HookPoint
+from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
@@ -135,8 +136,8 @@ def _divergence(
     steering.expect(fed, 0)
     with model.intervene(steering.edits()):
         # Position p predicts token p + 1.
-        out = model.model(fed, use_cache=False, logits_to_keep=len(ids) + 1)
-    logits = out.logits[:, -len(ids) - 1 : -1].float().log_softmax(-1)
+        kept = last_logits(model, fed, len(ids) + 1)
+    logits = kept[:, :-1].float().log_softmax(-1)
     base, steered = logits[0], logits[-1]
     chosen = torch.tensor(list(ids), device=base.device)
     nll = -base.gather(1, chosen[:, None])[:, 0]
