@@ -101,6 +101,7 @@ class MapFeatures:
         if made is None:
             made = _make(context, run, settings)
             context.check()
+            library.feature_runs.get(run.id)  # it may have been deleted meanwhile
             save_map(folder, made)
             library.note_change("feature_runs", run.id)
         return {
@@ -212,6 +213,7 @@ class SampleFeatures:
             progress=Stage(context, "sample", {"sample": (0.0, 1.0)}),
         )
         context.check()
+        library.feature_runs.get(run.id)  # it may have been deleted meanwhile
         save_sample(library.path(run.folder), sample)
         library.note_change("feature_runs", run.id)
         return {"feature_run_id": run.id, "tokens": sample.tokens, "windows": len(sample.windows)}

@@ -71,6 +71,8 @@ def test_a_map_is_made_once_and_states_what_it_is_of(library: Library) -> None:
     again = run(library, job_from_row(row.kind, library.jobs.get(row.id).params))
     assert again.status == "finished" and again.result == row.result
     assert road.contents(library.root) == kept
+    read = load_map(folder_of(library), row.result["map"])
+    assert read is not None and (read.made_at, read.seconds) == (made.made_at, made.seconds)
 
 
 def test_a_cancelled_map_leaves_neither_files_nor_a_process(library: Library) -> None:

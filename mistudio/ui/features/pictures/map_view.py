@@ -76,7 +76,7 @@ class MapView(QWidget):
         self.colour.currentIndexChanged.connect(self._on_colour_changed)
         self.points = PointMap()
         self.points.tip = self.tip
-        self.points.clicked.connect(session.page.open_feature)
+        self.points.clicked.connect(session.open_feature)
         self.points.enclosed.connect(self._on_points_enclosed)
         self.points.pointed.connect(self._on_points_pointed)
         self.legend = Legend(MARKS)

@@ -66,6 +66,10 @@ class Legend(QWidget):
         self.setAccessibleDescription(f"{scale.title}: {told}. {scale.definition}")
         self.update()
 
+    def set_marks(self, marks: tuple[tuple[str, str], ...]) -> None:
+        self._marks = marks
+        self.update()
+
     def sizeHint(self) -> QSize:
         return QSize(fonts.px(LEGEND_WIDTH), 320)
 

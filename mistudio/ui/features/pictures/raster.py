@@ -1,7 +1,7 @@
 """Many points into one picture, in a few milliseconds: numpy writes the pixels, Qt only shows them.
 
-Qt's own points cost 5 microseconds each, however they are drawn: 65,536 of them a third of a
-second. Here each pixel of a disc is one assignment for all points at once.
+A scatter item draws a picture for each point: 33 ms of a processor for 65,536 of them in one
+colour, more in several. Here each pixel of a disc is one assignment for all points at once: 5 ms.
 """
 
 from __future__ import annotations

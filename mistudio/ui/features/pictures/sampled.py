@@ -51,7 +51,7 @@ class SampledView(QWidget):
         self.picture.tip = self.tip
         self.picture.clicked.connect(self._on_picture_clicked)
         self.picture.pointed.connect(self._on_picture_pointed)
-        self.legend = Legend(self.marks)
+        self.legend = Legend()
         self.take = Button(
             "Take from the table", "small", "refresh-cw",
             "The features selected in the table, or the first that it shows where fewer than two "
@@ -151,6 +151,7 @@ class SampledView(QWidget):
             grid = self.grid()
             self.picture.set_grid(grid)
             self.legend.set_scale(grid.scale)
+            self.legend.set_marks(self.marks if np.isnan(grid.values).any() else ())
             self.said.setText(self.method_text())
 
     # --- state ----------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class SampledView(QWidget):
             self.picture.show_tip()
 
     def _on_picture_clicked(self, row_number: int, column_number: int) -> None:
-        self.session.page.open_feature(self.feature_at(row_number, column_number))
+        self.session.open_feature(self.feature_at(row_number, column_number))
 
     def _on_picture_pointed(self, row_number: int, column_number: int) -> None:
         pass

@@ -134,6 +134,13 @@ class Session(QObject):
     def _on_table_data_changed(self, *_: object) -> None:
         self.linked.emit()
 
+    def open_feature(self, feature: int) -> None:
+        """The dialog of one feature, in front of the pictures."""
+        self.page.open_feature(feature)
+        if self.page.dialog is not None:
+            self.page.dialog.raise_()
+            self.page.dialog.activateWindow()
+
     # --- names ----------------------------------------------------------------------------------
 
     def label(self, feature: int) -> str:
