@@ -178,7 +178,7 @@ class Advanced(Collapsible):
     def _show_places(self) -> None:
         spread = self.place.value == SPREAD
         self.layers.setVisible(spread)
-        self.bars.setVisible(spread and self.bars.has_bars)
+        self.bars.setVisible(spread)
         self.picker.setVisible(self.scope.value == "chosen")
 
 

@@ -50,8 +50,8 @@ class LayerStrengths(QWidget):
         )
 
     @property
-    def has_bars(self) -> bool:
-        return bool(self._shares)
+    def shown(self) -> list[LayerShare]:
+        return list(self._shares)
 
     def show_shares(self, found: list[LayerShare]) -> None:
         self._shares = found

@@ -18,6 +18,7 @@ from PySide6.QtGui import (
 from PySide6.QtWidgets import QApplication, QGridLayout, QSizePolicy, QTextEdit, QWidget
 
 from mistudio.ui.steering.comparison import Run
+from mistudio.ui.steering.request import CONTROL
 from mistudio.ui.steering.units import significant
 from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import IconButton, Surface, Text, row
@@ -58,7 +59,7 @@ class TextPane(Surface):
         if accent:
             self.setProperty("accent", "true")
         self._plain = ""
-        self.title = title
+        self.title, self.steered = title, accent
         self.mark = tokens.TONES[tone][0] if accent or tone != "slate" else tokens.BLUE
         self.setAccessibleName(title)
         self.copy = IconButton("copy", f"Copy: {title}", size=18)
@@ -189,15 +190,20 @@ class PaneGrid(QWidget):
 
     def set_names(self, names: Sequence[str]) -> None:
         """One pane for each name beside the unsteered one; those that stay keep their text."""
-        while len(self.panes) > 1 + len(names):
-            pane = self.panes.pop()
-            self._grid.removeWidget(pane)
-            pane.hide()
-            pane.deleteLater()
-        while len(self.panes) < 1 + len(names):
-            self.panes.append(TextPane("", "emerald", accent=True))
-        for pane, name in zip(self.panes[1:], names, strict=True):
-            pane.set_title(name)
+        kept = self.panes[:1]
+        for place, name in enumerate(names, 1):
+            steered = name != CONTROL
+            old = self.panes[place] if place < len(self.panes) else None
+            if old is None or old.steered is not steered:
+                old = TextPane(name, "emerald" if steered else "purple", accent=steered)
+            old.set_title(name)
+            kept.append(old)
+        for pane in self.panes:
+            if pane not in kept:
+                self._grid.removeWidget(pane)
+                pane.hide()
+                pane.deleteLater()
+        self.panes = kept
         self._arrange()
 
     def _arrange(self) -> None:

@@ -31,6 +31,7 @@ SCOPES = (
     ("chosen", "Chosen prompt tokens"),
 )
 MOST_SCALES = 4
+CONTROL = "Random direction (control)"  # what its row is called
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def names(request: Mapping[str, Any]) -> list[str]:
     scales = request.get("scales") or [1.0]
     alone = len(scales) == 1 and scales[0] == 1.0
     found = ["Steered" if alone else f"Steered × {scale:g}" for scale in scales]
-    return found + (["Random direction (control)"] if request.get("control") else [])
+    return found + ([CONTROL] if request.get("control") else [])
 
 
 def features_text(request: Mapping[str, Any]) -> str:

@@ -76,6 +76,7 @@ class Multipliers(QWidget):
     def _place_add(self) -> None:
         self._flow.removeWidget(self.add)
         self._flow.addWidget(self.add)
+        self.add.setFixedHeight(self._boxes[0].sizeHint().height())  # in line with the fields
         self.add.setVisible(len(self._boxes) < MOST_SCALES)
 
     def _remove(self, box: FloatBox) -> None:

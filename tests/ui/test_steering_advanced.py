@@ -1,0 +1,394 @@
+"""The Steering tab's second look: methods, layers, scopes, strengths side by side, calibration."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PySide6.QtCore import Qt
+from PySide6.QtGui import QTextCursor
+
+from mistudio.jobs.features import newest_run
+from mistudio.library.library import Library
+from mistudio.library.records import Generation
+from mistudio.ui.services import Services
+from mistudio.ui.steering.advanced import SPREAD
+from mistudio.ui.steering.comparison import token_spans
+from mistudio.ui.steering.feature_index import OLD_DISCOVERY
+from mistudio.ui.steering.layer_strengths import shares
+from mistudio.ui.steering.measures import repetition_warning
+from mistudio.ui.steering.page import SteeringPage
+from mistudio.ui.steering.request import Chosen, Form, from_request, names, to_job
+from mistudio.ui.steering.units import significant
+
+from .checks import cut_off, nameless, squeezed, too_small
+from .screens import shot
+
+PROMPT = "The history of the"
+SIZES = [(1280, 720), (1920, 1080)]
+
+
+@pytest.fixture
+def services(services_of: Callable[[Library], Services], trained_library: Library) -> Services:
+    return services_of(trained_library)
+
+
+@pytest.fixture
+def page(qtbot: Any, services: Services) -> SteeringPage:
+    made = SteeringPage(services)
+    qtbot.addWidget(made)
+    made.resize(*SIZES[0])
+    made.show()
+    made.activate()
+    qtbot.waitUntil(lambda: made.presenter.index is not None, timeout=30_000)
+    return made
+
+
+def strongest(page: SteeringPage) -> int:
+    assert page.presenter.index is not None
+    values = page.presenter.index.max_activations
+    return values.index(max(values))
+
+
+def generate(qtbot: Any, page: SteeringPage, max_tokens: int = 12) -> Generation:
+    page.configuration.prompt.setPlainText(PROMPT)
+    page.configuration.max_tokens.setValue(max_tokens)
+    jobs, library = page._services.jobs, page._services.library
+    assert page.configuration.generate.isEnabled(), page.configuration.reason.text()
+    with qtbot.waitSignal(jobs.job_finished, timeout=60_000) as ended:
+        page.configuration.generate.click()
+    record = library.jobs.get(ended.args[0])
+    assert record.status == "finished", record.error
+    return library.generations.get(record.result["generation_id"])
+
+
+def copy_row(
+    library: Library, table: str, row_id: int, folder: str, values: dict[str, str]
+) -> None:
+    """A row again, with some values of its own, and its folder."""
+    shutil.copytree(library.path(folder), library.path(f"{folder}-again"))
+    columns = [row["name"] for row in library.rows(f"PRAGMA table_info({table})")]
+    values = {**values, "folder": f"'{folder}-again'"}
+    chosen = ", ".join(values.get(name, name) for name in columns)
+    library.execute(
+        f"INSERT INTO {table} ({', '.join(columns)}) SELECT {chosen} FROM {table} WHERE id = ?",
+        (row_id,),
+    )
+
+
+def second_sae(library: Library) -> int:
+    """Another run's SAE of the same model, discovered too."""
+    first = library.saes.all()[0]
+    run = newest_run(library, first.id)
+    copied = {"hook_point": "'blocks.1.hook_resid_post'", "layer": "1", "id": "NULL"}
+    copied["hook_point_out"] = copied["hook_point"]
+    copy_row(library, "saes", first.id, first.folder, copied)
+    other = max(sae.id for sae in library.saes.all())
+    copy_row(library, "feature_runs", run.id, run.folder, {"sae_id": str(other), "id": "NULL"})
+    return other
+
+
+# --- methods and layers ---------------------------------------------------------------------------
+
+
+def test_a_method_changes_what_the_card_says_and_what_is_asked(
+    qtbot: Any, page: SteeringPage
+) -> None:
+    feature = strongest(page)
+    page.presenter.add(feature, 2.0)
+    (card,) = page.features.cards()
+    assert not card.details.isVisibleTo(card)
+    card.more.click()
+    assert card.details.isVisibleTo(card)
+    card.method.set_value("ablate")
+    assert "taken away" in card.units.text() and not card.slider.isEnabled()
+    assert not card.calibrate.isEnabled()
+    card.method.set_value("scale")
+    assert "1 changes nothing" in card.units.text() and card.box.suffix() == " ×"
+    card.method.set_value("clamp")
+    assert "raw" in card.units.text() and card.calibrate.isEnabled()
+    generation = generate(qtbot, page)
+    assert generation.request["features"] == [[feature, 2.0, "clamp"]]
+    assert f"#{feature} clamp × +2" in page.output.measures.details.text()
+    for method in range(card.method.count()):
+        assert card.method.itemData(method, Qt.ItemDataRole.ToolTipRole)
+
+
+def test_features_of_another_layer_steer_together(
+    qtbot: Any, services_of: Callable[[Library], Services], trained_library: Library
+) -> None:
+    other = second_sae(trained_library)
+    page = SteeringPage(services_of(trained_library))
+    qtbot.addWidget(page)
+    page.show()
+    page.activate(sae_id=1)
+    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    feature = strongest(page)
+    page.presenter.add(feature, 1.0)
+    page.configuration.source.set_value(other)
+    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    page.presenter.add(feature, -1.0)
+    assert [c.key for c in page.presenter.selected] == [(1, feature), (other, feature)]
+    first, second = page.features.cards()
+    qtbot.waitUntil(lambda: first._text.text().startswith("Layer 2 • "), timeout=5000)
+    assert not second._text.text().startswith("Layer")
+    request = to_job(Form(prompt="x"), page.presenter.selected, other)
+    assert (request.sae_id, request.others) == (other, ([1, feature, 1.0, "add"],))
+    assert from_request({**request.__dict__})[0] == [
+        Chosen(other, feature, -1.0),
+        Chosen(1, feature, 1.0),
+    ]
+    first.remove.click()
+    assert [c.key for c in page.presenter.selected] == [(other, feature)]
+
+
+def test_one_vector_at_chosen_layers(qtbot: Any, page: SteeringPage) -> None:
+    advanced = page.configuration.advanced
+    advanced.set_expanded(True)
+    page.presenter.add(strongest(page), 1.0)
+    page.configuration.prompt.setPlainText(PROMPT)
+    assert not advanced.layers.isVisible() and not advanced.bars.isVisible()
+    advanced.place.set_value(SPREAD)
+    assert advanced.layers.isVisible() and advanced.bars.isVisible()
+    assert advanced.layers.selected() == [2]  # where the SAE is
+    advanced.layers.set_selected([1, 2])
+    percent = page.presenter.percent()
+    assert percent is not None
+    norm = page._services.library.saes.all()[0].metrics["median_norm"]
+    here, there = advanced.bars.shown
+    assert (here.layer, here.raw) == (1, None)  # no run measured that layer's norm
+    assert there.raw == pytest.approx(percent / 100 * norm / 2**0.5)
+    assert "layer 1: —" in advanced.bars.accessibleName()
+    generation = generate(qtbot, page)
+    assert generation.request["layers"] == [1, 2]
+    page.features.cards()[0].method.set_value("ablate")
+    assert "needs added features of one SAE" in page.configuration.reason.text()
+    page.features.cards()[0].method.set_value("add")
+    advanced.layers.set_selected([])
+    assert "Choose at least one intervention layer" in page.configuration.reason.text()
+
+
+def test_shares_of_layers() -> None:
+    found = shares([0, 3], 50.0, {0: 10.0, 3: 40.0})
+    assert [s.raw for s in found] == pytest.approx([5 / 2**0.5, 20 / 2**0.5])
+    assert [s.raw for s in shares([0], None, {0: 10.0})] == [None]
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None:
+    advanced = page.configuration.advanced
+    advanced.set_expanded(True)
+    page.presenter.add(strongest(page), 2.0)
+    page.configuration.prompt.setPlainText(PROMPT)
+    advanced.scope.set_value("chosen")
+    picker = advanced.picker
+    qtbot.waitUntil(lambda: bool(picker.read.ids), timeout=10_000)
+    assert "Choose the prompt tokens" in page.configuration.reason.text()
+    picker.strip.token_activated.emit(0)
+    assert picker.positions == () and "never steered" in picker.note.text()
+    picker.strip.setFocus()
+    for key in (Qt.Key.Key_Right, Qt.Key.Key_Right, Qt.Key.Key_Right, Qt.Key.Key_Space):
+        qtbot.keyClick(picker.strip, key)
+    assert picker.positions == (2,)
+    assert "not chosen" in picker.strip.describe(1) and "chosen" in picker.strip.describe(2)
+    shot(page._page.widget(), "steering_tokens-1280")
+    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+    assert squeezed(page) == []
+    assert generate(qtbot, page).request["positions"] == [2]
+    read = picker.read
+    page.configuration.prompt.setPlainText("The histories of " + PROMPT)
+    qtbot.waitUntil(lambda: picker.read is not read, timeout=10_000)
+    assert all(  # what was chosen after the change is not the same token any more
+        picker.read.ids[place] == read.ids[place] for place in picker.positions
+    )
+
+
+# --- strengths side by side -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_strengths_and_control_side_by_side(
+    qtbot: Any, page: SteeringPage, size: tuple[int, int]
+) -> None:
+    page.resize(*size)
+    advanced = page.configuration.advanced
+    advanced.set_expanded(True)
+    page.presenter.add(strongest(page), 2.0)
+    for _ in range(3):
+        advanced.scales.add.click()
+    assert not advanced.scales.add.isVisible()
+    assert advanced.scales.values == (1.0, 0.5, 2.0, 1.5)
+    advanced.scales.set_values((0.25, 0.5, 1.0, 3.0))
+    advanced.control.setChecked(True)
+    page.output.shade.setChecked(True)
+    generation = generate(qtbot, page, 30)
+    panes = page.output.grid.panes
+    assert [pane.title for pane in panes] == [
+        "Unsteered (Baseline)", "Steered × 0.25", "Steered × 0.5", "Steered × 1", "Steered × 3",
+        "Random direction (control)",
+    ]  # fmt: skip
+    variants = generation.result["variants"]
+    assert [pane.text for pane in panes[1:]] == [variant["text"] for variant in variants]
+    measures = page.output.measures
+    assert measures.table.isVisible() and measures.which.isVisible()
+    assert measures.tiles["kl"].value == significant(variants[0]["kl_per_token"])
+    measures.which.set_value(3)
+    assert measures.tiles["kl"].value == significant(variants[3]["kl_per_token"])
+    most = max(max(variant["kl_by_token"]) for variant in variants)
+    assert page.output.heat.isVisible() and page.output.heat.most == most
+    # The first token that differs is marked, in both texts.
+    for variant, pane, pieces in (
+        (variants[3], panes[4], variants[3]["pieces"]),
+        (variants[3], panes[0], generation.result["unsteered_pieces"]),
+    ):
+        end = token_spans(pane.text, pieces)[variant["first_difference"]][1]
+        cursor = QTextCursor(pane.view.document())
+        cursor.setPosition(end)
+        assert cursor.charFormat().fontOverline()
+        assert "first token that differs" in cursor.charFormat().toolTip()
+    assert [t for t in [page.history.rows()[0]] if "Shown" in t.button.text()]
+    shot(page._page.widget(), f"steering_side-by-side-{size[0]}")
+    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+    assert page._page.horizontalScrollBar().maximum() == 0
+    # One strength again: two panes.
+    advanced.scales.set_values((1.0,))
+    advanced.control.setChecked(False)
+    generate(qtbot, page)
+    assert [pane.title for pane in page.output.grid.panes] == ["Unsteered (Baseline)", "Steered"]
+    page.history.rows()[1].button.click()
+    assert len(page.output.grid.panes) == 6
+    assert advanced.scales.values == (0.25, 0.5, 1.0, 3.0) and advanced.control.isChecked()
+
+
+def test_rows_are_named_by_what_they_are() -> None:
+    assert names({}) == ["Steered"] == names({"scales": [1.0]})
+    assert names({"scales": [1.0, -2.0], "control": True}) == [
+        "Steered × 1", "Steered × -2", "Random direction (control)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "run", "told"),
+    [
+        (0.95, 0.96, 1, ""),
+        (0.80, 0.96, 1, "somewhat"),
+        (0.50, 0.96, 1, "It repeats itself:"),
+        (0.95, 0.96, 12, "12 times in a row"),
+        (None, 0.96, 1, ""),
+    ],
+)
+def test_repetition_is_called_out(now: float, before: float, run: int, told: str) -> None:
+    found = repetition_warning(
+        {"distinct_2": now, "distinct_2_unsteered": before, "longest_run": run}
+    )
+    assert (told in found) if told else found == ""
+
+
+# --- how strong -----------------------------------------------------------------------------------
+
+TRIED = [(0.5, "green"), (1.0, "green"), (2.0, "amber"), (3.0, "red")]
+
+
+def calibrate(library: Library, sae_id: int, feature: int) -> None:
+    rows = [{"strength": s, "zone": zone, "kl": s / 4} for s, zone in TRIED]
+    library.calibrations.write(
+        sae_id,
+        feature,
+        "add",
+        site={"hook_point": "blocks.2.hook_resid_post", "layer": 2},
+        recommended=1.0,
+        s_max=3.0,
+        curve={"tried": rows, "prompts": ["a", "b"], "new_tokens": 32},
+    )
+
+
+def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: SteeringPage) -> None:
+    feature, sae_id = strongest(page), page.presenter.sae_id
+    page.presenter.add(feature, 0.75)
+    (card,) = page.features.cards()
+    card.more.click()
+    qtbot.waitUntil(card.isVisible, timeout=5000)
+    assert not card.badge.isVisible() and card.range.text() == "Safe strength: — (not measured)"
+    assert card.score.text() == "Output score: —"
+    calibrate(page._services.library, sae_id or 0, feature)
+    qtbot.waitUntil(card.badge.isVisible, timeout=5000)
+    for strength, word in ((0.75, "Safe"), (1.5, "Strong"), (2.5, "Breaks"), (4.0, "Breaks")):
+        card.box.setValue(strength)
+        assert card.badge.text() == word
+    card.box.setValue(-1.0)
+    assert not card.badge.isVisible()  # suppression was not measured
+    assert card.range.text() == "Recommended: +1 × max • breaks from +3 on"
+    assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
+    card.box.setValue(1.5)
+    shot(page, "steering_calibrated-1280")
+    card.method.set_value("clamp")  # which has a calibration of its own
+    assert not card.badge.isVisible()
+
+
+def test_calibrate_measures_the_feature(qtbot: Any, page: SteeringPage) -> None:
+    page.presenter.add(strongest(page), 1.0)
+    (card,) = page.features.cards()
+    card.more.click()
+    with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
+        card.calibrate.click()
+        assert card.calibrate.text() == "Calibrating…" and not card.calibrate.isEnabled()
+    qtbot.waitUntil(lambda: card.calibrate.text() == "Calibrate again", timeout=5000)
+    assert "not measured" not in card.range.text() and "—" not in card.score.text()
+
+
+def test_output_scores_lead_to_features_that_steer(qtbot: Any, page: SteeringPage) -> None:
+    library = page._services.library
+    assert page.presenter.score(5) is None
+    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()), timeout=30_000)
+    run = newest_run(library, page.presenter.sae_id or 0)
+    for feature, score in ((5, 0.2), (9, 0.9)):
+        result = {"score": score, "probability": score, "rank": 0}
+        library.feature_analyses.put(run.id, feature, "output_score", {}, result)
+    qtbot.waitUntil(
+        lambda: [row.feature for row in page.features.suggestion_rows()] == [9, 5], timeout=10_000
+    )
+    assert page.features.suggestion_rows()[0].score.text() == "score 0.9"
+    assert not page.features.best.isVisible()
+
+
+# --- search, history ------------------------------------------------------------------------------
+
+
+def test_descriptions_are_searched_and_an_old_discovery_says_that_it_has_none(
+    qtbot: Any, page: SteeringPage
+) -> None:
+    library = page._services.library
+    page.features.search.setText("spelling")  # a word that only rules use
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=10_000)
+    qtbot.waitUntil(lambda: "spelling" in page.features.found_rows()[0].text.text(), timeout=10_000)
+    folder = library.path(newest_run(library, page.presenter.sae_id or 0).folder)
+    (index,) = folder.glob("*.sqlite*") if any(folder.glob("*.sqlite*")) else folder.glob("*.db")
+    index.unlink()
+    page.features.search.setText("the")
+    qtbot.waitUntil(lambda: OLD_DISCOVERY in page.features.note.text(), timeout=10_000)
+    assert page.features.found_rows()
+
+
+def test_history_is_taken_along(qtbot: Any, page: SteeringPage, tmp_path: Path) -> None:
+    page.presenter.add(strongest(page), 2.0)
+    generation = generate(qtbot, page)
+    for name in ("all.json", "all.csv"):
+        page.history.export_to(tmp_path / name)
+        toasts = page._services.toasts
+        qtbot.waitUntil(lambda: (tmp_path / name).exists(), timeout=5000)  # noqa: B023
+    (entry,) = json.loads((tmp_path / "all.json").read_text())["generations"]
+    assert entry["request"] == generation.request and entry["result"] == generation.result
+    with (tmp_path / "all.csv").open(newline="", encoding="utf-8") as file:
+        unsteered, steered = csv.DictReader(file)
+    assert unsteered["text"] == generation.result["unsteered"]
+    variant = generation.result["variants"][0]
+    assert (steered["variant"], steered["text"]) == ("x 1", variant["text"])
+    assert float(steered["kl_per_token"]) == variant["kl_per_token"]
+    qtbot.waitUntil(lambda: len(toasts.toasts) >= 1, timeout=5000)
