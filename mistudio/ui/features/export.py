@@ -9,7 +9,16 @@ from typing import Any
 
 from PySide6.QtCore import QStandardPaths, Qt, QUrl
 from PySide6.QtGui import QDesktopServices
-from PySide6.QtWidgets import QCheckBox, QDialog, QFileDialog, QLineEdit, QVBoxLayout, QWidget
+from PySide6.QtWidgets import (
+    QCheckBox,
+    QDialog,
+    QFileDialog,
+    QGridLayout,
+    QLayout,
+    QLineEdit,
+    QVBoxLayout,
+    QWidget,
+)
 
 from mistudio import formatting
 from mistudio.errors import UserError, explain
@@ -22,6 +31,7 @@ from mistudio.jobs.feature_exports import (
 )
 from mistudio.library.library import Library
 from mistudio.ui.services import Services
+from mistudio.ui.theme import fonts
 from mistudio.ui.widgets import (
     Button,
     Choice,
@@ -134,15 +144,20 @@ class ExportDialog(QDialog):
         self._format_row = FormRow("Format", self.format, " ")
         self._whole_note = Text(WHOLE, "helper", wrap=True)
         self._title_row = FormRow("Title of the page", self.title_text)
-        self._creator_row = FormRow("Creator", self.creator)
-        names = row(
-            FormRow("Source set", self.set_name),
-            FormRow("Suffix", self.suffix),
-            self._creator_row,
-            spacing=16,
-        )
-        for place, stretch in enumerate((3, 2, 2)):
-            names.setStretch(place, stretch)
+        names = QGridLayout()
+        names.setHorizontalSpacing(16)
+        names.setVerticalSpacing(6)
+        self._creator_label = Text("Creator", "label")
+        labels = (Text("Source set", "label"), Text("Suffix", "label"), self._creator_label)
+        fields = (self.set_name, self.suffix, self.creator)
+        for place, (label, field, stretch) in enumerate(
+            zip(labels, fields, (3, 2, 2), strict=True)
+        ):
+            label.setBuddy(field)
+            field.setAccessibleName(label.text())
+            names.addWidget(label, 0, place)
+            names.addWidget(field, 1, place)
+            names.setColumnStretch(place, stretch)
         self._neuronpedia = QWidget()
         inside = column(12)
         inside.addLayout(names)
@@ -156,6 +171,8 @@ class ExportDialog(QDialog):
             )
         )
         self._neuronpedia.setLayout(inside)
+        # A layout inside of one whose lines wrap is given less than it needs.
+        self._neuronpedia.setMinimumHeight(fonts.px(146))
         self._target_row = FormRow("Where to", self.target, beside=self.choose)
         self.estimate = Text("", "helper", wrap=True)
         self.warning = Text("", "helper", wrap=True)
@@ -250,7 +267,8 @@ class ExportDialog(QDialog):
         self._whole_note.setVisible(format.contexts)
         self._title_row.setVisible(self.format.value == "html")
         self._neuronpedia.setVisible(format.neuronpedia)
-        self._creator_row.setVisible(self.format.value == "neuronpedia_b")
+        for part in (self._creator_label, self.creator):
+            part.setVisible(self.format.value == "neuronpedia_b")
         old = self.target.text().strip()
         self.target.setText(
             _stem(old) + format.suffix if old else str(self._suggested(format.suffix))
@@ -339,6 +357,10 @@ class ExportDialog(QDialog):
     def _fit(self) -> None:
         """As high as what it shows at its width: wrapped lines do not say so by themselves."""
         layout, width = self.layout(), max(self.width(), WIDTH)
+        for part in self.findChildren(QWidget):  # what was hidden has no style's size yet
+            part.ensurePolished()
+        for inner in reversed(self.findChildren(QLayout)):  # the innermost first
+            inner.invalidate()
         layout.activate()
         self.resize(width, max(layout.totalHeightForWidth(width), layout.minimumSize().height()))
 

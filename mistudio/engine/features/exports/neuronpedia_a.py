@@ -41,6 +41,7 @@ BINS = 50
 ROWS = 10  # logit tokens of each side
 ALIGNED = 3
 DECIMALS = 5
+_ZERO = "0.0, "
 
 
 @dataclass(frozen=True)
@@ -261,10 +262,12 @@ def rows_of(feature: Feature) -> Iterator[Row]:
             continue
         skip = _leading(context)
         n = len(context.ids) - skip
-        texts = ["0.0"] * n
         numbers = [round(number, DECIMALS) for number in context.numbers]
+        parts, upto = [], 0
         for place, number in zip(context.places, numbers, strict=True):
-            texts[place - skip] = repr(number)
+            parts.append(_ZERO * (place - skip - upto) + repr(number))
+            upto = place - skip + 1
+        values = ", ".join(parts) + (", 0.0" if parts else "0.0") * (n - upto)
         if context.group == TOP:
             bounds = (-1.0, maximum, -1.0)
         else:
@@ -273,7 +276,7 @@ def rows_of(feature: Feature) -> Iterator[Row]:
         yield Row(
             *bounds,
             _tokens_json(context.texts, skip),
-            f"[{', '.join(texts)}]",
+            f"[{values}]",
             context.peak - skip,
             largest,
             0.0 if len(numbers) < n else min(numbers),
