@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio import credentials, logs
+from mistudio.engine.features.server_address import Address
 from mistudio.engine.hub.access import Secret
 from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput, UserError
@@ -282,7 +283,7 @@ class _Only:
 def server(address: str, model: str) -> Any:
     """The server at an address. UserError where it lies beyond this machine and is not the one
     that the user confirmed."""
-    from mistudio.engine.features.language_models import Address, Server
+    from mistudio.engine.features.language_models import Server
 
     if not model.strip():
         raise InvalidInput(
@@ -298,15 +299,13 @@ def server(address: str, model: str) -> Any:
 def is_confirmed(address: str) -> bool:
     """Whether text may be sent to an address: always on this machine, else where the user
     confirmed this very address."""
-    from mistudio.engine.features.language_models import Address
-
     at = Address.parse(address)
     return at.is_loopback or Settings().get("describer_confirmed") == str(at)
 
 
 def models_of(address: str) -> list[str]:
     """Names of the models that a server offers: asks it, so not for the window's thread."""
-    from mistudio.engine.features.language_models import Address, Server
+    from mistudio.engine.features.language_models import Server
 
     at = str(Address.parse(address))
     return Server(at, "", key_for(at), is_confirmed(at)).models()
@@ -315,8 +314,6 @@ def models_of(address: str) -> list[str]:
 def remember_key(address: str, text: str) -> bool:
     """Keep a server's key in the system's keyring, "" forgets it; False where there is none, then
     it is held until the program ends. May take a moment."""
-    from mistudio.engine.features.language_models import Address
-
     at = str(Address.parse(address))
     text = text.strip()
     if text and (not text.isascii() or not text.isprintable() or " " in text):

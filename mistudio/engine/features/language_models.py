@@ -8,7 +8,6 @@ fetched through proxies, no redirect is followed.
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import math
 import re
@@ -16,18 +15,17 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
+from mistudio.engine.features.server_address import Address
 from mistudio.engine.hub.access import Secret
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
-from mistudio.errors import InvalidInput, UserError
+from mistudio.errors import UserError
 
 T = TypeVar("T")
 
@@ -175,50 +173,6 @@ _CLOSING = re.compile(r'(?<!\\)"')
 
 
 # --- a server -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server is: `path` is what its interface's paths begin with."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """Of `http://127.0.0.1:8080/v1`, `localhost:11434` and the like. InvalidInput else."""
-        text = text.strip()
-        try:
-            parts = urlsplit(text if "://" in text else f"http://{text}")
-            host, port = parts.hostname or "", parts.port
-        except ValueError:
-            host, port, parts = "", None, urlsplit("")
-        unusual = parts.username or parts.password or parts.query or parts.fragment
-        if parts.scheme not in ("http", "https") or not host or unusual:
-            raise InvalidInput(
-                "This is no server's address",
-                f"{text!r} cannot be read as one.",
-                "Type it as http://127.0.0.1:8080.",
-                field="address",
-            )
-        path = parts.path.rstrip("/") or "/v1"
-        return cls(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path)
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether the name itself says that it is this machine; nothing is asked for that."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.path}"
 
 
 class Server:

@@ -40,6 +40,24 @@ def _export(page: FeaturesPage, features: list[int]) -> None:
     open_export(page, features)
 
 
+def _describe(page: FeaturesPage, features: list[int]) -> None:
+    from mistudio.ui.features.describing import open_describe
+
+    open_describe(page, features)
+
+
+def _score(page: FeaturesPage, features: list[int]) -> None:
+    from mistudio.ui.features.describing import score_by_activations
+
+    score_by_activations(page, features)
+
+
+def _blind(page: FeaturesPage, features: list[int]) -> None:
+    from mistudio.ui.features.describing import open_blind
+
+    open_blind(page, features)
+
+
 TOOLS: list[Tool] = [
     Tool(
         "Feature map…",
@@ -60,6 +78,27 @@ TOOLS: list[Tool] = [
         "How strongly each of the selected features fires in which windows of the text: up to 100 "
         "features, 500 windows",
         _pictures("activations"),
+    ),
+    Tool(
+        "Describe with a language model…",
+        "sparkles",
+        "A model of the library, or a server on this machine, writes labels and is judged by them: "
+        "up to 1,000 features",
+        _describe,
+    ),
+    Tool(
+        "Score by activations",
+        "gauge",
+        "How well the model's own activations tell where each feature is active: weak evidence, "
+        "beside the score of its rule. Up to 1,000 features",
+        _score,
+    ),
+    Tool(
+        "Blind test…",
+        "eye",
+        "Find the excerpt that does not belong, ten times: the strongest evidence that the first "
+        "of the chosen features means something to people",
+        _blind,
     ),
     Tool(
         "Export…",

@@ -24,9 +24,10 @@ from mistudio.engine.features.describers import (
     shown_to_describers,
 )
 from mistudio.engine.features.excerpts import excerpts, pieces, with_activations
-from mistudio.engine.features.language_models import Address, OwnModel, Server
+from mistudio.engine.features.language_models import OwnModel, Server
 from mistudio.engine.features.model_score import auroc, model_scores
 from mistudio.engine.features.score import STRONGEST
+from mistudio.engine.features.server_address import Address
 from mistudio.engine.hub.access import Secret
 from mistudio.engine.progress import Cancelled
 from mistudio.errors import InvalidInput, UserError
@@ -411,7 +412,16 @@ def test_only_this_machine_counts_as_local(text, wanted, local):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ftp://127.0.0.1", "http://", "http://a:b", "http://u:p@localhost", "localhost?q"]
+    "text",
+    [
+        "",
+        "ftp://127.0.0.1",
+        "http://",
+        "http://a:b",
+        "http://u:p@localhost",
+        "localhost?q",
+        "what is this",
+    ],
 )
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(InvalidInput, match="no server's address"):
