@@ -10,7 +10,14 @@ from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QGridLayout, QHBoxLayout, QWidget
 
 from mistudio import formatting
-from mistudio.jobs.ablation import CONTEXTS, CONTROLS, KIND, MOST_FEATURES, ablation_params
+from mistudio.jobs.ablation import (
+    CONTEXTS,
+    CONTROLS,
+    KIND,
+    MOST_FEATURES,
+    SILENT_CONTEXTS,
+    ablation_params,
+)
 from mistudio.jobs.kinds import Ablate
 from mistudio.library.jobs import JobRecord
 from mistudio.ui.features.dialog.charts import BarList
@@ -152,6 +159,8 @@ class AblationTab(FeatureTab):
         self._show_places(result, lines)
 
     def _estimate(self, others: dict[int, Result]) -> str:
+        if not self.value("density"):
+            return f"It never fired: {SILENT_CONTEXTS} contexts spread over the text are tried."
         what = f"{CONTEXTS} contexts that hold its examples, {CONTROLS} random directions."
         if others:
             times = sorted(float(other["seconds"]) for other in others.values())

@@ -291,7 +291,7 @@ class FeatureDialog(QDialog):
         self._show_score()
         middle, high = (self.value(name) for name in ("median_activation", "p99_activation"))
         self.tiles["max_activation"].set_value(
-            formatting.number(self.value("max_activation"), 3),
+            formatting.number(self.value("max_activation") or None, 3),  # 0: it never fired
             f"median {formatting.number(middle, 2)}",
             f"99th percentile {formatting.number(high, 2)}",
             _tip("max_activation", f"{formatting.count(n or 0)} active tokens"),

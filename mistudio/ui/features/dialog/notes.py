@@ -117,11 +117,13 @@ class NotesTab(FeatureTab):
         head.setStretch(0, 1)
         facts = [label.origin] if label.origin else []
         if label.score is not None:
-            facts.append(
-                f"score {formatting.number(label.score, 2)}{_bounds(label.low, label.high)}"
-            )
+            measure = label.details.get("measure", "score")
+            bounds = _bounds(label.low, label.high)
+            facts.append(f"{measure} {formatting.number(label.score, 2)}{bounds}")
         facts.append(clock_time(label.created_at))
-        box.add(head, row(Badge(label.source, word, tone), Text(" • ".join(facts), "helper"), None))
+        about = row(Badge(label.source, word, tone), Text(" • ".join(facts), "helper", wrap=True))
+        about.setStretch(1, 1)
+        box.add(head, about)
         return box
 
     def _on_use_clicked(self, checked: bool = False) -> None:
@@ -179,17 +181,27 @@ class NotesTab(FeatureTab):
             self._scores.addWidget(self._other_score(score))
         self._scores.addWidget(
             Text(
-                "Balanced accuracy of telling contexts where it fires from others; chance is 0.5. "
-                "In brackets the 95 % interval.",
+                "Rule, embedding, model: balanced accuracy of telling contexts where it fires from "
+                "others (chance 0.50). Blind test: share of odd ones out that you found. In "
+                "brackets the 95 % interval.",
                 "helper",
                 wrap=True,
             )
         )
 
     def _other_score(self, score: FeatureScore) -> QWidget:
-        n = f"n = {score.active} active + {score.inactive} inactive"
-        origin = str(score.details.get("model", ""))
-        about = " • ".join(part for part in (n, origin, clock_time(score.created_at)) if part)
+        details = score.details
+        if "trials" in details:
+            n = f"{details['right']} of {details['trials']} odd ones out found"
+        else:
+            n = f"n = {score.active} active + {score.inactive} inactive"
+        parts = [n]
+        if details.get("chance") is not None:
+            parts.append(f"chance {formatting.number(details['chance'], 2)}")
+        if details.get("null") is not None and details.get("nulls"):
+            parts.append(f"other features' {formatting.number(details['null'], 2)}")
+        parts += [str(details.get("model", "")), clock_time(score.created_at)]
+        about = " • ".join(part for part in parts if part)
         name = SCORERS.get(score.scorer, score.scorer)
         return self._score_box(name, score.accuracy, score.low, score.high, about)
 
