@@ -12,6 +12,9 @@ counted, each from the command in the GUI thread to the end of the paint that sh
                   range filter is on
     label         a label is written to the library, read again, and shown
 
+Beside the wall's clock stands what the GUI thread worked: on a busy machine the rest is waiting for
+a core, or for the background.
+
 Targets (p95): first paint 300 ms, any filter or sort 50 ms, filter and search 100 ms.
 
 `--busy`: 10,000 features load and filter, in a process bound to one core that it shares with
@@ -32,7 +35,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 for place in (ROOT, ROOT / "tests" / "benchmarks"):
@@ -60,6 +63,22 @@ SEARCHES = (
     "the", "th", "t", "river", "philos", "music theory", "in the world", "qzx", "1842", "Prague",
     "energy", "anim", "war and", "Zürich", "e",
 )  # fmt: skip
+
+
+class Time(NamedTuple):
+    """ms on the wall's clock, and ms that the GUI thread worked."""
+
+    wall: float
+    worked: float
+
+
+class Clock:
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.thread_time()
+
+    def read(self) -> Time:
+        now = time.perf_counter(), time.thread_time()
+        return Time(*((b - a) * 1000 for a, b in zip(self._began, now, strict=True)))
 
 
 class Painted(QObject):
@@ -116,38 +135,38 @@ class Bench:
         while time.perf_counter() < until or self.page.presenter._reading_rows:
             self.app.processEvents()
 
-    def timed(self, act: Callable[[], Any], done: Callable[[], bool] | None = None) -> float:
-        """ms until the outcome is painted."""
+    def timed(self, act: Callable[[], Any], done: Callable[[], bool] | None = None) -> Time:
+        """Until the outcome is painted."""
         self.rest()
         self.painted.seen = False
-        began = time.perf_counter()
+        clock = Clock()
         act()
         if done is not None:
             while not done():
                 self.app.processEvents()
             self.painted.seen = False
-            for widget in (self.page.browser.view.viewport(), self.page.browser._nothing):
-                widget.update()
+        for widget in (self.page.browser.view.viewport(), self.page.browser._nothing):
+            widget.update()  # also where nothing changes, as from no row to no row
         self.wait(lambda: self.painted.seen)
-        return (time.perf_counter() - began) * 1000
+        return clock.read()
 
-    def open(self) -> tuple[float, float]:
-        """(ms to painted rows, ms to their texts)"""
+    def open(self) -> tuple[Time, Time]:
+        """(to painted rows, to their texts)"""
         self.page.sae.setCurrentIndex(-1)
         self.rest(0.2)
         self.painted.seen = False
-        began = time.perf_counter()
+        clock = Clock()
         self.page.choose(self.sae_id)
         self.wait(lambda: self.table.rowCount() > 0)
         self.painted.seen = False  # what was painted before was empty
         self.wait(lambda: self.painted.seen)
-        first = (time.perf_counter() - began) * 1000
+        first = clock.read()
         self.wait(self.complete)
-        return first, (time.perf_counter() - began) * 1000
+        return first, clock.read()
 
     # --- what is measured -----------------------------------------------------------------------
 
-    def sorts(self) -> list[float]:
+    def sorts(self) -> list[Time]:
         names = [one.name for one in self.table.available() if one.sortable]
         found = []
         for name in names:
@@ -158,7 +177,7 @@ class Bench:
                 found.append(self.timed(lambda query=query: self.table.set_query(query)))
         return found
 
-    def filters(self) -> list[float]:
+    def filters(self) -> list[Time]:
         base = Query()
         queries = [base]
         for one in self.table.available():
@@ -178,7 +197,7 @@ class Bench:
             if query != self.table.query
         ]
 
-    def searches(self) -> list[float]:
+    def searches(self) -> list[Time]:
         ranged = Query().with_range(Range("density", 1e-4, 0.05))
         self.table.set_query(ranged.with_range(Range("max_activation", 0.5, None)))
         box, found = self.page.browser.search, []
@@ -193,7 +212,7 @@ class Bench:
         self.rest(0.3)
         return found
 
-    def labels(self) -> list[float]:
+    def labels(self) -> list[Time]:
         self.table.set_query(Query())
         found = []
         for number in range(8):
@@ -218,13 +237,14 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def line(name: str, values: list[float]) -> str:
+def line(name: str, times: list[Time]) -> str:
+    values, worked = [time.wall for time in times], [time.worked for time in times]
     high = quantile(values, 0.95)
     target = TARGETS.get(name)
     kept = "" if target is None else f"{target:.0f} | {'yes' if high < target else 'NO'}"
     return (
         f"| {name} | {len(values)} | {statistics.median(values):.1f} | {high:.1f} | "
-        f"{max(values):.1f} | {kept or ' | '} |"
+        f"{max(values):.1f} | {quantile(worked, 0.95):.1f} | {kept or ' | '} |"
     )
 
 
@@ -235,8 +255,8 @@ def measure(features: int, folder: Path) -> None:
     bench = Bench(library, sae_id)
     opened = [bench.open() for _ in range(OPENED)]
     print(f"{features:,} features, {len(bench.table.available())} columns; times in ms")
-    print("| step | times | median | p95 | worst | target (p95) | kept |")
-    print("|---|---|---|---|---|---|---|")
+    print("| step | times | median | p95 | worst | GUI thread, p95 | target (p95) | kept |")
+    print("|---|---|---|---|---|---|---|---|")
     print(line("first paint", [first for first, _ in opened]))
     print(line("texts", [all_ for _, all_ in opened]))
     print(line("sort", bench.sorts()))
@@ -264,7 +284,7 @@ def busy(folder: Path) -> None:
             _, loaded = bench.open()
             query = Query().with_range(Range("density", 1e-4, 0.05))
             filtered = bench.timed(lambda query=query: bench.table.set_query(query))
-            totals.append((loaded, filtered))
+            totals.append((loaded.wall, filtered.wall))
         print("| 10,000 features on one busy core | load, with texts | filter | together | kept |")
         print("|---|---|---|---|---|")
         for loaded, filtered in totals:

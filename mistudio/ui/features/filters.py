@@ -5,7 +5,7 @@ takes it away.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from PySide6.QtCore import Signal
@@ -19,7 +19,7 @@ from mistudio.ui.features.presenter import FeaturesPresenter
 from mistudio.ui.features.query import Query, Range
 from mistudio.ui.features.shown import Shown
 from mistudio.ui.services import Services
-from mistudio.ui.widgets import Button, FlowLayout, IconButton, Text, row
+from mistudio.ui.widgets import Button, FlowLayout, IconButton, Text, debounced, row
 
 HIDDEN_TEXTS = {
     "without": "Not shown",
@@ -28,16 +28,25 @@ HIDDEN_TEXTS = {
 }
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What a chip says and does. `change` gets the widget below which it may open something."""
+
+    text: str
+    remove: Callable[[], None]
+    change: Callable[[QWidget], object] | None = None
+    tooltip: str = ""
+
+
 class Chip(QFrame):
     """One limit: its words, and a cross."""
 
-    def __init__(
-        self, text: str, remove: Callable[[], None], change: Callable[[QWidget], None] | None = None
-    ) -> None:
+    def __init__(self, limit: Limit) -> None:
         super().__init__()
-        self._remove, self._change = remove, change
+        self._limit, text, change = limit, limit.text, limit.change
         self.setProperty("surface", "toast")
         self.text = text
+        self.setToolTip(limit.tooltip)
         words: QWidget = Text(text, "label")
         if change is not None:
             words = Button(text, "link", tooltip="Click to change it")
@@ -52,11 +61,11 @@ class Chip(QFrame):
         self.setLayout(line)
 
     def _on_clicked(self, checked: bool = False) -> None:
-        if self._change is not None:
-            self._change(self.words)
+        if self._limit.change is not None:
+            self._limit.change(self.words)
 
     def _on_cross_clicked(self, checked: bool = False) -> None:
-        self._remove()
+        self._limit.remove()
 
 
 class FilterBar(QWidget):
@@ -80,7 +89,8 @@ class FilterBar(QWidget):
         policy.setHeightForWidth(True)
         self.setSizePolicy(policy)
         self._flow.addWidget(self.button)
-        presenter.table.query_changed.connect(self.refresh)
+        # After the table has been painted: making a chip takes milliseconds.
+        presenter.table.query_changed.connect(debounced(self, 20, self.refresh))
         presenter.lists_changed.connect(self.refresh)
         self.refresh()
 
@@ -99,50 +109,53 @@ class FilterBar(QWidget):
 
     def refresh(self) -> None:
         """The chips of what limits the table now."""
-        old = self.chips()
-        for chip in old:
+        old = {chip.text: chip for chip in self.chips()}
+        wanted = self._limits()
+        if [limit.text for limit in wanted] == list(old):
+            return
+        for chip in old.values():
             self._flow.removeWidget(chip)
-            chip.hide()
-            chip.deleteLater()
-        for chip in self._made():
+        for limit in wanted:
+            chip = old.pop(limit.text, None) or Chip(limit)
             self._flow.addWidget(chip)
             chip.show()
+        for chip in old.values():
+            chip.hide()
+            chip.deleteLater()
         self.updateGeometry()
 
-    def _made(self) -> list[Chip]:
+    def _limits(self) -> list[Limit]:
         query, table = self._query, self._presenter.table
-        chips = []
+        limits = []
         if table.subset is not None:
-            chips.append(Chip(table.subset.title, self.subset_unwanted.emit))
+            limits.append(Limit(table.subset.title, self.subset_unwanted.emit))
         if query.list_id:
             record = self._services.library.feature_lists.find(query.list_id)
             name = f"List: {record.name}" if record else "List"
-            chips.append(Chip(name, lambda: self.list_wanted.emit(0)))
+            limits.append(Limit(name, lambda: self.list_wanted.emit(0)))
         for wanted, name in (("alive", "Alive"), ("starred", "Starred"), ("labelled", "Labelled")):
             if getattr(query, wanted):
-                chips.append(Chip(name, partial(self._want, **{wanted: False})))
+                limits.append(Limit(name, partial(self._want, **{wanted: False})))
         if query.hidden != "without":
             text = "With hidden ones" if query.hidden == "with" else "Only hidden ones"
-            chips.append(Chip(text, lambda: self._want(hidden="without")))
+            limits.append(Limit(text, lambda: self._want(hidden="without")))
         if query.bands:
             text = f"Band: {', '.join(query.bands)}"
-            chips.append(Chip(text, lambda: self._want(bands=()), self._change_bands))
+            limits.append(Limit(text, lambda: self._want(bands=()), self._change_bands))
         available = {one.name for one in table.available()}
         for one in query.ranges:
             if one.column in columns_of.ALL:
-                chips.append(self._range_chip(one, one.column in available))
-        return chips
+                limits.append(self._range_limit(one, one.column in available))
+        return limits
 
-    def _range_chip(self, one: Range, there: bool) -> Chip:
+    def _range_limit(self, one: Range, there: bool) -> Limit:
         shown = columns_of.ALL[one.column]
-        chip = Chip(
+        return Limit(
             columns_of.range_text(shown, one.low, one.high),
             lambda: self.query_wanted.emit(self._query.without_range(one.column)),
             (lambda anchor: self.edit_range(shown, anchor)) if there else None,
+            "" if there else "This discovery has no such column: it limits nothing.",
         )
-        if not there:
-            chip.setToolTip("This discovery has no such column: it limits nothing.")
-        return chip
 
     # --- the menu -------------------------------------------------------------------------------
 

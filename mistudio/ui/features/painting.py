@@ -19,7 +19,7 @@ from PySide6.QtCore import (
     QSize,
     Qt,
 )
-from PySide6.QtGui import QColor, QFont, QIcon, QPainter, QPixmap, QPolygonF
+from PySide6.QtGui import QColor, QFont, QFontMetrics, QIcon, QPainter, QPixmap, QPolygonF
 from PySide6.QtWidgets import QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
 
 from mistudio.ui.features.reader import Snippet
@@ -31,7 +31,50 @@ Index = QModelIndex | QPersistentModelIndex
 ROW_HEIGHT = 38
 SNIPPET_ROLE = Qt.ItemDataRole.UserRole + 1
 STAR_ROLE = Qt.ItemDataRole.UserRole + 3
+CELL_ROLE = Qt.ItemDataRole.UserRole + 5  # (text, font, colour, alignment)
 HISTOGRAM_ROLE = Qt.ItemDataRole.UserRole + 4
+
+
+_SELECTED, _HOVERED = QColor(tokens.SELECTION), QColor(tokens.TILE)
+_TEXT = QColor(tokens.TEXT)
+
+
+def paint_behind(painter: QPainter, option: QStyleOptionViewItem) -> None:
+    """What is behind a cell. Asking the style for it costs more than all the rest of a cell."""
+    state = option.state.value
+    if state & QStyle.StateFlag.State_Selected.value:
+        painter.fillRect(option.rect, _SELECTED)
+    elif state & QStyle.StateFlag.State_MouseOver.value:
+        painter.fillRect(option.rect, _HOVERED)
+
+
+class TextDelegate(QStyledItemDelegate):
+    """Plain cells in one line, cut with … where they have no room."""
+
+    def __init__(self, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._plain = fonts.sans(tokens.TEXT_BODY)
+        self._metrics: dict[int, QFontMetrics] = {}  # of the table's fonts, which outlive this
+
+    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
+        paint_behind(painter, option)
+        found = index.data(CELL_ROLE)  # all at once: each question costs as much as the answer
+        if found is None or not found[0]:
+            return
+        text, font, colour, alignment = found
+        font = font or self._plain
+        metrics = self._metrics.get(id(font))
+        if metrics is None:
+            metrics = self._metrics[id(font)] = QFontMetrics(font)
+        cell = option.rect.adjusted(8, 0, -8, 0)
+        painter.setFont(font)
+        painter.setPen(colour or _TEXT)
+        painter.drawText(
+            cell, alignment, metrics.elidedText(text, Qt.TextElideMode.ElideRight, cell.width())
+        )
+
+    def sizeHint(self, option: QStyleOptionViewItem, index: Index) -> QSize:
+        return QSize(120, ROW_HEIGHT)
 
 
 class TokenDelegate(QStyledItemDelegate):
@@ -44,10 +87,7 @@ class TokenDelegate(QStyledItemDelegate):
         self._arrangements: OrderedDict[Snippet, Arrangement] = OrderedDict()
 
     def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
-        style = option.widget.style()
-        style.drawPrimitive(
-            QStyle.PrimitiveElement.PE_PanelItemViewItem, option, painter, option.widget
-        )
+        paint_behind(painter, option)
         snippet = index.data(SNIPPET_ROLE)
         if not isinstance(snippet, Snippet) or not snippet.texts:
             return
@@ -100,10 +140,7 @@ class StarDelegate(QStyledItemDelegate):
     """A star, yellow and filled where it is set: told by the shape as well as by the colour."""
 
     def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
-        style = option.widget.style()
-        style.drawPrimitive(
-            QStyle.PrimitiveElement.PE_PanelItemViewItem, option, painter, option.widget
-        )
+        paint_behind(painter, option)
         on = bool(index.data(STAR_ROLE))
         picture = star_pixmap(on, option.widget)
         side = 18
@@ -121,10 +158,7 @@ class SparklineDelegate(QStyledItemDelegate):
     sight beside the peak."""
 
     def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: Index) -> None:
-        style = option.widget.style()
-        style.drawPrimitive(
-            QStyle.PrimitiveElement.PE_PanelItemViewItem, option, painter, option.widget
-        )
+        paint_behind(painter, option)
         counts = index.data(HISTOGRAM_ROLE)
         if counts is None:
             return

@@ -213,11 +213,28 @@ class Orders:
             return forward[::-1].copy() if descending and name == "id" else forward
         has = self._has_number(name)
         numbered = np.flatnonzero(has).astype(np.int32)
-        values = self._columns[name][numbered]
-        if descending:
-            values = -values.astype(np.int64 if values.dtype.kind in "iu" else values.dtype)
-        order = numbered[np.argsort(values, kind="stable")]
+        order = sorted_by(self._columns[name][numbered], numbered, descending)
         return np.concatenate([order, np.flatnonzero(~has).astype(np.int32)])
+
+
+def sorted_by(values: np.ndarray, numbers: np.ndarray, descending: bool) -> np.ndarray:
+    """int32: `numbers` (ascending, not negative) by their values, equal ones by themselves.
+
+    Value and number are sorted as one 64-bit key: numpy sorts those several times faster than it
+    finds a stable order.
+    """
+    if values.dtype == np.float32:
+        bits = (values + np.float32(0)).view(np.uint32)  # -0 is 0
+        negative = (bits >> 31).astype(bool)
+        keys = np.where(negative, ~bits, bits | np.uint32(1 << 31))
+    elif values.dtype.kind in "iu" and len(values) and 0 <= values.min() <= values.max() < 1 << 32:
+        keys = values.astype(np.uint32)
+    else:
+        signed = values.astype(np.int64) if values.dtype.kind in "iu" else values
+        return numbers[np.argsort(-signed if descending else signed, kind="stable")]
+    keys = ~keys if descending else keys
+    packed = np.sort((keys.astype(np.uint64) << np.uint64(32)) | numbers.astype(np.uint64))
+    return packed.astype(np.uint32).view(np.int32)
 
 
 def _or_none(mask: np.ndarray | None, n: int) -> np.ndarray:

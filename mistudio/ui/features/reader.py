@@ -85,7 +85,7 @@ class FeatureReader:
         self.columns = Columns(
             self._store.meta,
             {name: np.array(column) for name, column in self._store.columns.items()},
-            self._store.histograms if new else None,
+            np.asarray(self._store.histograms) if new else None,
         )
         index = self._store.folder / FILE
         self.indexed = index.exists()

@@ -27,6 +27,7 @@ from mistudio.library.features import FeatureNote
 from mistudio.ui.features import shown as columns_of
 from mistudio.ui.features.notes import Notes
 from mistudio.ui.features.painting import (
+    CELL_ROLE,
     HISTOGRAM_ROLE,
     ROW_HEIGHT,
     SNIPPET_ROLE,
@@ -403,6 +404,14 @@ class FeatureTable(QAbstractTableModel):
     def _alignment(self, feature: int, one: Shown) -> Any:
         return _RIGHT if one.right else _LEFT
 
+    def _cell(self, feature: int, one: Shown) -> tuple[Any, ...]:
+        return (
+            self._display(feature, one),
+            self._font(feature, one),
+            self._colour(feature, one),
+            _RIGHT if one.right else _LEFT,
+        )
+
     def _tip(self, feature: int, one: Shown) -> str | None:
         assert self.columns is not None
         if one.name == LABEL:
@@ -464,6 +473,7 @@ class FeatureTable(QAbstractTableModel):
 
 
 _ANSWERS: dict[int, Callable[[FeatureTable, int, Shown], Any]] = {
+    CELL_ROLE: FeatureTable._cell,
     FEATURE_ROLE: FeatureTable._feature,
     SNIPPET_ROLE: FeatureTable._snippet,
     STAR_ROLE: FeatureTable._star,

@@ -22,6 +22,7 @@ from mistudio.ui.features.painting import (
     ROW_HEIGHT,
     SparklineDelegate,
     StarDelegate,
+    TextDelegate,
     TokenDelegate,
 )
 from mistudio.ui.features.shown import CONTEXT, HISTOGRAM, ID, LABEL, STAR, SUBSET
@@ -62,7 +63,7 @@ class FeatureView(QTableView):
         self._tokens = TokenDelegate(colour_map, self)
         self._star = StarDelegate(self)
         self._sparkline = SparklineDelegate(self)
-        self._plain = self.itemDelegate()
+        self._plain = TextDelegate(self)
         header = self.horizontalHeader()
         header.setHighlightSections(False)
         header.setSectionsClickable(True)
