@@ -321,7 +321,7 @@ def compare(ours: Path, theirs: Path, case: Case) -> None:
     print(
         f"  histogram of activations: totals differ by {np.abs(heights).max():.0f} at most; "
         f"{100 * np.mean(moved):.1f} % of the activations lie in another of the 50 bars (ours come "
-        "from 4 bins an octave)"
+        "from 4 bins an octave and the deciles)"
     )
     shown = [
         np.abs(

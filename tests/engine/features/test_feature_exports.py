@@ -138,6 +138,11 @@ def test_linear_bins_keep_every_activation():
     centres, found = linear_bins(Histogram(edges, counts), 1e-3, 1.9)
     assert sum(found) == counts.sum() and len(found) == len(centres) == 50
     assert found[-1] >= 1 and found[0] >= 1 and min(found) >= 0
+    # All in one bin; known besides: nine tenths of them lie below 1.25.
+    counts = np.zeros(64, np.int64)
+    counts[61] = 100
+    centres, found = linear_bins(Histogram(edges, counts), 1.2, 1.41, [(1.25, 0.9)])
+    assert sum(found) == 100 and abs(sum(found[: np.searchsorted(centres, 1.25)]) - 90) <= 2
     assert linear_bins(Histogram(edges, 0 * counts), float("nan"), float("nan"))[1] == []
 
 

@@ -11,7 +11,7 @@ and what its exporter reads). What the numbers are here:
   whole windows, samples of each tenth of the activations (SAEDashboard cuts [0, max] in intervals
   of equal width, and counts zeros to the lowest). `bin_contains` is a tenth of the density.
   Position 0 of a whole window is left out, as there.
-- `freq_hist_*`: rebinned from a histogram of 4 bins an octave, total kept.
+- `freq_hist_*`: rebinned from a histogram of 4 bins an octave and the deciles, total kept.
 - `neg_*`, `pos_*`, `logits_hist_*`: final norm folded in and centred, where SAEDashboard uses the
   raw unembedding.
 - `neuron_alignment_*`: the largest components of the decoder row, as there.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -161,7 +161,7 @@ def feature_json(feature: Feature, material: Material, vectors: bool) -> str:
 
 def dashboard(feature: Feature, material: Material) -> dict[str, Any]:
     """What formats A and B share of a feature, under the names that both have."""
-    values, heights = linear_bins(feature.histogram, *_range(feature))
+    values, heights = bars_of(feature)
     found: dict[str, Any] = _alignment(feature)
     for name in ("correlated_neurons", "correlated_features"):
         found |= {f"{name}_indices": [], f"{name}_l1": [], f"{name}_pearson": []}
@@ -197,22 +197,35 @@ def _alignment(feature: Feature) -> dict[str, Any]:
     }
 
 
-def _range(feature: Feature) -> tuple[float, float]:
-    return feature.decile_edges[0], feature.decile_edges[-1]
+def bars_of(feature: Feature) -> tuple[np.ndarray, list[int]]:
+    """`linear_bins` of a feature's activations, with its deciles and 99th percentile."""
+    edges = feature.decile_edges
+    known = [(edge, place / (len(edges) - 1)) for place, edge in enumerate(edges)][1:-1]
+    known.append((feature.number("p99_activation"), 0.99))
+    return linear_bins(feature.histogram, edges[0], edges[-1], known)
 
 
 def linear_bins(
-    histogram: Histogram, low: float, high: float, bins: int = BINS
+    histogram: Histogram,
+    low: float,
+    high: float,
+    quantiles: Sequence[tuple[float, float]] = (),
+    bins: int = BINS,
 ) -> tuple[np.ndarray, list[int]]:
     """(centres [bins], counts): the histogram over bins of equal width from `low` to `high`, the
-    weakest and strongest activation; inside a bin of the original, activations are taken to be
-    spread evenly. Counts are whole and sum to all of them; empty for a feature without any."""
+    weakest and strongest activation; between the edges of the original and the `quantiles`
+    (activation, share below), activations are taken to be spread evenly. Counts are whole and sum
+    to all of them; empty for a feature without any."""
     total = int(histogram.counts.sum())
     if total == 0 or not np.isfinite([low, high]).all():
         return np.empty(0), []
     edges = np.linspace(low, high, bins + 1)
     below = np.concatenate([[0], np.cumsum(histogram.counts)])
-    upto = np.interp(edges, np.clip(histogram.edges, low, high), below)
+    more = np.array([(at, share * total) for at, share in quantiles if at == at]).reshape(-1, 2)
+    knots = np.clip(np.concatenate([histogram.edges, more[:, 0]]), low, high)
+    order = np.argsort(knots, kind="stable")
+    reached = np.maximum.accumulate(np.concatenate([below, more[:, 1]])[order])
+    upto = np.interp(edges, knots[order], reached)
     upto[0], upto[-1] = 0, total
     counts = np.diff(np.round(upto)).astype(np.int64)
     # What the shares of bins cannot know: the ends are activations that there were.

@@ -26,7 +26,7 @@ from mistudio.engine.features.exports.material import (
     Material,
     Weighed,
 )
-from mistudio.engine.features.exports.neuronpedia_a import linear_bins
+from mistudio.engine.features.exports.neuronpedia_a import bars_of
 from mistudio.engine.progress import SILENT, Progress
 
 LEVELS = 20  # shades of heat
@@ -222,9 +222,7 @@ def _tiles(feature: Feature) -> Iterable[str]:
 def _activations(feature: Feature) -> Iterable[str]:
     n = int(feature.number("n_active") or 0)
     yield f"<h3>Activations of {n:,} active tokens</h3>\n"
-    centres, counts = linear_bins(
-        feature.histogram, feature.decile_edges[0], feature.decile_edges[-1]
-    )
+    centres, counts = bars_of(feature)
     if not counts:
         yield "<p>—</p>\n"
         return
@@ -411,8 +409,8 @@ def _method(material: Material) -> Iterable[str]:
         "of the share of its maximum); the underlined token is the one the example is of, and its "
         "activation stands in front.",
         "Examples of the tenths are drawn at random from the active tokens of that tenth.",
-        "The histogram of activations is counted in 4 bins an octave and drawn in 50 of equal "
-        "width.",
+        "The histogram of activations is counted in 4 bins an octave and, with the deciles, drawn "
+        "in 50 of equal width.",
         "The logit lens multiplies the feature's direction with the final norm's gain and the "
         "unembedding, less the mean over the vocabulary: what it says directly about the next "
         "token, later layers apart.",
