@@ -534,18 +534,24 @@ def test_labels_are_used_and_deleted_lists_joined_and_left(
     assert any("tiny" in str(t) for t in texts) and "Blind human test" in texts
 
     def button(name: str) -> Any:
-        QApplication.processEvents()
-        (found,) = [
-            w for w in tab.findChildren(QWidget)
-            if w.accessibleName() == name and w.isVisibleTo(tab)
-        ]  # fmt: skip
-        return found
+        def found() -> list[QWidget]:
+            widgets = tab.findChildren(QWidget)
+            return [w for w in widgets if w.accessibleName() == name and w.isVisibleTo(tab)]
+
+        wait(qtbot, lambda: len(found()) == 1)
+        return found()[0]
 
     button("Use the label commas").click()
     wait(qtbot, lambda: dialog.label.text() == "commas")
     assert library.feature_notes.of_sae(1)[feature].label == "commas"
     button("Delete the label commas").click()
     assert [label.id for label in labels.of_feature(1, feature)] != [rule]
+    wait(qtbot, lambda: dialog.description != "")
+    assert dialog.label.placeholderText() == f"{dialog.description} (by rule)"
+    button(f"Use the label {dialog.description}").click()
+    found = labels.of_feature(1, feature)[0]
+    assert (found.text, found.source) == (dialog.description, "rule")
+    assert library.feature_notes.of_sae(1)[feature].label == dialog.description
     (box,) = [w for w in tab.findChildren(QWidget) if getattr(w, "text", str)() == "Punctuation"]
     box.setChecked(True)
     assert lists.of_sae(kept, 1) == [feature]

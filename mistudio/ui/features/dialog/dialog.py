@@ -48,7 +48,7 @@ from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import Button, IconButton, Text, column, debounced, row
 
 if TYPE_CHECKING:
-    from mistudio.ui.features.reader import Columns
+    from mistudio.ui.features.reader import Columns, RowText
 
 TABS: tuple[tuple[str, type[FeatureTab]], ...] = (
     ("Examples", ExamplesTab),
@@ -57,7 +57,9 @@ TABS: tuple[tuple[str, type[FeatureTab]], ...] = (
     ("Ablation", AblationTab),
     ("Notes", NotesTab),
 )
+NO_LABEL = "Add label…"
 SAVE_MS = 500
+LATER_MS = 40  # after the first painting
 TILE_PADDING = 12
 MOST_BLANK_MS = 60
 
@@ -109,6 +111,8 @@ class FeatureDialog(QDialog):
     and what they show is read in the background."""
 
     steer_wanted = Signal(int)
+    described = Signal()
+    """`description` is there."""
 
     def __init__(
         self,
@@ -132,6 +136,8 @@ class FeatureDialog(QDialog):
         self._visited: list[int] = []
         self._loading = False
         self._typed = ""  # the label as it was shown
+        self.description = ""
+        """What a rule says of the feature; "" where it says nothing, or is not read yet."""
 
         self.tabs = QTabWidget()
         self.tabs.setAccessibleName("Views of the feature")
@@ -168,7 +174,7 @@ class FeatureDialog(QDialog):
     def _make_head(self) -> QHBoxLayout:
         self.title = Text("", "h1")
         self.label = QLineEdit()
-        self.label.setPlaceholderText("Add label…")
+        self.label.setPlaceholderText(NO_LABEL)
         self.label.setAccessibleName("Label")
         self.label.setMaxLength(200)
         self._save_label = debounced(self, SAVE_MS, self._write_label)
@@ -231,10 +237,30 @@ class FeatureDialog(QDialog):
         self.feature = feature
         self.setWindowTitle(f"Feature #{feature}")
         self.title.setText(f"Feature #{feature}")
+        self.description = ""
+        self.label.setPlaceholderText(NO_LABEL)
         self._show_note()
         self._show_tiles()
         self._show_place()
         self._show_tab()
+        QTimer.singleShot(LATER_MS, self, self._read_description)
+
+    def _read_description(self) -> None:
+        reader, feature = self.presenter.reader, self.feature
+        if reader is not None:
+            self.services.background.run(
+                lambda: reader.rows([feature])[0], self._on_description, self._on_no_description
+            )
+
+    def _on_description(self, text: RowText) -> None:
+        if text.feature == self.feature and text.description:
+            self.description = text.description
+            self.label.setPlaceholderText(f"{text.description} (by rule)")
+            self.label.setToolTip(f"By rule: {text.description}. {text.evidence}".strip())
+            self.described.emit()
+
+    def _on_no_description(self, error: Exception) -> None:
+        """The field still says what it is for."""
 
     def is_read(self) -> None:
         """There is something to paint."""

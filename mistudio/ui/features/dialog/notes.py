@@ -71,6 +71,7 @@ class NotesTab(FeatureTab):
         self.setLayout(layout)
         self._loading = False
         self.services.changes.changed.connect(self._on_changes_changed)
+        self.dialog.described.connect(self._show_labels)
 
     def show_feature(self) -> None:
         self._loading = True
@@ -95,7 +96,10 @@ class NotesTab(FeatureTab):
         labels = library.feature_labels.of_feature(self.dialog.sae_id, self.feature)
         for label in labels:
             self._labels.addWidget(self._label_box(label, label.text == used))
-        if not labels:
+        rule = self.dialog.description
+        if rule and not any(label.text == rule for label in labels):
+            self._labels.addWidget(self._rule_box(rule))
+        elif not labels:
             self._labels.addWidget(
                 Text("No labels yet. Type one above, or let a local model describe it.", "helper",
                      wrap=True)
@@ -125,6 +129,37 @@ class NotesTab(FeatureTab):
         about.setStretch(1, 1)
         box.add(head, about)
         return box
+
+    def _rule_box(self, text: str) -> QWidget:
+        """What the rule says, which is kept as a label only when somebody uses it."""
+        box = Surface("row", None, 12)
+        use = Button("Use", "small")
+        use.setAccessibleName(f"Use the label {text}")
+        use.clicked.connect(self._on_use_rule_clicked)
+        head = row(Text(text, "body", wrap=True, selectable=True), use, spacing=8)
+        head.setStretch(0, 1)
+        accuracy = self.value("score_accuracy")
+        told = "not scored"
+        if accuracy is not None:
+            bounds = _bounds(self.value("score_low"), self.value("score_high"))
+            told = f"balanced accuracy {formatting.number(accuracy, 2)}{bounds}"
+        word, tone = SOURCES["rule"]
+        box.add(head, row(Badge("rule", word, tone), Text(told, "helper"), None))
+        return box
+
+    def _on_use_rule_clicked(self, checked: bool = False) -> None:
+        labels = self.services.library.feature_labels
+        number = labels.add(
+            sae_id=self.dialog.sae_id,
+            feature=self.feature,
+            text=self.dialog.description,
+            source="rule",
+            score=self.value("score_accuracy"),
+            low=self.value("score_low"),
+            high=self.value("score_high"),
+            details={"measure": "balanced accuracy"},
+        )
+        labels.use(number)
 
     def _on_use_clicked(self, checked: bool = False) -> None:
         self.services.library.feature_labels.use(int(self.sender().property("label_id")))
