@@ -12,6 +12,7 @@ from mistudio.jobs.coactivation import CoActivate
 from mistudio.jobs.datasets import AddDataset, AddSampleDataset
 from mistudio.jobs.demo import Demo
 from mistudio.jobs.describing import DescribeFeatures
+from mistudio.jobs.experiments import LayerStudy, PromptBatch, Sweep
 from mistudio.jobs.extraction import Extract
 from mistudio.jobs.feature_exports import ExportFeatures, ExportWholeContexts
 from mistudio.jobs.feature_map import MapFeatures, SampleFeatures
@@ -26,6 +27,7 @@ from mistudio.jobs.searching import IndexDataset
 from mistudio.jobs.speed import Measure
 from mistudio.jobs.statistics import AnalyseDataset
 from mistudio.jobs.steering import Steer
+from mistudio.jobs.steering_exports import ExportVector
 from mistudio.jobs.tokenizing import AddTokenizer, Tokenize
 from mistudio.jobs.training import Train
 
@@ -48,17 +50,21 @@ __all__ = [
     "DownloadSae",
     "Export",
     "ExportFeatures",
+    "ExportVector",
     "ExportWholeContexts",
     "Extract",
     "ImportSae",
     "IndexDataset",
+    "LayerStudy",
     "MapFeatures",
     "Measure",
     "MeasureSae",
+    "PromptBatch",
     "SampleFeatures",
     "ScoreFeatures",
     "ScoreOutputs",
     "Steer",
+    "Sweep",
     "Tokenize",
     "Train",
     "job_from_row",
@@ -89,6 +95,10 @@ KINDS: dict[str, Any] = {
         Steer,
         Calibrate,
         ScoreOutputs,
+        Sweep,
+        PromptBatch,
+        LayerStudy,
+        ExportVector,
         Export,
         ExportFeatures,
         ExportWholeContexts,

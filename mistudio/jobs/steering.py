@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mistudio.engine.progress import Progress
 from mistudio.errors import InvalidInput
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mistudio.engine.features.store import FeatureStore
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
     from mistudio.engine.sae.files import SavedSae
+    from mistudio.engine.steering.generation import Generated
     from mistudio.engine.steering.interventions import FeatureEdit, SiteSteering, Variant
     from mistudio.engine.steering.metrics import SteeringEffect
 
@@ -93,39 +94,100 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
         effectiveness   `metrics.effectiveness`, of the mean gain of the features; None where it
                         is not known
     """
-    from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
-    from mistudio.engine.steering.interventions import Scope
-    from mistudio.engine.steering.metrics import steering_effect
+    from mistudio.engine.steering.generation import encode_prompt
 
     recipe = Recipe(library, job, model)
     planned = recipe.planned()
     tokenizer, special = recipe.tokenizer()
     prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
+    began = time.monotonic()
+    writing = _Clock(progress)
+    generated, variants = compare(
+        model, [(recipe, one) for one in planned], tokenizer, special, prompt_ids, job, writing
+    )
+    seconds = (writing.measuring or time.monotonic()) - began
+    unsteered = generated.rows[0]
+    return {
+        "prompt": job.prompt,
+        "prompt_pieces": [tokenizer.decode([token]) for token in prompt_ids],
+        "hook_point": recipe.point.name,
+        "precision": precision_of(model),
+        "unsteered": unsteered.text,
+        "unsteered_ids": unsteered.ids,
+        "unsteered_ended": unsteered.ended,
+        "unsteered_pieces": [tokenizer.decode([token]) for token in unsteered.ids],
+        "variants": [
+            {
+                "scale": one.scale,
+                "control": one.variant.control is not None,
+                "pieces": [tokenizer.decode([token]) for token in found["ids"]],
+                "coefficients": one.coefficients,
+                "percent_of_norm": one.percent_of_norm,
+                **found,
+            }
+            for one, found in zip(planned, variants, strict=True)
+        ],
+        "median_norm": recipe.median,
+        "together": generated.together,
+        "seconds": seconds,
+        "tokens_per_second": sum(len(row.ids) for row in generated.rows) / max(seconds, 1e-9),
+    }
+
+
+class _Clock:
+    """Notes when the texts are written and measuring begins."""
+
+    def __init__(self, outer: Progress) -> None:
+        self._outer = outer
+        self.measuring: float | None = None
+
+    def check(self) -> None:
+        self._outer.check()
+
+    def report(
+        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
+    ) -> None:
+        if phase == "measure" and self.measuring is None:
+            self.measuring = time.monotonic()
+        self._outer.report(done, total, phase, **metrics)
+
+
+def compare(
+    model: HookedDecoder,
+    planned: Sequence[tuple[Recipe, Planned]],
+    tokenizer: Any,
+    special: Sequence[int],
+    prompt_ids: Sequence[int],
+    job: Sampled,
+    progress: Progress,
+) -> tuple[Generated, list[dict[str, Any]]]:
+    """Continue one prompt without and with each variant, in one batch with shared noise, and
+    measure each against the unsteered text: the effect's measures and what `steer` names beside
+    them, with `text` and `ids`."""
+    from mistudio.engine.steering.generation import Sampling, generate
+    from mistudio.engine.steering.interventions import Scope
+    from mistudio.engine.steering.metrics import steering_effect
+
     sampling = Sampling(
         job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
     )
     scope = Scope(job.scope, tuple(job.positions))
-    began = time.monotonic()
     generated = generate(
         model,
         tokenizer,
         prompt_ids,
-        [one.variant for one in planned],
+        [one.variant for _, one in planned],
         sampling,
         special_ids=special,
         stop_ids=stop_ids(model, tokenizer),
         scope=scope,
         progress=progress,
     )
-    seconds = time.monotonic() - began
-    unsteered = generated.rows[0]
-    texts = [row.ids for row in generated.rows]
-    progress.report(0, len(planned) + 1, phase="measure")
-    expressed = recipe.expressed(prompt_ids, texts, special)
+    unsteered, *rows = generated.rows
     variants = []
-    for number, (one, row) in enumerate(zip(planned, generated.rows[1:], strict=True)):
+    for number, ((recipe, one), row) in enumerate(zip(planned, rows, strict=True)):
         progress.check()
-        progress.report(number + 1, len(planned) + 1, phase="measure")
+        progress.report(number, len(planned), phase="measure")
         effect = steering_effect(
             model,
             one.variant,
@@ -137,37 +199,40 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
             special,
             scope,
         )
+        (features,) = recipe.expressed(prompt_ids, [unsteered.ids, row.ids], special)
         variants.append(
             {
-                "scale": one.scale,
-                "control": one.variant.control is not None,
                 "text": row.text,
                 "ids": row.ids,
-                "pieces": [tokenizer.decode([token]) for token in row.ids],
-                "coefficients": one.coefficients,
-                "percent_of_norm": one.percent_of_norm,
                 **effect.as_dict(),
                 "ended": row.ended,
                 "ended_early": row.ended and len(row.ids) < len(unsteered.ids),
-                "features": [asdict(feature) for feature in expressed[number]],
-                "effectiveness": effectiveness_of(expressed[number], effect),
+                "features": [asdict(feature) for feature in features],
+                "effectiveness": effectiveness_of(features, effect),
             }
         )
-    return {
-        "prompt": job.prompt,
-        "prompt_pieces": [tokenizer.decode([token]) for token in prompt_ids],
-        "hook_point": recipe.point.name,
-        "precision": precision_of(model),
-        "unsteered": unsteered.text,
-        "unsteered_ids": unsteered.ids,
-        "unsteered_ended": unsteered.ended,
-        "unsteered_pieces": [tokenizer.decode([token]) for token in unsteered.ids],
-        "variants": variants,
-        "median_norm": recipe.median,
-        "together": generated.together,
-        "seconds": seconds,
-        "tokens_per_second": sum(len(row.ids) for row in generated.rows) / max(seconds, 1e-9),
-    }
+    return generated, variants
+
+
+class Sampled(Protocol):
+    """What of a job says how text is drawn and where it is steered."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def positions(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -242,7 +307,8 @@ class Recipe:
             part.add(int(feature), float(strength), str(method[0]) if method else "add")
         first = next(iter(self._parts.values()))
         self.point, self.median = first.point, first.median
-        self.model_folder = library.models.get(library.saes.get(job.sae_id).model_id).folder
+        model_id = library.saes.get(job.sae_id).model_id
+        self.model_path = library.path(library.models.get(model_id).folder)
 
     def _open(self, sae_id: int) -> Part:
         sae = self._library.saes.get(sae_id)
@@ -259,7 +325,7 @@ class Recipe:
         """The model's tokenizer and the ids that are never steered."""
         from mistudio.engine.models import loading
 
-        tokenizer = loading.load_tokenizer(self._library.path(self.model_folder))
+        tokenizer = loading.load_tokenizer(self.model_path)
         return tokenizer, sorted(loading.special_ids(tokenizer))
 
     def expressed(
@@ -274,14 +340,15 @@ class Recipe:
 
     def planned(self) -> list[Planned]:
         """One for each scale, and the control of the last."""
-        found = [self._at(scale) for scale in self._job.scales]
+        found = [self.at(scale) for scale in self._job.scales]
         if self._job.control:
             last = found[-1]
             control = replace(last.variant, control=self._job.seed)
             found.append(replace(last, variant=control))
         return found
 
-    def _at(self, scale: float) -> Planned:
+    def at(self, scale: float) -> Planned:
+        """With every strength multiplied by `scale`."""
         from mistudio.engine.steering.interventions import Variant
 
         parts = list(self._parts.values())

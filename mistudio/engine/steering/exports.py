@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.steering.generation import Sampling
-from mistudio.engine.steering.interventions import SiteSteering, Variant, steering_vector
+from mistudio.engine.steering.interventions import (
+    Scope,
+    SiteSteering,
+    Variant,
+    steering_vector,
+)
 from mistudio.errors import Incompatible
 
 
@@ -127,7 +132,10 @@ def python_program(
     module_paths: Mapping[HookPoint, str],
     prompt_ids: Sequence[int],
     special_ids: Sequence[int],
+    stop_ids: Collection[int],
     sampling: Sampling,
+    scope: Scope | None = None,
+    revision: str = "",
     vectors: str = "steering.safetensors",
     precision: str = "float32",
 ) -> str:
@@ -136,11 +144,15 @@ def python_program(
     points = {point.name: module_paths[point] for point in added_vectors(variant)}
     values: dict[str, Any] = {
         "MODEL": model,
+        "REVISION": revision or None,
         "DTYPE": precision,
         "VECTORS": vectors,
         "MODULES": points,
         "PROMPT": list(prompt_ids),
         "NEVER": sorted(special_ids),
+        "STOP": sorted(stop_ids),
+        "SCOPE": scope.kind if scope else "all",
+        "CHOSEN": list(scope.positions) if scope else [],
         "TEMPERATURE": sampling.temperature,
         "TOP_K": sampling.top_k,
         "TOP_P": sampling.top_p,
@@ -163,8 +175,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # VALUES
 
-tokenizer = AutoTokenizer.from_pretrained(MODEL)
-model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, DTYPE)).eval()
+tokenizer = AutoTokenizer.from_pretrained(MODEL, revision=REVISION)
+model = AutoModelForCausalLM.from_pretrained(
+    MODEL, revision=REVISION, dtype=getattr(torch, DTYPE)
+).eval()
 vectors = load_file(VECTORS)
 mask = None
 
@@ -197,13 +211,26 @@ def draw(logits, noise):
     return int((scaled + gumbel.to(scaled)).argmax())
 
 
+def steered(fed, first):
+    """Which of the tokens, the first of them at an absolute position, are steered."""
+    places = torch.arange(first, first + fed.shape[1])
+    scope = {
+        "all": places > 0,
+        "generated": places >= len(PROMPT),
+        "from_last": places >= len(PROMPT) - 1,
+        "last": places == len(PROMPT) - 1,
+        "chosen": torch.isin(places, torch.tensor(CHOSEN, dtype=torch.long)),
+    }[SCOPE]
+    # Position 0 and special tokens never are.
+    return ~torch.isin(fed, torch.tensor(NEVER, dtype=torch.long)) & scope & (places > 0)
+
+
 noise = torch.Generator().manual_seed(SEED)
-made, fed, cache = [], torch.tensor([PROMPT]), None
+made, fed, cache, position = [], torch.tensor([PROMPT]), None, 0
 with torch.inference_mode():
     for step in range(NEW_TOKENS):
-        mask = ~torch.isin(fed, torch.tensor(NEVER))
-        if step == 0:
-            mask[:, 0] = False  # position 0 is never steered
+        mask = steered(fed, position)
+        position += fed.shape[1]
         out = model(fed, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         logits = out.logits[0, -1].float()
@@ -212,7 +239,7 @@ with torch.inference_mode():
             values = logits[seen]
             logits[seen] = torch.where(values > 0, values / PENALTY, values * PENALTY)
         token = draw(logits, noise)
-        if token == tokenizer.eos_token_id:
+        if token in STOP:
             break
         made.append(token)
         fed = torch.tensor([[token]])

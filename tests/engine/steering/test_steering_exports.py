@@ -22,7 +22,13 @@ from mistudio.engine.steering.exports import (
     write_tensors,
 )
 from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
-from mistudio.engine.steering.interventions import SiteSteering, Steering, Variant, adding
+from mistudio.engine.steering.interventions import (
+    Scope,
+    SiteSteering,
+    Steering,
+    Variant,
+    adding,
+)
 from mistudio.errors import Incompatible
 
 POINTS = [HookPoint("resid_post", 1), HookPoint("resid_post", 3)]
@@ -110,12 +116,14 @@ def test_neuronpedias_vector_is_one_place(variant, tmp_path):
 
 
 def test_the_program_writes_the_same_text(tiny, tiny_tokenizer, prompt, variant, tmp_path):
+    scope = Scope("from_last")
     sampling = Sampling(
         temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.1, max_new_tokens=10, seed=4
     )
     row = generate(
-        tiny, tiny_tokenizer, prompt, [variant], sampling, special_ids=SPECIAL, stop_ids={0}
-    ).rows[1]
+        tiny, tiny_tokenizer, prompt, [variant], sampling, special_ids=SPECIAL, stop_ids={0},
+        scope=scope,
+    ).rows[1]  # fmt: skip
     write_tensors(tmp_path / "steering.safetensors", variant, {})
     program = python_program(
         variant,
@@ -123,7 +131,9 @@ def test_the_program_writes_the_same_text(tiny, tiny_tokenizer, prompt, variant,
         module_paths={point: tiny.module_path(point) for point in POINTS},
         prompt_ids=prompt,
         special_ids=SPECIAL,
+        stop_ids={0},
         sampling=sampling,
+        scope=scope,
     )
     (tmp_path / "steer.py").write_text(program, encoding="utf-8")
     done = subprocess.run(

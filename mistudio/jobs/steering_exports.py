@@ -1,0 +1,202 @@
+"""A steering as a file for others: llama.cpp, Neuronpedia, anything that reads tensors, Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mistudio.errors import Incompatible, InvalidInput
+from mistudio.jobs.control import Phase
+from mistudio.jobs.job import JobContext
+from mistudio.jobs.models import loaded_model, precision_of
+from mistudio.jobs.stages import Stage
+from mistudio.jobs.steering import Recipe, Steer, stop_ids
+from mistudio.library.library import Library
+from mistudio.library.records import Model
+
+if TYPE_CHECKING:
+    from mistudio.engine.models.hooks import HookedDecoder
+
+# By format: how its file name ends.
+SUFFIXES = {
+    "gguf": ".gguf",
+    "neuronpedia": ".json",
+    "safetensors": ".safetensors",
+    "python": ".py",
+}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ExportVector:
+    """Write what a steering adds to the model to the file `path`, in one of `SUFFIXES`' formats;
+    what was at that place is replaced. `request` are the fields of a `jobs/steering.Steer`, as a
+    generation keeps them; its strengths are multiplied by `scale`.
+
+    "python" writes a program that repeats the generation without miStudio, and the vectors beside
+    it under the same name. Refused is what is more than adding vectors, and where the format has no
+    place for it."""
+
+    request: dict[str, Any]
+    path: str
+    format: str = "gguf"
+    scale: float = 1.0
+
+    kind: ClassVar[str] = "export_vector"
+    lane: ClassVar[str] = "compute"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("load model", 5), Phase("export", 1))
+
+    def title(self, library: Library) -> str:
+        return f"Export a steering vector to {Path(self.path).name}"
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        library = context.library
+        path = _checked(self)
+        job = _steer(self.request)
+        sae = library.saes.get(job.sae_id)
+        model = loaded_model(library, sae.model_id, Stage(context, "load model"))
+        context.report(0, 1, phase="export")
+        files = _write(library, job, self, path, model, library.models.get(sae.model_id))
+        return {"files": [str(file) for file in files]}
+
+
+def _checked(job: ExportVector) -> Path:
+    if job.format not in SUFFIXES:
+        raise InvalidInput(
+            "No such format",
+            f"“{job.format}” was asked for.",
+            f"Choose one of {', '.join(SUFFIXES)}.",
+            field="format",
+        )
+    path = Path(job.path).expanduser()
+    if not path.is_absolute() or not path.parent.is_dir() or path.is_dir():
+        raise InvalidInput(
+            "The file cannot be written there",
+            f"{path} is a folder." if path.is_dir() else f"There is no folder {path.parent}.",
+            "Choose a file in a folder that exists.",
+            field="path",
+        )
+    return path
+
+
+def _steer(request: dict[str, Any]) -> Steer:
+    from mistudio.jobs.kinds import job_from_row
+
+    try:
+        job = job_from_row("steer", {"prompt": "", **request})
+    except TypeError as exc:
+        raise InvalidInput(
+            "This is not a steering", "It names no SAE or no features.", "Choose a generation."
+        ) from exc
+    assert isinstance(job, Steer)
+    return job
+
+
+def _write(
+    library: Library,
+    job: Steer,
+    asked: ExportVector,
+    path: Path,
+    model: HookedDecoder,
+    record: Model,
+) -> list[Path]:
+    from mistudio.engine.steering import exports
+
+    recipe = Recipe(library, job, model)
+    variant = recipe.at(asked.scale).variant
+    if not exports.added_vectors(variant):
+        raise Incompatible(
+            "This steering adds nothing",
+            "Every strength is 0.",
+            "Choose a strength first.",
+        )
+    if asked.format in ("gguf", "neuronpedia") and job.scope != "all":
+        raise Incompatible(
+            "The file cannot say where to steer",
+            "Such a vector acts at every token; this steering acts at some alone.",
+            "Steer prompt and generated tokens, or export a Python program.",
+        )
+    about = _about(library, job, asked.scale, record)
+    if asked.format == "gguf":
+        model_type = str(model.model.config.model_type)
+        exports.write_control_vector(path, variant, model_type, model.n_layers)
+    elif asked.format == "neuronpedia":
+        name = (record.origin if record.source == "hub" else record.name).rpartition("/")[2]
+        exports.write_neuronpedia_vector(path, variant, name.lower(), about["features"])
+    elif asked.format == "safetensors":
+        exports.write_tensors(path, variant, about)
+    else:
+        return _write_program(job, recipe, asked, path, model, record, about)
+    return [path]
+
+
+def _write_program(
+    job: Steer,
+    recipe: Recipe,
+    asked: ExportVector,
+    path: Path,
+    model: HookedDecoder,
+    record: Model,
+    about: dict[str, str],
+) -> list[Path]:
+    from mistudio.engine.steering import exports
+    from mistudio.engine.steering.generation import Sampling, encode_prompt
+    from mistudio.engine.steering.interventions import Scope
+
+    precision = precision_of(model)
+    if precision not in _DTYPES:
+        raise Incompatible(
+            "A quantised model cannot be repeated by a short program",
+            f"The model is loaded in {precision.upper()}.",
+            "Load it unquantised, or export the vectors alone.",
+        )
+    hub = record.source == "hub"
+    sampling = Sampling(
+        job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
+    )
+    sampling.check()
+    tokenizer, special = recipe.tokenizer()
+    prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
+    scope = Scope(job.scope, tuple(job.positions))
+    scope.check(len(prompt_ids))
+    variant = recipe.at(asked.scale).variant
+    beside = path.with_suffix(".safetensors")
+    program = exports.python_program(
+        variant,
+        model=record.origin if hub else str(recipe.model_path),
+        revision=str(record.provenance.get("revision", "")) if hub else "",
+        module_paths={p: model.module_path(p) for p in exports.added_vectors(variant)},
+        prompt_ids=prompt_ids,
+        special_ids=special,
+        stop_ids=stop_ids(model, tokenizer),
+        sampling=sampling,
+        scope=scope,
+        vectors=beside.name,
+        precision=_DTYPES[precision],
+    )
+    exports.write_tensors(beside, variant, about)
+    part = path.with_name(path.name + ".part")
+    part.write_text(program, encoding="utf-8")
+    os.replace(part, path)
+    return [path, beside]
+
+
+def _about(library: Library, job: Steer, scale: float, record: Model) -> dict[str, str]:
+    """What the vectors are, as texts for a file's metadata."""
+    chosen = [(job.sae_id, *entry) for entry in job.features]
+    chosen += [tuple(entry) for entry in job.others]
+    names = []
+    for sae_id, feature, strength, *_ in chosen:
+        sae = library.saes.get(int(sae_id))
+        names.append(f"#{int(feature)} of {sae.hook_point_out} x {float(strength) * scale:g}")
+    return {
+        "format": "mistudio-steering-1",
+        "model": record.origin if record.source == "hub" else record.name,
+        "revision": str(record.provenance.get("revision", "")),
+        "features": ", ".join(names),
+        "layers": json.dumps(list(job.layers)),
+        "scope": job.scope,
+    }
