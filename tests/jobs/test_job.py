@@ -16,12 +16,14 @@ from mistudio.jobs.control import Control, Meter, Phase, Snapshot
 from mistudio.jobs.job import JobContext, run_job, submit
 from mistudio.jobs.kinds import (
     KINDS,
+    Ablate,
     AddDataset,
     AddModel,
     AddSampleDataset,
     AddTokenizer,
     AnalyseDataset,
     CheckQuality,
+    CoActivate,
     Demo,
     Discover,
     DiscoverRun,
@@ -464,6 +466,8 @@ EXAMPLES = (
     Train(1, 2, ["blocks.0.hook_mlp_out"], {"k": 8, "sparsity": "topk"}, 3, "My run", 512),
     Discover(5, 1000, 7, None, 50, False, 3),
     DiscoverRun(5, 1000, 7, 50, False, 3),
+    Ablate(3, [1, 2], "mean", 8, 2, 5),
+    CoActivate(3, 5000, 4),
     Steer(5, [[3, 1.5], [4, -2.0]], "Hello", 0.9, 0.8, 20, 7, True, (1.0, 2.0)),
     Export(9, "/tmp/x", "saelens"),
     Export(None, "/tmp/x", "sparsify", 4),
