@@ -57,7 +57,7 @@ class StrengthSlider(QSlider):
         self.setRange(round(-STRONGEST * _STEPS), round(STRONGEST * _STEPS))
         self.setSingleStep(_SNAP)
         self.setPageStep(5 * _SNAP)
-        self.setMinimumHeight(28)
+        self.setFixedHeight(26)
         self.setAccessibleName(name)
         self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
 
@@ -79,7 +79,7 @@ class StrengthSlider(QSlider):
         handle = self.style().subControlRect(
             QStyle.ComplexControl.CC_Slider, option, QStyle.SubControl.SC_SliderHandle, self
         )
-        x, y = handle.center().x() + 0.5, 10.0
+        x, y = handle.center().x() + 0.5, 9.0
         middle = self.width() / 2
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
@@ -87,7 +87,9 @@ class StrengthSlider(QSlider):
         for start, end, zone in self._zones:
             painter.setBrush(QColor(_ZONE_COLOURS[zone]))
             left, height = self._place(start), _ZONE_HEIGHTS[zone]
-            painter.drawRect(QRectF(left, 27 - height, self._place(end) - left - 1, height))
+            painter.drawRect(
+                QRectF(left, self.height() - height, self._place(end) - left - 1, height)
+            )
         painter.setBrush(QColor(tokens.RAISED_HOVER))
         painter.drawRoundedRect(QRectF(0, y - 3, self.width(), 6), 3, 3)
         if self.isEnabled():

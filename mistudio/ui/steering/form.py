@@ -33,6 +33,7 @@ class GenerationForm(Card):
 
     start_wanted = Signal()
     stop_wanted = Signal()
+    edited = Signal()
 
     def __init__(self, presenter: SteeringPresenter, parent: QWidget | None = None) -> None:
         super().__init__("Generation Configuration", "settings", parent=parent)
@@ -77,6 +78,7 @@ class GenerationForm(Card):
         self.temperature.setToolTip("0 always takes the most likely token")
         self.max_tokens = IntBox(100, 1, 2048, 10)
         self.max_tokens.setToolTip("The longest continuation")
+        self.max_tokens.valueChanged.connect(self._on_max_tokens_changed)
         numbers = QGridLayout()
         numbers.setHorizontalSpacing(tokens.GAP)
         numbers.addWidget(FormRow("Temperature", self.temperature), 0, 0)
@@ -165,8 +167,12 @@ class GenerationForm(Card):
     def _on_prompt_changed(self) -> None:
         self._on_edited()
 
+    def _on_max_tokens_changed(self, value: int) -> None:
+        self.edited.emit()
+
     def _on_edited(self) -> None:
         self.refresh()
+        self.edited.emit()
         if self.advanced.scope.value == "chosen":
             self._tokens_wanted()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from PySide6.QtCore import Qt
 from PySide6.QtGui import QKeySequence, QShortcut
-from PySide6.QtWidgets import QHBoxLayout, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QHBoxLayout, QTabBar, QVBoxLayout, QWidget
 
 from mistudio.errors import UserError
 from mistudio.jobs.presets import BOUND
@@ -14,6 +14,7 @@ from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Generation, Template
 from mistudio.ui.services import Services
 from mistudio.ui.steering import presets
+from mistudio.ui.steering.experiments.view import ExperimentsView
 from mistudio.ui.steering.finder import FeatureFinder
 from mistudio.ui.steering.form import GenerationForm
 from mistudio.ui.steering.history import History
@@ -62,9 +63,24 @@ class SteeringPage(QWidget):
         self.configuration = GenerationForm(presenter)
         self.configuration.start_wanted.connect(self._start)
         self.configuration.stop_wanted.connect(presenter.stop)
+        self.configuration.edited.connect(self._on_configuration_edited)
         self.output = Output()
         self.history = History(services, presenter)
         self.history.opened.connect(self.reopen)
+        self.comparison = QWidget()
+        self.comparison.setProperty("surface", "clear")
+        compared = column(24)
+        compared.addWidget(self.output)
+        compared.addWidget(self.history)
+        self.comparison.setLayout(compared)
+        self.experiments = ExperimentsView(services, presenter, self.form)
+        self.views = QTabBar()
+        self.views.setAccessibleName("Comparison or experiments")
+        self.views.setExpanding(False)
+        for name in ("Comparison", "Experiments"):
+            self.views.addTab(name)
+        self.views.currentChanged.connect(self._on_views_current_changed)
+        self._on_views_current_changed(0)
         self._error_place = column(0)
         self._work = QWidget()
         self._work.setProperty("surface", "clear")
@@ -76,8 +92,9 @@ class SteeringPage(QWidget):
         work.addWidget(preset_card)
         work.addLayout(columns)
         work.addLayout(self._error_place)
-        work.addWidget(self.output)
-        work.addWidget(self.history)
+        work.addWidget(self.views)
+        work.addWidget(self.comparison)
+        work.addWidget(self.experiments)
         self._work.setLayout(work)
         self._page = ColumnPage()
         self._page.add(
@@ -134,6 +151,7 @@ class SteeringPage(QWidget):
             "history": self.history.expanded,
             "presets": self.presets.expanded,
             "advanced": self.configuration.advanced.expanded,
+            "view": self.views.currentIndex(),
             "generation_id": shown.id if shown else None,
         }
 
@@ -145,6 +163,7 @@ class SteeringPage(QWidget):
         self.history.set_expanded(bool(state.get("history")))
         self.presets.set_expanded(bool(state.get("presets")))
         self.configuration.advanced.set_expanded(bool(state.get("advanced")))
+        self.views.setCurrentIndex(1 if state.get("view") == 1 else 0)
         generation_id = state.get("generation_id")
         generation = (
             self.presenter.generation(generation_id) if isinstance(generation_id, int) else None
@@ -181,6 +200,14 @@ class SteeringPage(QWidget):
 
     def _on_features_edited(self) -> None:
         self.configuration.refresh()
+        self.experiments.refresh()
+
+    def _on_configuration_edited(self) -> None:
+        self.experiments.refresh()
+
+    def _on_views_current_changed(self, index: int) -> None:
+        self.comparison.setVisible(index == 0)
+        self.experiments.setVisible(index == 1)
 
     def _on_presenter_index_failed(self, error: UserError) -> None:
         clear(self._error_place)
@@ -242,6 +269,7 @@ class SteeringPage(QWidget):
         except UserError as exc:
             self._error_place.addWidget(ErrorPanel(exc.title, exc.what, exc.next_step))
             return
+        self.views.setCurrentIndex(0)
         self.output.begin(names(form.as_dict()))
         self.configuration.show_progress(None)
         self.configuration.stop.setEnabled(True)
@@ -288,5 +316,6 @@ class SteeringPage(QWidget):
         self.presenter.set_selected(chosen)
         self.configuration.show_form(form)
         clear(self._error_place)
+        self.views.setCurrentIndex(0)
         self._show_result(generation)
         self._page.ensureWidgetVisible(self.output.steered)
