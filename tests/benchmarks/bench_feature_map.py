@@ -38,6 +38,12 @@ def directions(n: int) -> Any:
     return centres[which] + 1.2 * torch.randn(n, WIDTH, generator=generator)
 
 
+def processor() -> float:
+    """Seconds of processor time of this process and of those that it has waited for."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
 def lay_out(n: int, method: str) -> None:
     """Prints the seconds of each step and the longest that this thread, a window's, had to wait."""
     from mistudio.engine.features import maps
@@ -66,19 +72,20 @@ def lay_out(n: int, method: str) -> None:
 
     maps.prepare(decoder[:64], np.arange(64), settings)  # imports are not what is measured
     thread = threading.Thread(target=work)
-    longest, began = 0.0, time.perf_counter()
+    longest, began, spent = 0.0, time.perf_counter(), processor()
     thread.start()
     while thread.is_alive():
         before = time.perf_counter()
         time.sleep(0.005)
         longest = max(longest, time.perf_counter() - before - 0.005)
-    whole = time.perf_counter() - began
+    whole, spent = time.perf_counter() - began, processor() - spent
     steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
     quality = found["quality"]
     reduced = f", {found['components']} components" if found["components"] else ""
     print(
-        f"{method:>5} of {n:>6,}{reduced}: {whole:6.1f} s ({steps}); trustworthiness "
-        f"{quality.trust:.3f}, {quality.kept:.0%} of neighbours kept, {found['groups']} groups; "
+        f"{method:>5} of {n:>6,}{reduced}: {whole:6.1f} s ({steps}), "
+        f"{spent:.1f} s of processor; trustworthiness {quality.trust:.4f}, "
+        f"{quality.kept:.0%} of neighbours kept, {found['groups']} groups; "
         f"the window's thread waited {longest * 1000:.0f} ms at most"
     )
 

@@ -204,6 +204,16 @@ def test_a_kept_map_is_the_one_that_was_made(tmp_path: Path) -> None:
     )
 
 
+def test_groups_are_numbered_by_size_and_what_lies_between_is_in_none() -> None:
+    generator = np.random.default_rng(0)
+    sizes, centres = (15, 40, 25), ((0, 0), (30, 0), (0, 30))
+    blobs = [generator.normal(c, 0.5, (n, 2)) for n, c in zip(sizes, centres, strict=True)]
+    found = groups_of_map(np.concatenate([*blobs, [[60.0, 60.0]]]), 10)
+    common = [np.bincount(part[part >= 0]).argmax() for part in np.split(found[:80], [15, 55])]
+    assert common == [2, 0, 1] and found[80] == -1
+    assert groups_of_map(np.zeros((3, 2)), 10).tolist() == [-1] * 3
+
+
 def test_alike_rows_stand_side_by_side_and_empty_ones_last() -> None:
     generator = np.random.default_rng(0)
     kinds = generator.permutation(np.repeat([0, 1, 2], 5))
