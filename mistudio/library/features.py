@@ -92,6 +92,12 @@ class FeatureNotes(Table[FeatureNote]):
         rows = self._library.rows("SELECT * FROM feature_notes WHERE sae_id = ?", (sae_id,))
         return {row["feature"]: self._decode(row) for row in rows}
 
+    def of_feature(self, sae_id: int, feature: int) -> FeatureNote | None:
+        rows = self._library.rows(
+            "SELECT * FROM feature_notes WHERE sae_id = ? AND feature = ?", (sae_id, feature)
+        )
+        return self._decode(rows[0]) if rows else None
+
     def write(
         self,
         sae_id: int,

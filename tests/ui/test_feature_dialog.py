@@ -289,6 +289,7 @@ def test_own_text_shows_what_the_model_says_and_the_newest_wins(
     active = int((values > 0).sum())
     told = own.status.text()
     assert (f"Fires on {active} of" if active else "Silent on all") in told
+    wait(qtbot, lambda: dialog.presenter.table.note(other) is not None)
     own.all_starred.setChecked(True)
     texts = [w.text() for w in own.findChildren(QWidget) if hasattr(w, "text")]
     assert f"#{other}" in texts

@@ -107,8 +107,8 @@ class BarList(QWidget):
                 painter.setBrush(QColor(tokens.RAISED))
                 painter.drawRoundedRect(place, 6, 6)
             left = place.left() + 6
-            self._text(painter, f"#{number + 1}", QRect(left, place.top(), rank_width, ROW),
-                       tokens.HELPER, self._font)  # fmt: skip
+            rank = QRect(left, place.top(), rank_width, place.height())
+            self._text(painter, f"#{number + 1}", rank, tokens.HELPER, self._font)
             left += rank_width
             self._label(painter, entry, QRect(left, place.top(), label_width - 12, place.height()))
             bar = QRectF(

@@ -101,10 +101,11 @@ class CorrelationsTab(FeatureTab):
         self.scope.setEnabled(measure != COSINE and self.scope.count() > 1)
         reading, feature = self.dialog.reading, self.feature
         reader = self.dialog.presenter.reader
-        notes = self.services.library.feature_notes.of_sae(other or self.dialog.sae_id)
-        labels = {number: note.label for number, note in notes.items() if note.label}
+        library, sae_id = self.services.library, other or self.dialog.sae_id
 
         def read() -> Found:
+            notes = library.feature_notes.of_sae(sae_id)
+            labels = {number: note.label for number, note in notes.items() if note.label}
             folder = reading.store.folder
             sample = together.sample_of(folder)
             fired = together.fired(folder, feature) if sample else 0

@@ -229,7 +229,7 @@ class FeatureDialog(QDialog):
         return self.value_of(name, self.feature)
 
     def note_of(self, feature: int) -> FeatureNote | None:
-        return self.presenter.table.note(feature)
+        return self.services.library.feature_notes.of_feature(self.sae_id, feature)
 
     def show_feature(self, feature: int) -> None:
         """Show another feature; what was typed for the old one is saved first."""
@@ -450,7 +450,7 @@ class FeatureDialog(QDialog):
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
         """A label was chosen or a star set elsewhere; not while one types."""
         if table == "feature_notes" and self.sae_id in ids and not self.label.hasFocus():
-            found = self.services.library.feature_notes.of_sae(self.sae_id).get(self.feature)
+            found = self.note_of(self.feature)
             if found is not None:
                 self._loading = True
                 if not self._save_label.isActive():

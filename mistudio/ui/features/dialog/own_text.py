@@ -146,8 +146,8 @@ class OwnText(QWidget):
 
     def _show_starred(self) -> None:
         assert self.result is not None
-        notes = self._services.library.feature_notes.of_sae(self._dialog.sae_id)
-        starred = [n for n in notes.values() if n.starred and n.feature != self._feature]
+        notes = self._dialog.presenter.table.notes.of.values()
+        starred = [n for n in notes if n.starred and n.feature != self._feature]
         found = [(self.result.of(note.feature), note) for note in starred]
         found.sort(key=lambda pair: -float(pair[0].max(initial=0.0)))
         if not found:
