@@ -303,6 +303,8 @@ def test_the_same_import_directory_has_the_same_bytes(whole, tmp_path):
     one, two = (neuronpedia_b.write(some, tmp_path / name, Naming("res"), release) for name in "ab")
     files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]
     assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files) and files
+    times = {(one / f).read_bytes()[4:8] for f in files if f.suffix == ".gz"}
+    assert times == {bytes(4)}, "a gzip file would hold the second at which it was written"
 
 
 def test_no_nul_reaches_a_database(material, tmp_path, monkeypatch):
