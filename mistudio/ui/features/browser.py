@@ -141,7 +141,8 @@ class Browser(QWidget):
             "notes, descriptions, tokens, promoted tokens, example contexts"
         )
         self.search.setClearButtonEnabled(True)
-        self.search.textChanged.connect(debounced(self, SEARCH_DELAY_MS, self._search_now))
+        self._search_soon = debounced(self, SEARCH_DELAY_MS, self._search_now)
+        self.search.textChanged.connect(self._search_soon)
         self.search.installEventFilter(self)
         self.fields = Choice(list(FIELD_CHOICES))
         self.fields.setAccessibleName("Where to search")
@@ -163,6 +164,7 @@ class Browser(QWidget):
         table.query_changed.connect(self._on_table_query_changed)
         table.shown_changed.connect(self._on_table_shown_changed)
         presenter.searching_changed.connect(self._on_presenter_searching_changed)
+        presenter.applied.connect(self._on_presenter_applied)
         presenter.opened.connect(self._on_presenter_opened)
         presenter.failed.connect(self._on_presenter_failed)
         view.horizontalHeader().sectionClicked.connect(self._on_header_section_clicked)
@@ -294,6 +296,16 @@ class Browser(QWidget):
     def _search_now(self, *_: object) -> None:
         self._presenter.search(self.search.text(), self.fields.value)
 
+    def _on_presenter_applied(self, query: Query) -> None:
+        """The fields say what is searched for; what was typed before is not searched any more."""
+        self._search_soon.stop()
+        for field in (self.search, self.fields):
+            field.blockSignals(True)
+        self.search.setText(query.search)
+        self.fields.set_value(query.fields)
+        for field in (self.search, self.fields):
+            field.blockSignals(False)
+
     def _focus_search(self) -> None:
         self.search.setFocus(Qt.FocusReason.ShortcutFocusReason)
         self.search.selectAll()
@@ -349,8 +361,6 @@ class Browser(QWidget):
             self.direction.set_icon("arrow-down", "Descending: click for ascending")
         else:
             self.direction.set_icon("arrow-up", "Ascending: click for descending")
-        if query.search and self.search.text().strip() != query.search:
-            self.search.setText(query.search)
         self._searching.setText(self._search_note())
 
     def _on_table_shown_changed(self) -> None:

@@ -182,7 +182,7 @@ def bars(counts: np.ndarray, cell: QRect) -> list[QRect]:
     most = shown.max(initial=0.0)
     if most <= 0:
         return []
-    heights = np.ceil(np.sqrt(shown / most) * cell.height()).astype(int).tolist()
+    heights = np.ceil(np.sqrt(shown / most) * (cell.height() - 1)).astype(int).tolist()
     wide = cell.width() / BARS
     edges = [cell.left() + round(place * wide) for place in range(BARS + 1)]
     gap = 1 if wide >= 3 else 0

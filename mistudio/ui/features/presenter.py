@@ -39,6 +39,8 @@ class FeaturesPresenter(QObject):
     failed = Signal(object)
     """Reading failed, with the exception."""
     searching_changed = Signal(bool)
+    applied = Signal(object)
+    """A whole query is shown from now on; its search and its list follow."""
     lists_changed = Signal()
     views_changed = Signal()
 
@@ -260,6 +262,7 @@ class FeaturesPresenter(QObject):
 
     def apply(self, query: Query) -> None:
         """Show what a saved view says; its search runs in the background, its list is read."""
+        self.applied.emit(query)
         listed, search = query.list_id, (query.search, query.fields)
         self.table.show_subset(None)
         self.table.set_query(replace(query, list_id=self.table.query.list_id, search=""))
