@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,22 @@ def test_a_process_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         map_process.lay_out_apart(
             neighbours, neighbours, neighbours[:, :2], MapSettings(), tmp_path, Killing()
         )
+
+
+def test_a_process_whose_window_is_gone_ends_by_itself(tmp_path: Path) -> None:
+    numbers = np.zeros((12, 3), np.int32)
+    np.savez(
+        tmp_path / map_process.INPUT, neighbours=numbers, distances=numbers, start=numbers[:, :2]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mistudio.jobs.map_process", str(tmp_path)],
+        input=json.dumps(asdict(MapSettings("tsne"))).encode() + b"\n",  # and nothing after it
+        capture_output=True,
+        timeout=60,
+        env=map_process._environment(),
+    )
+    assert done.returncode == 1 and b'"phase": "layout"' in done.stdout
+    assert not (tmp_path / map_process.OUTPUT).exists()
 
 
 def test_a_sample_holds_the_activations_of_its_windows(library: Library) -> None:

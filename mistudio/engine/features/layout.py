@@ -59,6 +59,8 @@ def lay_out(
 
     One thread, so that the same seed gives the same picture on the same machine and versions.
     """
+    progress.check()
+    progress.report(0, 1, phase="layout")  # what follows imports for seconds first
     if settings.method == "umap":
         return _umap(neighbours, distances, start, settings, progress)
     return _tsne(neighbours, distances, start, settings, progress)
