@@ -392,3 +392,27 @@ def test_history_is_taken_along(qtbot: Any, page: SteeringPage, tmp_path: Path) 
     assert (steered["variant"], steered["text"]) == ("x 1", variant["text"])
     assert float(steered["kl_per_token"]) == variant["kl_per_token"]
     qtbot.waitUntil(lambda: len(toasts.toasts) >= 1, timeout=5000)
+
+
+def test_the_selection_is_exported_for_other_programs(
+    qtbot: Any, page: SteeringPage, tmp_path: Path, answer_dialogs: Any
+) -> None:
+    assert not page.export.isEnabled()
+    page.presenter.add(strongest(page), 2.0)
+    page.configuration.prompt.setPlainText(PROMPT)
+    actions = page.export.menu().actions()
+    assert [action.text().split(" ")[0] for action in actions] == [
+        "Control", "Tensors", "Neuronpedia", "Python",
+    ]  # fmt: skip
+    for action, name in zip(actions[1:], ("a.safetensors", "a.json", "b.py"), strict=True):
+        answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / name), ""))
+        with qtbot.waitSignal(page.presenter.exported, timeout=60_000) as told:
+            action.trigger()
+        assert told.args[0][0] == str(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+    page.features.cards()[0].method.set_value("ablate")  # is no vector
+    answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / "c.gguf"), ""))
+    with qtbot.waitSignal(page.presenter.job_failed, timeout=60_000):
+        actions[0].trigger()
+    assert not (tmp_path / "c.gguf").exists()
+    assert "more than a vector" in page._error_place.itemAt(0).widget().accessibleName()

@@ -15,6 +15,7 @@ from mistudio.library.records import Generation, Template
 from mistudio.ui.services import Services
 from mistudio.ui.steering import presets
 from mistudio.ui.steering.experiments.view import ExperimentsView
+from mistudio.ui.steering.exporting import ExportButton
 from mistudio.ui.steering.finder import FeatureFinder
 from mistudio.ui.steering.form import GenerationForm
 from mistudio.ui.steering.history import History
@@ -64,6 +65,8 @@ class SteeringPage(QWidget):
         self.configuration.start_wanted.connect(self._start)
         self.configuration.stop_wanted.connect(presenter.stop)
         self.configuration.edited.connect(self._on_configuration_edited)
+        self.export = ExportButton(services, presenter, self.form)
+        self.features.add_to_header(self.export)
         self.output = Output()
         self.history = History(services, presenter)
         self.history.opened.connect(self.reopen)

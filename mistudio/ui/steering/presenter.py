@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class SteeringPresenter(QObject):
     suggestions_changed = Signal()
     selection_changed = Signal()
     calibrations_changed = Signal()
+    exported = Signal(object)
+    """the files that were written"""
     job_failed = Signal(object)
     """the error in the row of a job that found something out"""
     tokens_read = Signal(object)
@@ -78,6 +80,7 @@ class SteeringPresenter(QObject):
         self._calibrations: dict[int, dict[tuple[int, str], Calibration]] = {}
         self._calibrating: dict[int, tuple[int, int]] = {}  # job -> (SAE, feature)
         self._scoring: int | None = None
+        self._exporting: set[int] = set()
         self.job_id: int | None = None
         services.changes.changed.connect(self._on_changes_changed)
         services.jobs.job_finished.connect(self._on_jobs_job_finished)
@@ -436,6 +439,13 @@ class SteeringPresenter(QObject):
                 error = self._services.library.jobs.get(job_id).error
                 self.job_failed.emit(error)
             self.calibrations_changed.emit()
+        elif job_id in self._exporting:
+            self._exporting.discard(job_id)
+            record = self._services.library.jobs.get(job_id)
+            if status == "finished":
+                self.exported.emit(record.result["files"])
+            elif status == "failed":
+                self.job_failed.emit(record.error)
         elif job_id == self._scoring:
             self._scoring = None
             if status == "failed":
@@ -459,6 +469,17 @@ class SteeringPresenter(QObject):
 
     def _on_tokens_failed(self, error: Exception) -> None:
         self.tokens_failed.emit(problem_of(error))
+
+    def export_vector(self, form: Form, kind: str, path: Path) -> None:
+        """Queue writing what is selected as a file for others; `exported` tells when it is
+        there."""
+        from mistudio.jobs.kinds import ExportVector
+
+        assert self.sae_id is not None
+        request = asdict(to_job(form, self.selected, self.sae_id))
+        scale = form.scales[0] if len(form.scales) == 1 else 1.0
+        job = ExportVector(request, str(path), kind, scale)
+        self._exporting.add(self._services.jobs.submit(job))
 
     # --- presets --------------------------------------------------------------------------------
 
