@@ -193,9 +193,9 @@ def effectiveness(gain: float, distinct_ratio: float, perplexity_ratio: float) -
     min(1, distinct-2 relative to the unsteered text's); min(1, 3 / perplexity ratio).
     0 where one of the three is 0 or less (AxBench's rule, Wu et al. 2025, 2501.17148); NaN where
     one is unknown."""
-    parts = (min(1.0, gain), min(1.0, distinct_ratio), min(1.0, 3.0 / perplexity_ratio))
-    if any(math.isnan(part) for part in parts):
+    if any(math.isnan(part) for part in (gain, distinct_ratio, perplexity_ratio)):
         return math.nan
+    parts = (min(1.0, gain), min(1.0, distinct_ratio), min(1.0, 3.0 / perplexity_ratio))
     if min(parts) <= 0:
         return 0.0
     return len(parts) / sum(1 / part for part in parts)
