@@ -64,6 +64,7 @@ class MapView(QWidget):
         self.chosen = np.empty(0, np.int32)
         """Features that were enclosed."""
         self._values = np.empty(0)
+        self._coloured = False  # whether the map that is shown has its colours
 
         self.method = Choice([("umap", "UMAP"), ("tsne", "t-SNE")])
         self.method.setObjectName("method")
@@ -189,9 +190,12 @@ class MapView(QWidget):
                 self.points.set_points(
                     features, made.places["x"][features], made.places["y"][features]
                 )
-                self._offer_colours()
-                self._on_colour_changed()
+                self._coloured = False
             self.said.setText(self.method_text())
+        if made is not None and not self._coloured and self.session.columns is not None:
+            self._coloured = True
+            self._offer_colours()
+            self._on_colour_changed()
         self._show_state()
 
     def _offer_colours(self) -> None:

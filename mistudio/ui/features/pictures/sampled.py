@@ -128,7 +128,7 @@ class SampledView(QWidget):
         self.result, self._error = None, None
         self._asked += 1
         session = self.session
-        ready = session.run is not None and session.ready
+        ready = session.run is not None and session.ready and session.columns is not None
         if ready and len(self.features) > 1 and (session.sample or not self.needs_sample()):
             number, compute = self._asked, self.compute()
             session.compute(lambda: (number, _tried(compute)), self._on_computed, self._on_failed)

@@ -55,6 +55,7 @@ class Session(QObject):
         table.dataChanged.connect(self._on_table_data_changed)
         page.browser.view.selection_changed.connect(self.linked)
         self.presenter.state_changed.connect(self._on_presenter_state_changed)
+        self.presenter.opened.connect(self.opened)  # the table has its columns
         services.changes.changed.connect(self._on_changes_changed)
         services.jobs.job_changed.connect(self._on_jobs_job_changed)
         services.jobs.tick.connect(self.progressed)
