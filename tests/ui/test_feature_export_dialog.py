@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ LONG = 120_000  # ms: this machine may be busy
 @pytest.fixture
 def opened(
     qtbot: Any, trained_library: Library, services_of: Callable[[Library], Services]
-) -> Callable[..., ExportDialog]:
+) -> Iterator[Callable[..., ExportDialog]]:
     services = services_of(trained_library)
     parents: list[QWidget] = []
 
@@ -40,7 +40,8 @@ def opened(
         dialog.show()
         return dialog
 
-    return make
+    yield make
+    assert services.background.wait(60)  # sizes that are still being estimated
 
 
 def test_what_can_be_chosen_is_what_there_is(

@@ -172,7 +172,7 @@ class ExportDialog(QDialog):
         )
         self._neuronpedia.setLayout(inside)
         # A layout inside of one whose lines wrap is given less than it needs.
-        self._neuronpedia.setMinimumHeight(fonts.px(146))
+        self._neuronpedia.setMinimumHeight(fonts.px(152))
         self._target_row = FormRow("Where to", self.target, beside=self.choose)
         self.estimate = Text("", "helper", wrap=True)
         self.warning = Text("", "helper", wrap=True)
