@@ -100,11 +100,9 @@ def pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
     end nothing is shown."""
     numbers, shown, found = [int(i) for i in ids], "", []
     for end in range(1, len(numbers) + 1):
+        # What is not a whole character yet is left to the token that completes it.
         text = tokenizer.decode(numbers[:end], clean_up_tokenization_spaces=False)
         whole = text.rstrip("\ufffd")
-        if whole != text and end < len(numbers):
-            found.append("")
-            continue
         if not whole.startswith(shown):  # a tokenizer that spells by what follows
             return [piece(tokenizer, number) for number in numbers]
         found.append(whole[len(shown) :])

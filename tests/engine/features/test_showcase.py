@@ -38,10 +38,16 @@ def test_the_most_telling_come_first(planted_run, planted_scores, tmp_path):
 
 def test_topics_come_before_single_words(planted_run, planted_scores, tmp_path):
     store, _, vocabulary, _ = planted_run
-    last = min((TOKEN, PAIR, TOPIC), key=lambda f: planted_scores.low[f])
+    first, _, last = sorted((TOKEN, PAIR, TOPIC), key=lambda f: -planted_scores.low[f])
+    counts = np.asarray(store.array("token_counts"))
+    seldom = [int(vocabulary.word[t]) for t in np.argsort(counts, kind="stable")[:200]]
+    seldom = [code for code in dict.fromkeys(seldom) if code > 0][:2]
+    often = int(vocabulary.word[int(np.argmax(np.where(vocabulary.word[:-1] > 0, counts, 0)))])
     family, members = planted_scores.rules.family.copy(), planted_scores.rules.members.copy()
-    family[last], members[last, :2] = BY_NAME["topic"], (5, 6)
-    family[NOISE], members[NOISE, :2] = BY_NAME["topic"], (5, 6)
+    family[[first, last, NOISE]] = BY_NAME["topic"]
+    members[[first, last, NOISE]] = 0
+    members[first, :2] = (seldom[0], often)  # an everyday word: no topic
+    members[[last, NOISE], :2] = seldom
     rules = replace(planted_scores.rules, family=family, members=members)
     scores = replace(planted_scores, rules=rules)
     found = showcase(kept(store, scores, tmp_path / "store"), vocabulary, n=3)
