@@ -13,6 +13,7 @@ import pytest
 from PySide6.QtCore import Qt
 from PySide6.QtGui import QTextCursor
 
+from mistudio.engine.steering import calibration
 from mistudio.jobs.features import newest_run
 from mistudio.library.library import Library
 from mistudio.library.records import Generation
@@ -213,11 +214,7 @@ def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None
 # --- strengths side by side -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_strengths_and_control_side_by_side(
-    qtbot: Any, page: SteeringPage, size: tuple[int, int]
-) -> None:
-    page.resize(*size)
+def test_strengths_and_control_side_by_side(qtbot: Any, page: SteeringPage) -> None:
     advanced = page.configuration.advanced
     advanced.set_expanded(True)
     page.presenter.add(strongest(page), 2.0)
@@ -228,7 +225,7 @@ def test_strengths_and_control_side_by_side(
     advanced.scales.set_values((0.25, 0.5, 1.0, 3.0))
     advanced.control.setChecked(True)
     page.output.shade.setChecked(True)
-    generation = generate(qtbot, page, 30)
+    generation = generate(qtbot, page, 16)
     panes = page.output.grid.panes
     assert [pane.title for pane in panes] == [
         "Unsteered (Baseline)", "Steered × 0.25", "Steered × 0.5", "Steered × 1", "Steered × 3",
@@ -254,13 +251,15 @@ def test_strengths_and_control_side_by_side(
         assert cursor.charFormat().fontOverline()
         assert "first token that differs" in cursor.charFormat().toolTip()
     assert [t for t in [page.history.rows()[0]] if "Shown" in t.button.text()]
-    shot(page._page.widget(), f"steering_side-by-side-{size[0]}")
-    assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
-    assert page._page.horizontalScrollBar().maximum() == 0
+    for size in SIZES:
+        page.resize(*size)
+        shot(page._page.widget(), f"steering_side-by-side-{size[0]}")
+        assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
+        assert page._page.horizontalScrollBar().maximum() == 0
     # One strength again: two panes.
     advanced.scales.set_values((1.0,))
     advanced.control.setChecked(False)
-    generate(qtbot, page)
+    generate(qtbot, page, 2)
     assert [pane.title for pane in page.output.grid.panes] == ["Unsteered (Baseline)", "Steered"]
     page.history.rows()[1].button.click()
     assert len(page.output.grid.panes) == 6
@@ -332,7 +331,11 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     assert not card.badge.isVisible()
 
 
-def test_calibrate_measures_the_feature(qtbot: Any, page: SteeringPage) -> None:
+def test_calibrate_measures_the_feature(
+    qtbot: Any, page: SteeringPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "STRENGTHS", (1.0, 3.0))
+    monkeypatch.setattr(calibration, "PROMPTS", ("Yesterday I",))
     page.presenter.add(strongest(page), 1.0)
     (card,) = page.features.cards()
     card.more.click()

@@ -23,7 +23,7 @@ from mistudio.ui.widgets import ConfirmDialog
 from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
 
-FORM = Form(max_tokens=5, seed=3)
+FORM = Form(max_tokens=3, seed=3)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def ran(library: Library, plan: Plan, form: Form = FORM) -> Experiment:
 
 
 def test_a_study_of_layers_is_read(trained_library: Library) -> None:
-    found = ran(trained_library, Plan(plans.STUDY, ("The sea",), None, (1, 2), seeds=2))
+    found = ran(trained_library, Plan(plans.STUDY, ("The sea",), None, (1, 2), seeds=1))
     assert [line.label for line in lines(found)] == [
         "All layers", "Layer 1 alone", "Without layer 1", "Layer 2 alone", "Without layer 2",
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_single_layers_and_lists_of_prompts_are_read(trained_library: Library) -
     found = ran(trained_library, Plan(plans.BY_LAYER, ("The sea",), (1.0, 2.0), (1, 2), seeds=1))
     assert [line.label for line in lines(found)][1:3] == ["× 2 at layer 1", "× 1 at layer 2"]
     assert [c.name for c in curves(found, "kl_per_token")[1]] == ["Layer 1", "Layer 2"]
-    form = Form(max_tokens=5, control=True)
+    form = Form(max_tokens=3, control=True)
     found = ran(trained_library, Plan(plans.PROMPTS, ("The sea", "A"), None, (), seeds=1), form)
     assert [line.label for line in lines(found)] == ["Steered × 1", "Random control"]
     (curve,) = curves(found, "kl_per_token")[1]
