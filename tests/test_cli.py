@@ -306,6 +306,7 @@ def test_steer_writes_both_texts_and_what_changed(run: Run) -> None:
         "kl_per_token",
         "perplexity_ratio",
         "word_overlap",
+        "variants",
         "generation_id",
     }
     assert result.json["kl_per_token"] > 0
