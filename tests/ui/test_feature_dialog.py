@@ -391,9 +391,13 @@ def test_counting_is_offered_with_its_cost_and_shown_when_done(
         path.unlink()
     dialog = opened(often(library)[0], "correlations")
     tab = dialog.tabs.currentWidget()
-    wait(qtbot, lambda: tab.panel.isVisible() and "not counted yet" in tab.note.text())
-    assert tab.bars.rows == ()
-    assert tab.panel.estimate.text() == estimate(library, run, 2000)
+    directions = together.directions(library.path(run.folder), tab.feature)
+    wait(qtbot, lambda: bool(tab.bars.rows) and tab.panel.isVisible())  # what there is comes first
+    assert [r.label.split(" ")[0] for r in tab.bars.rows] == [f"#{n.feature}" for n in directions]
+    tab.measure.set_value("phi")
+    wait(qtbot, lambda: "not counted yet" in tab.note.text())
+    assert tab.bars.rows == () and tab.panel.isVisible()
+    assert tab.panel.estimate.text().endswith(estimate(library, run, 2000))
     assert "tokens/s of its discovery" in tab.panel.estimate.text()
     tab.panel.button.click()
     wait(qtbot, lambda: bool(tab.bars.rows))

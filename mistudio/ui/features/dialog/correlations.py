@@ -51,6 +51,9 @@ class CorrelationsTab(FeatureTab):
         self.measure = Choice(MEASURES)
         self.measure.setAccessibleName("Measure")
         self.measure.setMinimumContentsLength(30)
+        folder = self.dialog.reading.store.folder
+        if together.sample_of(folder) is None and (folder / "neighbour_ids.npy").exists():
+            self.measure.set_value(COSINE)  # what there is comes first
         self.scope = Choice([(None, "This SAE")])
         self.scope.setAccessibleName("Features of")
         self.scope.setMinimumContentsLength(18)
@@ -65,6 +68,7 @@ class CorrelationsTab(FeatureTab):
             self.services, "Count which features fire together", "activity", "co_activate",
             self._is_mine, self._make_job,
         )  # fmt: skip
+        self.panel.ended.connect(self._on_panel_ended)
         self._method = Text("", "small", wrap=True)
         box = method("")
         clear(box.body)
@@ -129,7 +133,9 @@ class CorrelationsTab(FeatureTab):
         counting = found.measure != COSINE
         missing = found.neighbours is None
         self._offer_scopes(found.sample)
-        self.panel.setVisible(counting and (missing or self.panel.job is not None))
+        self.panel.setVisible(found.sample is None or self.panel.job is not None)
+        if found.sample is None:
+            self._tell_cost()
         self.bars.setVisible(bool(found.neighbours))
         if missing:
             self.bars.set_rows([])
@@ -151,16 +157,17 @@ class CorrelationsTab(FeatureTab):
                 )
             )
             return
+        self.note.setText("Which features fire together was not counted yet.")
+
+    def _tell_cost(self) -> None:
         run, library = self.dialog.run, self.services.library
         n = 1 + len(others_of(library, run))
         layers = f" in {n} layers of its run" if n > 1 else ""
         tokens = min(TOKENS, run.tokens)
-        self.note.setText(
-            f"Which features fire together was not counted yet. The model reads "
-            f"{formatting.count(tokens)} tokens once, for all features{layers}; then every pair "
-            "is counted."
+        self.panel.set_estimate(
+            f"The model reads {formatting.count(tokens)} tokens once, for all features{layers}; "
+            f"then every pair is counted. {estimate(library, run, tokens)}"
         )
-        self.panel.set_estimate(estimate(library, run, tokens))
 
     def _none_sentence(self, found: Found) -> str:
         if found.measure == COSINE or found.sample is None:
@@ -238,6 +245,10 @@ class CorrelationsTab(FeatureTab):
 
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
         if table == "feature_runs" and self.dialog.run.id in ids and self.feature >= 0:
+            self._read()
+
+    def _on_panel_ended(self) -> None:
+        if self.feature >= 0:
             self._read()
 
     def _on_failed(self, error: Exception) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from PySide6.QtCore import Signal
 from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
@@ -19,7 +20,10 @@ from mistudio.ui.widgets import Button, ErrorPanel, ProgressRow, Text, clear, co
 
 class JobPanel(QWidget):
     """A button with its estimate; the job's progress with Cancel while it is queued or runs; its
-    error where it failed. `mine` tells this panel's jobs from others."""
+    error where it failed. `mine` tells this panel's jobs from others. Emits `ended` when one is
+    over, however."""
+
+    ended = Signal()
 
     def __init__(
         self,
@@ -72,7 +76,7 @@ class JobPanel(QWidget):
 
     def refresh(self) -> None:
         """Another feature: another job may be the one."""
-        job = self.job
+        job, was_running = self.job, self._job_id is not None
         self._job_id = job.id if job else None
         self._start.setVisible(job is None)
         self._during.setVisible(job is not None)
@@ -84,6 +88,8 @@ class JobPanel(QWidget):
             )  # fmt: skip
             if newest is not None and newest.status == "failed":
                 self._failure.addWidget(ErrorPanel.of_row(newest.error))
+            if was_running:
+                self.ended.emit()
         self._on_jobs_tick()
 
     def _on_button_clicked(self, checked: bool = False) -> None:
