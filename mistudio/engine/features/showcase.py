@@ -42,7 +42,7 @@ def showcase(store: FeatureStore, vocabulary: Vocabulary, n: int = 10) -> list[t
     topic &= _commonest_word(store, scores, vocabulary) < EVERYDAY
     low = np.nan_to_num(scores.low, nan=-1.0)
     order = np.lexsort((-low, ~(topic & scores.interpretable)))
-    found = []
+    found, tried = [], scores.tried
     for feature in order[~np.isnan(scores.low[order])][:n]:
         rule = scores.rules.rule(int(feature), vocabulary)
         if rule is None:
@@ -53,7 +53,7 @@ def showcase(store: FeatureStore, vocabulary: Vocabulary, n: int = 10) -> list[t
             rule.family,
             float(scores.accuracy[feature]),
             float(scores.low[feature]),
-            int(scores.tried[feature]),
+            int(tried[feature]),
         )
         found.append((int(feature), shown))
     return found
