@@ -413,7 +413,7 @@ def test_the_heatmap_shows_what_is_measured_and_no_number_where_nothing_is(
             assert f"{sample.tokens:,} tokens" in view.method_text()
     looks_right(dialog, "pictures-heatmap", SMALL)
     view.picture.clicked.emit(1, 2)
-    assert page.dialog is not None and page.dialog.feature == view.feature_at(1, 2)
+    assert page.dialog is not None and page.dialog.feature == shown[1]
     page.dialog.close()
 
 
