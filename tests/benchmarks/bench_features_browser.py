@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="only 10,000 on one busy core")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="features-browser-"))
+    os.environ["MISTUDIO_HOME"] = str(folder / "home")  # not the settings of whoever runs it
     try:
         if asked.busy:
             busy(folder)

@@ -39,6 +39,7 @@ def synthetic(n: int, seed: int = 0) -> Columns:
         "skewness": generator.standard_normal(n).astype(np.float32),
         "top_token": np.where(n_active > 0, generator.integers(0, 50, n), -1).astype(np.int32),
         "score": score,
+        "score_contexts": np.where(np.isnan(score), 0, 80).astype(np.int32),
     }
     meta = FeatureMeta(n, TOKENS, 8000, 128, "train", 20, 24, "blocks.1.hook_resid_post", format=2)
     return Columns(meta, values, generator.integers(0, 9, (n, 64), dtype=np.uint32))
@@ -71,7 +72,7 @@ def test_order_is_the_stable_one_of_numpy_with_no_number_last(
         for descending in (True, False):
             table.set_sort(key, descending)
             values = columns.values[key].astype(np.float64)[alive]
-            none = BY_NAME[key].none if values.dtype.kind == "f" else None
+            none = BY_NAME[key].none
             missing = np.isnan(values) | (values == (none if none is not None else np.inf))
             has, lacks = alive[~missing], alive[missing]
             order = np.argsort(-values[~missing] if descending else values[~missing], kind="stable")
@@ -131,6 +132,8 @@ def test_ranges_and_bands_keep_what_numpy_keeps(table: FeatureTable, columns: Co
     # Whatever has no number lies in no range, not even in one that leaves nothing out.
     all_scores = base.with_range(Range("score", -1e9, 1e9))
     assert kept(all_scores) == set(np.flatnonzero(~np.isnan(values["score"])).tolist())
+    few = base.with_range(Range("score_contexts", None, 90))
+    assert kept(few) == set(np.flatnonzero(~np.isnan(values["score"])).tolist())
     assert kept(replace(base, bands=("dead", "rare"))) == set(
         np.flatnonzero(np.isin(values["band"], [0, 2])).tolist()
     )

@@ -119,9 +119,12 @@ class FilterBar(QWidget):
             chip = old.pop(limit.text, None) or Chip(limit)
             self._flow.addWidget(chip)
             chip.show()
+            chip.ensurePolished()  # its size depends on the style
         for chip in old.values():
             chip.hide()
             chip.deleteLater()
+        self._flow.invalidate()
+        self._flow.activate()
         self.updateGeometry()
 
     def _limits(self) -> list[Limit]:

@@ -276,8 +276,8 @@ class FeatureTable(QAbstractTableModel):
         there = {one.name: one for one in self.available()}
         self.shown = [there[name] for name in self._wanted if name in there]
         if self.subset is not None and self.subset.column is not None:
-            place = self.section(CONTEXT)
-            self.shown.insert(place + 1 if place >= 0 else len(self.shown), self.subset.column)
+            place = max(self.section(LABEL), self.section(CONTEXT))
+            self.shown.insert(place + 1, self.subset.column)
 
     # --- texts ----------------------------------------------------------------------------------
 
