@@ -239,11 +239,14 @@ def speed(case: Case, batches: int, threads: int) -> tuple[Path, Path]:
 # --- values ---------------------------------------------------------------------------------------
 
 
-def features_of(folder: Path) -> dict[int, dict[str, Any]]:
+def features_of(folder: Path, below: int | None = None) -> dict[int, dict[str, Any]]:
+    """The features of batch files, in the order of their numbers, up to one of them."""
     found = {}
-    for path in folder.glob("batch-*.json"):
+    for path in sorted(folder.glob("batch-*.json"), key=lambda p: int(p.stem.split("-")[1])):
         for feature in json.loads(path.read_text(encoding="utf-8"))["features"]:
             found[feature["feature_index"]] = feature
+        if below is not None and max(found, default=0) >= below:
+            break
     return found
 
 
@@ -255,7 +258,8 @@ def top_values(feature: dict[str, Any]) -> list[float]:
 
 def compare(ours: Path, theirs: Path, case: Case) -> None:
     """Print how far both agree, on every feature that both have."""
-    a, b = features_of(ours), features_of(theirs)
+    b = features_of(theirs)
+    a = features_of(ours, max(b))  # those of all batches would not fit into memory
     both = sorted(set(a) & set(b))
     tokens = len(case.windows) * CONTEXT
     store = FeatureStore(case.folder / "store")

@@ -100,6 +100,10 @@ def test_whole_windows_hold_every_activation_of_their_examples(whole, planted_ru
             assert np.allclose(context.values, want, rtol=1e-6)
             assert context.values[context.peak] == pytest.approx(context.activation)
             groups.add(context.group)
+            if context.group == "decile":
+                low, high = feature.decile_edges[context.decile : context.decile + 2]
+                assert low <= context.activation * (1 + 1e-6)
+                assert context.activation <= high * (1 + 1e-6)
         assert bool(feature.contexts) == feature.alive
     assert groups == {"top", "decile"}
 
@@ -335,14 +339,19 @@ class Seen(HTMLParser):
 
 
 def test_the_page_shows_hostile_texts_as_texts(material, tmp_path, monkeypatch):
-    monkeypatch.setattr(material.texts, "of", lambda ids: ["<script>x()</script>"] * len(ids))
+    monkeypatch.setattr(material.texts, "of", lambda ids: ["<script>x()</script>\ud800"] * len(ids))
     some = dataclasses.replace(material, features=material.features[:1])
     page.write_page(some, tmp_path / "a.html", HOSTILE, "today")
     seen = Seen()
     written = (tmp_path / "a.html").read_text(encoding="utf-8")
     seen.feed(written)
     assert "script" not in seen.tags and "alert" in seen.text and "x()" in seen.text
-    assert "\u202e" not in written and "<U+202E>" in seen.text and "\0" not in written
+    assert (
+        "<U+D800>" in seen.text
+        and "\u202e" not in written
+        and "<U+202E>" in seen.text
+        and "\0" not in written
+    )
     assert {(tag, name) for tag, name, _ in seen.outside} == {("a", "href")}
     assert all(value.startswith("#f") for _, _, value in seen.outside)
     assert "default-src 'none'" in page.POLICY and "unsafe" not in page.POLICY
