@@ -34,7 +34,8 @@ def demo_report(result: dict[str, Any], library: str) -> str:
         f"  speed                {count(training['tokens_per_second'])} tokens/s of training",
         "",
         f"Features: {count(features['alive'])} of {count(features['total'])} fired, "
-        f"{count(features['with_examples'])} have examples. Some, with what their examples share:",
+        f"{count(features['with_examples'])} have examples. Some, by the rule that tells where "
+        "they are active:",
     ]
     for row in result["showcase"]:
         lines += _feature(row)
@@ -42,7 +43,7 @@ def demo_report(result: dict[str, Any], library: str) -> str:
         "",
         f"Steering with feature {steering['feature']} at {number(steering['strength'], 2)} x its "
         f"largest activation ({number(steering['percent_of_norm'], 0)} % of the layer's norm)",
-        f"  its examples share: {steering['shared']}",
+        f"  it is active on: {steering['shared']}",
         f"  prompt     {steering['prompt']}",
         f"  unsteered  {_one_line(steering['unsteered'])}",
         f"  steered    {_one_line(steering['steered'])}",
@@ -56,11 +57,11 @@ def demo_report(result: dict[str, Any], library: str) -> str:
 
 
 def _feature(row: dict[str, Any]) -> list[str]:
-    kind = {"token": "token", "words": "contexts with", "mixed": "tokens"}[row["kind"]]
     lines = [
         "",
-        f"  #{row['feature']}  {kind} {row['shared']}   ({percent(row['share'], 0)} of "
-        f"{row['examples']} examples; fires on {percent(row['density'], 2)} of tokens)",
+        f"  #{row['feature']}  {row['shared']}   (right on {percent(row['accuracy'], 0)} of "
+        f"{row['tried']} other contexts, {percent(row['low'], 0)} at least; fires on "
+        f"{percent(row['density'], 2)} of tokens)",
     ]
     for before, token, after in row["contexts"]:
         lines.append(f"      ...{_one_line(before)}[{_one_line(token)}]{_one_line(after)}...")

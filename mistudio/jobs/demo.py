@@ -15,6 +15,7 @@ from mistudio.jobs.stages import Stage, Within
 from mistudio.library.library import Library
 
 if TYPE_CHECKING:
+    from mistudio.engine.features.showcase import Shown
     from mistudio.engine.models.hooks import HookedDecoder
 
 LAYER = 10
@@ -23,6 +24,7 @@ TRAIN_TOKENS = 600_000
 LOSS_TOKENS = 4096
 PROMPT = "I think that"
 CANDIDATES, SHOWN = 24, 8
+WORDED = ("topic", "word", "token", "prefix 5")  # kinds of rules that name words
 TRIED_STRENGTH = 1.5
 NEW_TOKENS = 40
 STRENGTHS = (0.75, 1.0, 1.5, 2.0)
@@ -166,12 +168,10 @@ class _Road:
         self, model_id: int, sae_id: int, feature_run: Any, model: HookedDecoder
     ) -> dict[str, Any]:
         """Steer with a feature of those on show, and keep the strongest readable variant."""
-        from mistudio.engine.features.describe import showcase
-
-        store, split = features.open_features(self._library, feature_run)
+        store, _ = features.open_features(self._library, feature_run)
         stage = Stage(self._context, "steer")
         tokenizer = self._tokenizer(model_id)
-        self._shown = showcase(store, split, tokenizer, n=CANDIDATES)
+        self._shown = self._on_show(store, tokenizer)
         saved_sae = self._saved(sae_id)
         feature = self._feature_that_speaks(model, saved_sae, store, tokenizer, Within(stage, 0, 2))
         self._shown.sort(key=lambda item: item[0] != feature)  # the report shows it first
@@ -202,14 +202,24 @@ class _Road:
             "percent_of_norm": chosen["percent_of_norm"],
         }
 
+    def _on_show(self, store: Any, tokenizer: Any) -> list[tuple[int, Shown]]:
+        """Features whose rule names words, which a steered text can use."""
+        from mistudio.engine.features.rules import Vocabulary
+        from mistudio.engine.features.showcase import showcase
+
+        vocabulary = Vocabulary.of(tokenizer, len(tokenizer))
+        found = showcase(store, vocabulary, len(store))
+        worded = [item for item in found if item[1].family in WORDED]
+        return (worded or found)[:CANDIDATES]
+
     def _feature_that_speaks(
         self, model: HookedDecoder, saved: Any, store: Any, tokenizer: Any, progress: Progress
     ) -> int:
         """All features on show continue the prompt in one batch; the one whose own words its text
-        uses most is taken."""
+        uses most, beyond what the unsteered text does, is taken."""
         import torch
 
-        from mistudio.engine.features.describe import uses_of_words
+        from mistudio.engine.features.showcase import uses_of_words
         from mistudio.engine.models.loading import special_ids
         from mistudio.engine.steering.generation import Sampling, generate
         from mistudio.engine.steering.interventions import adding
@@ -228,7 +238,7 @@ class _Road:
             progress=progress,
         )
         uses = [
-            uses_of_words(row.text, found.words)
+            uses_of_words(row.text, found.words) - uses_of_words(made.rows[0].text, found.words)
             for (_, found), row in zip(self._shown, made.rows[1:], strict=True)
         ]
         return shown[uses.index(max(uses))]
@@ -244,18 +254,18 @@ class _Road:
         return loading.load_tokenizer(self._library.path(self._library.models.get(model_id).folder))
 
     def _showcase(self, model_id: int, store: Any, split: Any) -> list[dict[str, Any]]:
-        """A few features with what their examples share, for the report."""
+        """A few features with their rules and how well these tell them, for the report."""
         tokenizer = self._tokenizer(model_id)
         rows = []
-        for feature, description in self._shown[:SHOWN]:
+        for feature, shown in self._shown[:SHOWN]:
             examples = store.examples(feature, split, 3)
             rows.append(
                 {
                     "feature": feature,
-                    "kind": description.kind,
-                    "shared": description.text,
-                    "share": description.share,
-                    "examples": description.n,
+                    "shared": shown.text,
+                    "accuracy": shown.accuracy,
+                    "low": shown.low,
+                    "tried": shown.contexts,
                     "density": float(store.columns["density"][feature]),
                     "contexts": [_context(example, split, tokenizer) for example in examples],
                 }
