@@ -128,6 +128,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
             for one, found in zip(planned, variants, strict=True)
         ],
         "median_norm": recipe.median,
+        "layer_norms": recipe.layer_norms,
         "together": generated.together,
         "seconds": seconds,
         "tokens_per_second": sum(len(row.ids) for row in generated.rows) / max(seconds, 1e-9),
@@ -309,6 +310,11 @@ class Recipe:
         self.point, self.median = first.point, first.median
         model_id = library.saes.get(job.sae_id).model_id
         self.model_path = library.path(library.models.get(model_id).folder)
+
+    @property
+    def layer_norms(self) -> dict[str, float]:
+        """The median norm after each of the job's `layers`, by layer; none before `planned`."""
+        return {str(point.layer): norm for point, norm in (self._norms or {}).items()}
 
     def _open(self, sae_id: int) -> Part:
         sae = self._library.saes.get(sae_id)

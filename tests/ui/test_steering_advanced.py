@@ -167,6 +167,9 @@ def test_one_vector_at_chosen_layers(qtbot: Any, page: SteeringPage) -> None:
     assert "layer 1: —" in advanced.bars.accessibleName()
     generation = generate(qtbot, page)
     assert generation.request["layers"] == [1, 2]
+    norms = generation.result["layer_norms"]
+    here, there = advanced.bars.shown  # now that layer's norm is known
+    assert here.raw == pytest.approx(percent / 100 * norms["1"] / 2**0.5)
     page.features.cards()[0].method.set_value("ablate")
     assert "needs added features of one SAE" in page.configuration.reason.text()
     page.features.cards()[0].method.set_value("add")

@@ -309,6 +309,7 @@ class SteeringPage(QWidget):
     def _show_result(self, generation: Generation | None) -> None:
         self.output.show_generation(generation)
         self.history.show_current(generation.id if generation else None)
+        self.configuration.refresh()  # it may have measured norms of layers
 
     def reopen(self, generation_id: int) -> None:
         """Bring back an earlier generation: its form, its features, its result."""

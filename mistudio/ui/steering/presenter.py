@@ -79,6 +79,7 @@ class SteeringPresenter(QObject):
         self._searching = False
         self._calibrations: dict[int, dict[tuple[int, str], Calibration]] = {}
         self._calibrating: dict[int, tuple[int, int]] = {}  # job -> (SAE, feature)
+        self._norms: dict[int, dict[int, float]] = {}  # by model, then layer
         self._scoring: int | None = None
         self._exporting: set[int] = set()
         self.job_id: int | None = None
@@ -348,14 +349,16 @@ class SteeringPresenter(QObject):
         return percent_of_norm(raw, source.median_norm if source else None)
 
     def norms(self) -> dict[int, float]:
-        """The median norms of the residual stream after blocks, as far as runs measured them."""
-        return {
+        """The median norms of the residual stream after blocks, as far as runs or generations
+        measured them."""
+        trained = {
             source.sae.layer: source.median_norm
             for source in reversed(self._sources)
             if source.sae.model_id == self._model_id
             and source.sae.hook_point.endswith("hook_resid_post")
             and source.median_norm
         }
+        return self._norms.get(self._model_id, {}) | trained
 
     def calibration(self, sae_id: int, feature: int, method: str) -> Calibration | None:
         if sae_id not in self._calibrations:
@@ -499,11 +502,16 @@ class SteeringPresenter(QObject):
 
     def history(self) -> list[Generation]:
         """The newest generations with the model's SAEs."""
-        return self._services.library.generations.all(
+        found = self._services.library.generations.all(
             "id IN (SELECT g.id FROM generations g JOIN saes s ON s.id = g.sae_id "
             f"WHERE s.model_id = ? ORDER BY g.id DESC LIMIT {HISTORY})",
             (self._model_id,),
         )
+        known = self._norms.setdefault(self._model_id, {})
+        for generation in found:
+            for layer, norm in generation.result.get("layer_norms", {}).items():
+                known.setdefault(int(layer), float(norm))
+        return found
 
     def generation(self, generation_id: int) -> Generation | None:
         return self._services.library.generations.find(generation_id)
