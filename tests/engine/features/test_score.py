@@ -279,12 +279,14 @@ def test_windows_to_ablate_on_hold_the_strongest_and_all_tenths(planted_run):
     assert all(some & set(tenth["window"].tolist()) for tenth in store.deciles[TOKEN])
 
 
-def test_scores_are_kept_with_the_discovery(planted_run, planted_scores):
+def test_scores_are_kept_with_the_discovery(planted_run, planted_scores, tmp_path):
     store, _, vocabulary, _ = planted_run
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
     found = planted_scores
-    assert Scores.read(FeatureStore(store.folder)) is None
-    add_arrays(store.folder, found.arrays())
-    again = Scores.read(FeatureStore(store.folder))
+    assert Scores.read(FeatureStore(folder)) is None
+    add_arrays(folder, found.arrays())
+    again = Scores.read(FeatureStore(folder))
     assert (again.null, again.nulls) == (found.null, found.nulls)
     for i in range(len(found)):
         assert again.description(i, vocabulary) == found.description(i, vocabulary)
