@@ -108,13 +108,23 @@ def test_whole_windows_hold_every_activation_of_their_examples(whole, planted_ru
     assert groups == {"top", "decile"}
 
 
+def test_only_what_is_wanted_is_gathered(planted_run):
+    wanted = Wanted(planted_run[0], np.arange(6), 5)
+    feature, window = wanted.keys >> 32, wanted.keys & 0xFFFFFFFF
+    assert wanted.among(feature, window).all()
+    others = np.setdiff1d(wanted.keys + 1, wanted.keys)
+    assert not wanted.among(others >> 32, others & 0xFFFFFFFF).any()
+
+
 def test_stored_examples_hold_their_own_activations(material, planted_run, tokens):
     x = planted_run[1]
     for feature in dataclasses.replace(material, features=np.arange(6)):
         for context in feature.contexts:
             text = tokens.train.windows([context.window], 64)[0].tolist()
             first = context.position - context.peak
-            assert list(context.ids) == text[first : first + len(context.ids)]
+            radius = material.store.meta.radius
+            assert first == max(0, context.position - radius)
+            assert list(context.ids) == text[first : context.position + radius + 1]
             values = x[context.window, first : first + len(context.ids), feature.index]
             if context.known:
                 assert np.allclose(context.values, values, rtol=2e-3)
