@@ -108,13 +108,15 @@ def clamping_to_what_is_there_changes_nothing(case: Case) -> None:
     feature = int(dense[4].argmax())
     value = float(dense[4, feature])
     assert value > 0
-    variant = case.variant(FeatureEdit(feature, 1.0, value, "clamp"))
-    steering = Steering(case.model, [variant], [], 6)
-    steering.expect(case.ids, 0)
-    out = steering.edits()[case.point](case.x[None])
-    scale = float(case.x[4].abs().max())
-    assert float((out[0, 4] - case.x[4]).abs().max()) < 1e-4 * max(1.0, scale)
-    assert float((out[0, 2] - case.x[2]).abs().max()) > 1e-3 * scale
+    scale = max(1.0, float(case.x[4].abs().max()))
+    for strength in (1.0, 2.0):
+        variant = case.variant(FeatureEdit(feature, strength, value, "clamp"))
+        steering = Steering(case.model, [variant], [], 6)
+        steering.expect(case.ids, 0)
+        out = steering.edits()[case.point](case.x[None])[0, 4]
+        expected = case.x[4] + (strength - 1) * value * case.dictionary.decoder[feature]
+        assert float((out - expected).abs().max()) < 1e-4 * scale
+        assert (float((out - case.x[4]).abs().max()) > 1e-2) == (strength > 1)
 
 
 def cached_is_uncached(case: Case) -> None:
