@@ -10,7 +10,6 @@ that is never changed again.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,6 @@ from mistudio.library.library import Library
 from mistudio.library.records import FeatureRun
 from mistudio.ui.features.shown import TOKEN_COLUMNS
 
-DESCRIBED = 10  # examples that a description of an earlier version's discovery looks at
 CONTEXT = 16  # tokens on each side of the peak that a table row holds
 
 
@@ -96,7 +94,6 @@ class FeatureReader:
         self._opened: _Text | None = None
         self._pieces: dict[int, str] = {}
         self._lower: np.ndarray | None = None
-        self._common: Counter[str] | None = None
 
     @classmethod
     def open(cls, library: Library, run: FeatureRun) -> FeatureReader:
@@ -179,32 +176,12 @@ class FeatureReader:
     # --- descriptions ---------------------------------------------------------------------------
 
     def _described(self, feature: int) -> tuple[str, str]:
-        """(description, what it rests on)"""
+        """(description, what it rests on); discoveries of earlier versions have none."""
         if not self._store.described:
-            return self._described_by_examples(feature)
+            return "", "Discover again for a description: this discovery is of an earlier version."
         contexts = int(self._store.array("score_contexts")[feature])
         evidence = f"A rule found in {contexts:,} contexts that activate it." if contexts else ""
         return self._store.description(feature), evidence
-
-    def _described_by_examples(self, feature: int) -> tuple[str, str]:
-        """Of discoveries of earlier versions, which have no rules."""
-        from mistudio.engine.features.describe import background, describe
-
-        tokens, tokenizer = self.tokens, self.tokenizer
-        examples = self._store.examples(feature, tokens, DESCRIBED)
-        if not examples:
-            return "", ""
-        if self._common is None:
-            self._common = background(tokens, tokenizer, self._store.meta.context)
-        found = describe(examples, tokenizer, self._common)
-        if found is None:
-            return "", ""
-        kind = {
-            "token": "The strongest token is the same",
-            "words": "The contexts share words",
-            "mixed": "No single token or word; the most common is shown first",
-        }[found.kind]
-        return found.text, f"{kind}: {found.share:.0%} of the top {found.n} examples"
 
     # --- tokens ---------------------------------------------------------------------------------
 

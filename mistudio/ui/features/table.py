@@ -449,7 +449,9 @@ class FeatureTable(QAbstractTableModel):
         text = self._texts.get(feature)
         if text is None:
             return "…"
-        return text.description or "never fired"
+        if text.description:
+            return text.description
+        return "—" if self.columns is not None and self.columns.alive[feature] else "never fired"
 
     def _label(self, feature: int) -> str:
         note = self.note(feature)

@@ -223,8 +223,8 @@ class Suggestion:
 
 
 def suggestions(library: Library, index: FeatureIndex) -> tuple[Suggestion, ...]:
-    """The best output scores, where there are any; else features whose examples visibly share
-    something. Takes a second or two of background."""
+    """The best output scores, where there are any; else features that a rule tells most
+    surely. Takes a second or two of background."""
     run = library.feature_runs.get(index.run_id)
     if index.scores:
         best = sorted(index.scores, key=lambda feature: -index.scores[feature])[:RESULTS]
@@ -232,16 +232,19 @@ def suggestions(library: Library, index: FeatureIndex) -> tuple[Suggestion, ...]
         notes = library.feature_notes.of_sae(index.sae_id)
         items = [(feature, index.item(feature, notes, texts)) for feature in best]
         return tuple(Suggestion(feature, item.text) for feature, item in items if item)
-    from mistudio.engine.features.describe import showcase
+    from mistudio.engine.features.rules import Vocabulary
+    from mistudio.engine.features.showcase import showcase
     from mistudio.engine.models.loading import load_tokenizer
     from mistudio.jobs.features import open_features
 
     store, tokens = open_features(library, run)
     model = library.models.get(library.saes.get(index.sae_id).model_id)
     tokenizer = load_tokenizer(library.path(model.folder))
+    vocabulary = Vocabulary.of(tokenizer, max(tokens.meta.vocab_size, len(tokenizer)))
     return tuple(
         Suggestion(
-            feature, f"{found.text} • in {round(found.share * found.n)} of {found.n} examples"
+            feature,
+            f"{found.text} • tells {round(100 * found.accuracy)}% of {found.contexts} contexts right",
         )
-        for feature, found in showcase(store, tokens, tokenizer, RESULTS, candidates=100)
+        for feature, found in showcase(store, vocabulary, RESULTS)
     )

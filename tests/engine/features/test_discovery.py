@@ -13,7 +13,6 @@ import torch
 
 from mistudio.engine.activations.source import calibrate_medians
 from mistudio.engine.features import accumulators, discovery
-from mistudio.engine.features.describe import background, describe, search, showcase, uses_of_words
 from mistudio.engine.features.discovery import RADIUS, Options, Subject, discover
 from mistudio.engine.features.live import window_activations
 from mistudio.engine.features.passing import LivePassage, choose_windows
@@ -598,38 +597,3 @@ def test_the_state_of_another_pass_is_not_gone_on_from(
         assert bytes_of(tmp_path / kind) == bytes_of(discovered / kind)
     (kept,) = keep.iterdir()
     assert json.loads((kept / "state.json").read_text())["done"] == -(-len(order) // 8)
-
-
-# --- what the rest of the program makes of it -----------------------------------------------------
-
-
-def test_descriptions_name_what_examples_share(jump, tokens, tiny_tokenizer):
-    common = background(tokens.train, tiny_tokenizer, CONTEXT)
-    for feature in range(len(jump) - 1):
-        examples = jump.examples(feature, tokens.train)
-        found = describe(examples, tiny_tokenizer, common)
-        assert found.n == len(examples)
-        assert 0 < found.share <= 1
-        if found.kind == "token":
-            peaks = [tiny_tokenizer.decode([int(e.ids[e.peak])]).strip().lower() for e in examples]
-            assert found.text.strip('"') in peaks
-    assert describe([], tiny_tokenizer, common) is None
-
-
-def test_search_finds_promoted_tokens(jump, tiny_tokenizer):
-    word = tiny_tokenizer.decode([jump.promoted(7)[0][0]]).strip()
-    found = search(jump, tiny_tokenizer, word, range(len(jump)))
-    assert 7 in found
-    assert search(jump, tiny_tokenizer, "no such token at all", range(len(jump))) == []
-
-
-def test_showcase_picks_only_features_with_examples(jump, tokens, tiny_tokenizer):
-    for feature, description in showcase(jump, tokens.train, tiny_tokenizer, n=5):
-        assert jump.n_examples(feature) >= 5
-        assert description.share > 0
-
-
-def test_uses_of_words_counts_forms_of_a_word():
-    words = ("building", "king")
-    assert uses_of_words("The King builds buildings; kingdoms fall. Asking.", words) == 4
-    assert uses_of_words("nothing here", words) == 0
