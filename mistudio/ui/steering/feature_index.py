@@ -244,7 +244,7 @@ def suggestions(library: Library, index: FeatureIndex) -> tuple[Suggestion, ...]
     return tuple(
         Suggestion(
             feature,
-            f"{found.text} • tells {round(100 * found.accuracy)}% of {found.contexts} contexts right",
+            f"{found.text} • right in {round(100 * found.accuracy)}% of {found.contexts} contexts",
         )
         for feature, found in showcase(store, vocabulary, RESULTS)
     )
