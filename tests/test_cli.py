@@ -441,6 +441,22 @@ def test_one_feature_is_shown_in_full(run: Run, columns: dict[str, np.ndarray]) 
     assert missing.code == 1 and "numbered from 0" in missing.err
 
 
+def test_a_feature_is_ablated_beside_random_directions(run: Run, columns: Any) -> None:
+    feature = int(columns["n_active"].argmax())
+    result = run("feature", "ablate", "first", feature, "--contexts", 4, "--controls", 2)
+    assert result.code == 0
+    assert result.json["active"]["feature"]["tokens"] > 0
+    assert "random directions of the same size" in result.out
+
+
+def test_features_are_exported(run: Run, tmp_path: Path, columns: Any) -> None:
+    target = tmp_path / "features.csv"
+    assert run("feature", "export", "first", "--features", "0-9", "--to", target).code == 0
+    assert len(target.read_text(encoding="utf-8").splitlines()) == 11
+    again = run("feature", "export", "first", "--to", target)
+    assert again.code == 1 and str(target) in again.err
+
+
 def test_a_text_is_probed(run: Run) -> None:
     result = run("feature", "probe", "first", "The ships sailed to Paris in 1905.", "--top", 4)
     assert result.code == 0

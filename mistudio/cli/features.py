@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistudio.cli.shared import (
@@ -24,6 +25,7 @@ from mistudio.library.library import Library
 if TYPE_CHECKING:
     from mistudio.engine.features.store import FeatureStore
 
+MODES = ("zero", "mean")
 SORTS = ("id", *(column.name for column in TABLE))
 
 
@@ -71,6 +73,26 @@ def add_commands(add: Add, commands: Any) -> None:
     add_sae_options(sub)
     sub.add_argument("text", metavar="TEXT")
     sub.add_argument("--top", type=not_negative, default=20, metavar="N")
+    sub = add("ablate", _ablate, "what taking it away does to the predictions", feature)
+    add_sae_options(sub)
+    sub.add_argument("feature", type=not_negative, metavar="N")
+    sub.add_argument("--mode", default="zero", choices=MODES, help="default: zero")
+    sub.add_argument("--contexts", type=positive, default=64, metavar="N")
+    sub.add_argument("--controls", type=not_negative, default=5, metavar="N")
+    sub = add("export", _export_features, "write features to a file or folder", feature)
+    add_sae_options(sub)
+    sub.add_argument(
+        "--format",
+        default="csv",
+        choices=("csv", "parquet", "json", "html", "neuronpedia_a", "neuronpedia_b"),
+    )
+    sub.add_argument("--features", default="", metavar="0-99,205", help="default: all")
+    sub.add_argument("--to", required=True, type=Path, metavar="PATH")
+    sub.add_argument(
+        "--whole-contexts",
+        action="store_true",
+        help="with the activations of whole contexts, which takes a pass of the model",
+    )
     sub = add("label", _label, "give a feature a label (none: take it away)", feature)
     add_sae_options(sub)
     sub.add_argument("feature", type=not_negative, metavar="N")
@@ -344,6 +366,54 @@ def _probe(options: argparse.Namespace, library: Library) -> dict[str, Any]:
         ]
         print(table(shown, {key: key for key in shown[0]}))
     return {"sae_id": sae.id, "tokens": list(found.pieces), "features": rows}
+
+
+def _ablate(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.ablation import ablation_params
+    from mistudio.jobs.features import newest_run
+    from mistudio.jobs.kinds import Ablate
+
+    sae = find_sae(library, options)
+    run = newest_run(library, sae.id)
+    feature = _existing(options.feature, run.n_features)
+    job = Ablate(run.id, [feature], options.mode, options.contexts, options.controls)
+    run_here(library, job)
+    params = ablation_params(options.mode, options.contexts, options.controls)
+    found = library.feature_analyses.get(run.id, feature, "ablation", params) or {}
+    print(f"Feature #{feature} of {sae.hook_point}, taken away ({options.mode}):")
+    for name, words in (("active", "where it fires"), ("following", "after it has fired")):
+        group = found.get(name)
+        if group is None:
+            print(f"  {words}: no predictions")
+            continue
+        own, control = group["feature"], group["control"]
+        print(
+            f"  {words} ({count(own['tokens'])} tokens, {count(own['contexts'])} contexts): "
+            f"loss {_estimate(own['delta_ce'])}, KL {_estimate(own['kl'])} nats a token"
+        )
+        if control is not None:
+            print(
+                f"    random directions of the same size: loss {_estimate(control['delta_ce'])}, "
+                f"KL {_estimate(control['kl'])}"
+            )
+    return {"sae_id": sae.id, "feature": feature, **found}
+
+
+def _estimate(found: dict[str, Any]) -> str:
+    """A mean with its 95 % interval."""
+    mean, low, high = (number(found[name], 4) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _export_features(options: argparse.Namespace, library: Library) -> dict[str, Any]:
+    from mistudio.jobs.kinds import ExportFeatures, ExportWholeContexts
+
+    sae = find_sae(library, options)
+    kind = ExportWholeContexts if options.whole_contexts else ExportFeatures
+    job = kind(sae.id, str(options.to.absolute()), options.format, options.features)
+    written = run_here(library, job)
+    print(f"Written to {written['path']}")
+    return {"sae_id": sae.id, **written}
 
 
 def _label(options: argparse.Namespace, library: Library) -> dict[str, Any]:
