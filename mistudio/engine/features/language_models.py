@@ -23,6 +23,7 @@ import torch
 from mistudio.engine.features.server_address import Address
 from mistudio.engine.hub.access import Secret
 from mistudio.engine.models.hooks import HookedDecoder
+from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
 from mistudio.errors import UserError
@@ -115,8 +116,7 @@ class OwnModel:
                 progress.check()
                 chosen = rows[begin : begin + BATCH]
                 batch = torch.tensor([encoded[i] for i in chosen], device=self._model.device)
-                out = self._model.model(batch, use_cache=False, logits_to_keep=1)
-                logits = out.logits[:, -1].double()
+                logits = last_logits(self._model, batch, 1)[:, -1].double()
                 odds = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
                 found[chosen] = odds.sigmoid().cpu().numpy()
                 done += len(chosen)

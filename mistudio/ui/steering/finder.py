@@ -217,7 +217,7 @@ class FeatureFinder(Card):
         self._why.setText(
             "Features that make their own tokens most likely when they are amplified."
             if scored
-            else "Features whose strongest examples visibly share a word or a token."
+            else "Features that a short rule tells most surely."
         )
         self.best.setVisible(not scored)
         self.best.setEnabled(not self.presenter.is_scoring)
