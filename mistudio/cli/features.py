@@ -35,12 +35,12 @@ def add_commands(add: Add, commands: Any) -> None:
     discover.add_argument(
         "--dataset", metavar="D", help="text to look through (default: the run's own)"
     )
-    discover.add_argument("--max-tokens", type=positive, default=500_000, metavar="N")
+    discover.add_argument("--max-tokens", type=int, default=500_000, metavar="N")
     discover.add_argument(
         "--max-documents", type=positive, metavar="N", help="the first N documents only"
     )
     discover.add_argument(
-        "--top-k", type=positive, default=20, metavar="N", help="top examples of each (default 20)"
+        "--top-k", type=int, default=20, metavar="N", help="top examples of each (default 20)"
     )
     discover.add_argument(
         "--repeat-contexts", action="store_true", help="several top examples of one context count"

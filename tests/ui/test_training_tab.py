@@ -1007,7 +1007,7 @@ def test_runs_of_every_configuration_have_their_names(
     assert choice.title.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
     assert choice.site == f"Layer 2 • {place}"
     (source,) = steering_sources(trained_library)
-    assert source.title.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
+    assert source.menu_text.startswith(f"{encoder} • tiny-llama-0.9m • intros • Started ")
 
 
 def test_discover_queues_a_pass_for_every_sae_without_features(

@@ -32,7 +32,7 @@ from mistudio.engine.training.run import train
 torch.set_num_threads(1)
 stored, out = Path(sys.argv[1]), Path(sys.argv[2])
 config = TrainingConfig(
-    steps=5, batch_size=2048, width=4096, k=16, context=64, sparsity=sys.argv[3], dead_window=5000
+    steps=3, batch_size=2048, width=4096, k=16, context=64, sparsity=sys.argv[3], dead_window=5000
 )
 
 def taken():
