@@ -53,7 +53,9 @@ def transformer_lens_model(folder: str) -> HookedSAETransformer:
     tokenizer = tokenizer_of(Path(folder))
     old = given.config
     heads = old.num_key_value_heads
-    base = getattr(old, "rope_theta", None) or old.rope_parameters["rope_theta"]
+    # Its transformers does not know the newer name and would take 10,000 without a word.
+    written = json.loads((Path(folder) / "config.json").read_text())
+    base = written.get("rope_theta") or written["rope_parameters"]["rope_theta"]
     d_head = old.hidden_size // old.num_attention_heads
     config = HookedTransformerConfig(
         model_name=Path(folder).name,
