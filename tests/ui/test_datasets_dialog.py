@@ -283,8 +283,13 @@ def test_statistics_are_counted_once_and_taken_along(
     with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000):
         dialog.tabs.setCurrentIndex(3)
     view = dialog.statistics
-    qtbot.waitUntil(lambda: len(view.findChildren(StatisticsChart)) >= 5)
-    charts = {c.accessibleName(): c for c in view.findChildren(StatisticsChart) if c.isVisible()}
+
+    def seen() -> dict[str, StatisticsChart]:
+        found = view.findChildren(StatisticsChart)
+        return {chart.accessibleName(): chart for chart in found if chart.isVisible()}
+
+    qtbot.waitUntil(lambda: len(seen()) >= 5)
+    charts = seen()
     assert set(charts) == {
         "Sequence Length Distribution", "Token Frequency", "Document Length", "Languages",
         "Kinds of Characters",
