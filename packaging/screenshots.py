@@ -56,6 +56,8 @@ def _draw(library_folder: Path, target: Path) -> int:
     }
     for tab, context in visits.items():
         window.navigate(tab, **context)
+        if tab == "features":
+            window.page(tab).presenter.table.set_sort("score", True)
         if tab == "steering":
             window.resize(SIZE[0], TALL)
             _settle(3.0)
