@@ -589,6 +589,7 @@ def test_tiles_tell_numbers_with_their_sample_and_a_dash_where_there_is_none(
     values["score"][feature] = np.nan
     dialog.show_feature(feature)
     assert score.value == "—" and "too few" in score.note
+    assert score.toolTip().startswith(dialog.why_no_score())
 
 
 def test_a_feature_that_never_fired_says_so_on_every_tab(

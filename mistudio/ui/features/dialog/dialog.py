@@ -30,7 +30,7 @@ from PySide6.QtWidgets import (
 )
 
 from mistudio import formatting
-from mistudio.engine.features.columns import BY_NAME
+from mistudio.engine.features.columns import BY_NAME, why_no_score
 from mistudio.errors import UserError
 from mistudio.library.features import FeatureNote
 from mistudio.library.records import FeatureRun
@@ -338,7 +338,7 @@ class FeatureDialog(QDialog):
         if score is None or accuracy is None:
             scored = "score" in self.columns.values
             first = "too few active or silent contexts" if scored else "not scored yet"
-            tip = _tip("score", f"{tried} contexts")
+            tip = f"{self.why_no_score()}\n{_tip('score', f'{tried} contexts')}"
             self.tiles["score"].set_value("—", first, "", tip)
             return
         bounds = ""
@@ -351,6 +351,14 @@ class FeatureDialog(QDialog):
             f"n = {formatting.count(tried)} • {null}",
             f"{_tip('score', f'{tried} contexts')}\n{BY_NAME['score_accuracy'].definition}\n"
             f"{BY_NAME['score_percentile'].definition}",
+        )
+
+    def why_no_score(self) -> str:
+        """A sentence in place of the score of a feature that has none."""
+        if "score" not in self.columns.values:
+            return "Not scored: this discovery is of an earlier version. Discover again for it."
+        return why_no_score(
+            int(self.value("n_contexts") or 0), float(self.value("context_density") or 0.0)
         )
 
     # --- saving ---------------------------------------------------------------------------------

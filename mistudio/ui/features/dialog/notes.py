@@ -208,7 +208,7 @@ class NotesTab(FeatureTab):
             self._score_box(
                 "Rule", accuracy, self.value("score_low"), self.value("score_high"),
                 f"n = {formatting.count(tried)} contexts" if accuracy is not None else
-                "too few active or silent contexts, or not scored yet",
+                self.dialog.why_no_score(),
             )
         )  # fmt: skip
         found = self.services.library.feature_scores.of_feature(self.dialog.sae_id, self.feature)
