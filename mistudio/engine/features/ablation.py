@@ -231,10 +231,7 @@ def _amounts(
     """(activation, units of the direction to take away) at each position, [batch, seq]; both 0
     where the latent is not active or the position does not count."""
     rows = x[mask].float()
-    codes = dictionary.encode(rows)
-    of_feature = codes.latents == feature
-    found = torch.zeros(len(rows), device=rows.device)
-    found[codes.rows[of_feature]] = codes.values[of_feature].float()
+    found = dictionary.activations(rows, torch.tensor([feature], device=rows.device))[:, 0]
     taken = torch.where(found > 0, found - baseline, found)
     if dictionary.norm == "layer_norm":  # decoding multiplies by the token's own spread
         taken = taken * rows.std(dim=1)

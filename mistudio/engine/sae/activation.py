@@ -25,6 +25,10 @@ class Activation(Protocol):
         values times `factors`; None where there is none."""
         ...
 
+    def of(self, latents: Tensor) -> Activation | None:
+        """The activation of these latents alone; None where the others decide which are active."""
+        ...
+
     def to(self, device: str | torch.device) -> Activation: ...
 
 
@@ -46,6 +50,9 @@ class TopK:
         uniform = not factors.numel() or float(factors.max() / factors.min()) <= 1 + 1e-4
         return self if uniform else None
 
+    def of(self, latents: Tensor) -> TopK | None:
+        return None
+
     def to(self, device: str | torch.device) -> TopK:
         return self
 
@@ -61,6 +68,9 @@ class ReLU:
         return rows, latents, pre[rows, latents]
 
     def rescaled(self, factors: Tensor) -> ReLU:
+        return self
+
+    def of(self, latents: Tensor) -> ReLU:
         return self
 
     def to(self, device: str | torch.device) -> ReLU:
@@ -83,6 +93,9 @@ class JumpReLU:
 
     def rescaled(self, factors: Tensor) -> JumpReLU:
         return JumpReLU(self.threshold * factors)
+
+    def of(self, latents: Tensor) -> JumpReLU:
+        return JumpReLU(self.threshold[latents])
 
     def to(self, device: str | torch.device) -> JumpReLU:
         return JumpReLU(self.threshold.to(device))
@@ -107,6 +120,9 @@ class Gated:
 
     def rescaled(self, factors: Tensor) -> Gated:
         return Gated(self.gain, self.offset * factors)
+
+    def of(self, latents: Tensor) -> Gated:
+        return Gated(self.gain[latents], self.offset[latents])
 
     def to(self, device: str | torch.device) -> Gated:
         return Gated(self.gain.to(device), self.offset.to(device))

@@ -130,6 +130,22 @@ class Dictionary:
             values.append(v)
         return Codes(torch.cat(rows), torch.cat(latents), torch.cat(values), len(x), self.d_sae)
 
+    def activations(self, x: Tensor, latents: Tensor) -> Tensor:
+        """[n, m] float32: how much each of `latents` [m] is active on raw activations [n, d_in].
+        Costs m dot products a row where the activation acts on every latent by itself."""
+        activation = self.activation.of(latents)
+        if activation is None:
+            codes, columns = self.encode(x), latents
+        else:
+            encoder, bias = self.encoder[latents], self.b_enc[latents]
+            some = replace(self, encoder=encoder, b_enc=bias, activation=activation)
+            codes, columns = some.encode(x), torch.arange(len(latents), device=x.device)
+        found = torch.zeros(len(x), len(latents), device=x.device)
+        for column, latent in enumerate(columns):
+            here = codes.latents == latent
+            found[codes.rows[here], column] = codes.values[here].float()
+        return found
+
     def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
         """Reconstruction [n, d_out] of the raw target.
 

@@ -306,6 +306,7 @@ class _Part:
     dictionary: Dictionary | None
     added: Tensor | None
     edits: tuple[FeatureEdit, ...] = ()  # all but `add`
+    chosen: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]: features of `edits`
     rows: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, d]: gain * W_dec[feature]
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
 
@@ -325,7 +326,7 @@ class _Part:
         chosen = torch.tensor([edit.feature for edit in other], device=dictionary.device)
         rows = steering.gain * dictionary.decoder[chosen].float().to(device)
         norms = rows.norm(dim=1).clamp_min(1e-12)
-        return cls(row, steering.site.input, dictionary, added, other, rows, norms)
+        return cls(row, steering.site.input, dictionary, added, other, chosen, rows, norms)
 
     @property
     def reads_activation(self) -> bool:
@@ -337,20 +338,13 @@ class _Part:
         total = torch.zeros_like(x) if self.added is None else self.added.expand_as(x)
         if not self.edits:
             return total
-        active = self._activations(read.float()) if self.reads_activation else None
+        active = None
+        if self.reads_activation:
+            assert self.dictionary is not None
+            active = self.dictionary.activations(read.float(), self.chosen)
         along = (x @ self.rows.T) / self.norms  # [seq, n]: x . v
         amounts = [self._amount(i, edit, active, along) for i, edit in enumerate(self.edits)]
         return total + torch.stack(amounts, dim=1) @ self.rows
-
-    def _activations(self, read: Tensor) -> Tensor:
-        """How much each edit's feature is active, [seq, n]."""
-        assert self.dictionary is not None
-        codes = self.dictionary.encode(read)
-        found = torch.zeros(len(read), len(self.edits), device=read.device)
-        for column, edit in enumerate(self.edits):
-            here = codes.latents == edit.feature
-            found[codes.rows[here], column] = codes.values[here]
-        return found
 
     def _amount(self, i: int, edit: FeatureEdit, active: Tensor | None, along: Tensor) -> Tensor:
         """How often the decoder row is added, [seq]."""

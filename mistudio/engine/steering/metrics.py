@@ -175,10 +175,7 @@ def reactivation(
             continue
         fed = torch.tensor([[*prompt_ids, *ids]], device=model.device)
         x = model.capture(fed, [reads])[reads][0, counted].float().to(dictionary.device)
-        codes = dictionary.encode(x)
-        sums = torch.zeros(dictionary.d_sae, device=dictionary.device)
-        sums.index_add_(0, codes.latents, codes.values.float())
-        found.append((sums[chosen] / len(counted)).tolist())
+        found.append(dictionary.activations(x, chosen).mean(0).tolist())
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae import dictionary as module
-from mistudio.engine.sae.activation import JumpReLU, TopK
+from mistudio.engine.sae.activation import Gated, JumpReLU, ReLU, TopK
 from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.files import load_sae, save_sae
 from mistudio.engine.sae.site import Site
@@ -59,6 +60,20 @@ def test_chunked_encoding_equals_whole(monkeypatch):
     whole = d.encode(x).dense()
     monkeypatch.setattr(module, "CHUNK_CELLS", 10 * M)
     assert torch.allclose(d.encode(x).dense(), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+@pytest.mark.parametrize(
+    "activation",
+    [None, TopK(5), ReLU(), Gated(torch.rand(M) + 0.5, torch.randn(M) * 0.1)],
+    ids=["jumprelu", "topk", "relu", "gated"],
+)
+def test_activations_of_some_latents_are_those_of_all(activation, norm):
+    d, x = replace(make(activation), norm=norm), torch.randn(50, D)
+    some = torch.tensor([7, 0, M - 1, 7])
+    expected = d.encode(x).dense()[:, some]
+    assert torch.allclose(d.activations(x, some), expected, atol=1e-5)
+    assert (expected > 0).any()
 
 
 def test_topk_is_never_more_than_k():
