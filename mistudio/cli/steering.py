@@ -203,8 +203,15 @@ def _calibrate(options: argparse.Namespace, library: Library) -> dict[str, Any]:
                 f"distinct-2 x{number(row['distinct_ratio'], 2)}, "
                 f"perplexity x{number(row['perplexity_ratio'], 2)}, "
                 f"own tokens {percent(row['own_share'], 1)}"
+                f"{_likelier(row)}"
             )
     return {"sae_id": sae.id, "calibrations": [asdict(one) for one in kept]}
+
+
+def _likelier(row: dict[str, Any]) -> str:
+    """How the feature's own tokens fare; nothing where it has none."""
+    before = row.get("own_probability_unsteered")
+    return f" x{number(row['own_probability'] / before, 2)} as likely" if before else ""
 
 
 def _sweep(options: argparse.Namespace, library: Library) -> dict[str, Any]:
@@ -220,8 +227,8 @@ def _sweep(options: argparse.Namespace, library: Library) -> dict[str, Any]:
     job = Sweep(
         find_sae(library, options).id,
         _features(options),
-        tuple(options.prompts),
-        strengths=tuple(options.strengths),
+        tuple(options.strengths),
+        prompts=tuple(options.prompts),
         seeds=tuple(options.seeds),
         **_common(options),
     )

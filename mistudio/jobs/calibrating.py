@@ -184,12 +184,14 @@ def _side(found: calibration.Calibration) -> dict[str, Any]:
     return {
         "tried": [_row(row) for row in found.tried],
         "recommended": found.recommended,
+        "safe": found.safe,
         "s_max": found.breaks,
     }
 
 
 def _row(tried: calibration.Tried) -> dict[str, Any]:
-    return {**asdict(tried), "zone": tried.zone}
+    numbers = {name: known(value) for name, value in asdict(tried).items()}
+    return {**numbers, "zone": tried.zone}
 
 
 class _Live:

@@ -15,14 +15,15 @@ class Calibration:
     """How strongly one feature can be steered by one method, as `jobs/calibrating.py` measured it.
 
     Strengths are multiples of the feature's largest activation. `recommended` is the largest up to
-    which the text stays as good as unsteered, 0.0 where none does; `s_max` the first at which it
-    breaks, None where none of those tried does. `site` is {"hook_point", "layer"}. `curve`:
+    which the text stays as good as unsteered and at which the feature's own tokens become likelier,
+    0.0 where there is none; `s_max` the first at which the text breaks, None where none of those
+    tried does. `site` is {"hook_point", "layer"}. `curve`:
 
-        tried           [{strength, tokens, kl, perplexity_ratio, distinct_ratio, own_share, zone}],
-                        weakest first; zone is "green", "amber" or "red", kl in nats per token, the
-                        ratios are to the unsteered text, own_share is the share of tokens among the
-                        feature's own
-        suppress        the same for negative strengths: {tried, recommended, s_max}, or None
+        tried           [{strength, tokens, kl, perplexity_ratio, distinct_ratio, own_share,
+                        own_probability, own_probability_unsteered, zone}], weakest first: those of
+                        `engine/steering/calibration.Tried`, and "green", "amber" or "red"
+        safe            the largest strength up to which the text stays as good
+        suppress        the same for negative strengths: {tried, recommended, safe, s_max}, or None
         own_share       of the unsteered text, None where the feature has no tokens of its own
         own_tokens      ids of the feature's own tokens (those that its direction promotes most)
         output_score    {score, probability, rank}: whether the feature steers; None where unknown

@@ -8,24 +8,28 @@ is therefore tried at several strengths on neutral prompts, and the strengths fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mistudio.engine.models.hf import DynamicCache
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.steering.generation import Sampling, generate
+from mistudio.engine.steering.generation import Sampling, draw
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
-from mistudio.engine.steering.metrics import distinct, divergences
+from mistudio.engine.steering.metrics import distinct, share_among
+from mistudio.errors import is_out_of_memory
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 PROMPTS = (
     "From my experience,",
-    "The most important thing about",
-    "Yesterday I went to",
+    "The important thing is",
+    "Last week I went",
     "In this article we",
 )
 NEW_TOKENS = 32
@@ -37,8 +41,11 @@ LEAST_DISTINCT = 0.85  # of the unsteered texts' distinct-2
 MOST_PERPLEXITY = 3.0  # times that of the unsteered texts, under the unsteered model
 # Red: it repeats itself.
 BROKEN_DISTINCT = 0.70
-# A strength is recommended where it keeps this part of each limit, as other prompts differ.
-MARGIN = 0.8
+# A strength is recommended where it keeps this part of each limit, and moves the probability of the
+# feature's own tokens by at least this factor: other prompts differ.
+MARGIN = 0.75
+LEAST_RISE = 1.05
+ROUNDING = 1e-6  # nats per token: less is none
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class Tried:
     """One strength over all prompts: `tokens` generated, mean KL in nats per token on their own
     prefixes, perplexity under the unsteered model and distinct-2, both relative to the unsteered
     continuations, and the share of tokens that are among `own` (of the unsteered ones: see
-    `Calibration.own_share`)."""
+    `Calibration.own_share`). `own_probability` is the mean probability, before each of the steered
+    text's tokens, that the model gives `own` together; `own_probability_unsteered` the same
+    without steering, on the same text. NaN where no tokens were named."""
 
     strength: float
     tokens: int
@@ -54,6 +63,8 @@ class Tried:
     perplexity_ratio: float
     distinct_ratio: float
     own_share: float
+    own_probability: float
+    own_probability_unsteered: float
 
     @property
     def zone(self) -> str:
@@ -67,6 +78,16 @@ class Tried:
         """Whether it stays clear of every limit of the green zone."""
         return self._within(MARGIN)
 
+    @property
+    def moves_own(self) -> bool:
+        """Whether it does what the feature is amplified (or suppressed) for: its own tokens become
+        likelier (less likely). True where it has no tokens of its own to look at."""
+        if math.isnan(self.own_probability):
+            return True
+        if self.strength > 0:
+            return self.own_probability >= LEAST_RISE * self.own_probability_unsteered
+        return LEAST_RISE * self.own_probability <= self.own_probability_unsteered
+
     def _within(self, part: float) -> bool:
         """Whether all three keep to `part` of the way from the unsteered text to the limit."""
         return (
@@ -78,12 +99,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A feature's strengths, weakest first. `recommended` is the largest up to which every one is
-    safe, 0.0 where not even the smallest is; `breaks` the first that is red, None where none is.
+    """A feature's strengths, weakest first. `recommended` is the largest that moves the feature's
+    own tokens and up to which every one is safe, 0.0 where there is none; `safe` the largest
+    whether or not it moves them; `breaks` the first that is red, None where none is.
     `own_share` is that of the unsteered continuations, NaN where no tokens were named."""
 
     tried: tuple[Tried, ...]
     recommended: float
+    safe: float
     breaks: float | None
     own_share: float
     prompts: int
@@ -106,120 +129,206 @@ def calibrate(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Calibration:
-    """Try every strength on every prompt, all strengths of a prompt in one batch with the same
-    sampling noise. `steered` gives the variant of a strength; `own` are the tokens that the
-    feature promotes most. Texts do not end early, so that all have the same length.
+    """Try every strength on every prompt, with the same sampling noise for all strengths of a
+    prompt. `steered` gives the variant of a strength; `own` are the tokens that the feature
+    promotes most. Texts do not end early, so that all have the same length.
 
     All strengths must have one sign: negative ones (suppression) have zones of their own.
-    `progress.report` gets `tried`, the curve of the prompts so far.
+    `progress.report` gets `tried`, the curve of what is written so far. Raises RuntimeError where
+    a variant changes nothing at all, though it must.
     """
     strengths = sorted(strengths, key=abs)
     if not strengths or any(s * strengths[0] <= 0 for s in strengths):
         raise ValueError("strengths must be of one sign, and none 0")
     variants = [steered(strength) for strength in strengths]
-    rows = [_Sums() for _ in range(len(strengths) + 1)]
-    wanted = set(own)
-    for number, prompt in enumerate(prompts):
-        progress.check()
-        ids = list(tokenizer(prompt)["input_ids"])
-        made = generate(
-            model,
-            tokenizer,
-            ids,
-            variants,
-            Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, seed=seed + number),
-            special_ids=special_ids,
-            stop_ids=(),
-            progress=_Writing(progress, number, len(prompts)),
-        ).rows
-        texts = [row.ids for row in made]
-        found = divergences(
-            model, [None, *variants], ids, texts, special_ids, progress=_Checked(progress)
-        )
-        for sums, text, divergence in zip(rows, texts, found, strict=True):
-            sums.add(text, divergence.kl, divergence.nll, wanted)
-        base = rows[0]
-        tried = tuple(
-            row.tried(strength, base) for strength, row in zip(strengths, rows[1:], strict=True)
-        )
-        progress.report(number + 1, len(prompts), phase="calibrate", tried=tried)
+    encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    trial = _Trial(model, special_ids, sorted(own), new_tokens, seed, progress)
+    done: dict[int, list[_Text]] = {}
+
+    def tell(written: dict[int, list[_Text]], share: float) -> None:
+        known = [*done.values(), *written.values()]
+        # A part of the strengths has no curve, nor has a text without a bigram.
+        whole = all(len(texts) > len(strengths) and len(texts[0].ids) > 1 for texts in known)
+        curve = {"tried": _curve(strengths, known)} if whole else {}
+        at = len(done) + share * len(written)
+        progress.report(at, len(prompts), phase="calibrate", **curve)
+
+    for length in sorted({len(ids) for ids in encoded}):  # those of one length share a batch
+        together = {i: ids for i, ids in enumerate(encoded) if len(ids) == length}
+        for number, texts in trial.write(together, variants, tell):
+            done[number] = texts
+    tried = _curve(strengths, list(done.values()))
+    for row, variant in zip(tried, variants, strict=True):
+        if row.kl < ROUNDING and variant.always_acts:
+            raise RuntimeError("Steering changed nothing: its edit does not reach the logits")
+    base = [texts[0] for texts in done.values()]
     return Calibration(
         tried,
         recommended_of(tried),
+        safe_of(tried),
         next((row.strength for row in tried if row.zone == "red"), None),
-        base.own / max(base.tokens, 1) if wanted else math.nan,
+        _share(base, set(own)) if own else math.nan,
         len(prompts),
         new_tokens,
     )
 
 
-class _Checked:
-    """Hears that the work should stop, says nothing."""
+@dataclass
+class _Text:
+    """One continuation, by token: its ids, KL(steered || unsteered) and its negative log
+    probability under the unsteered model, in nats on its own prefix, and the probability of the
+    feature's own tokens with and without steering."""
 
-    def __init__(self, outer: Progress) -> None:
-        self._outer = outer
-
-    def check(self) -> None:
-        self._outer.check()
-
-    def report(
-        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
-    ) -> None:
-        pass
+    own: frozenset[int]
+    ids: list[int] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
 
 
-class _Writing(_Checked):
-    """Tokens written for one prompt of several: most of what a prompt takes."""
+@dataclass(frozen=True)
+class _Trial:
+    """What all batches of one calibration have in common."""
 
-    def __init__(self, outer: Progress, number: int, count: int) -> None:
-        super().__init__(outer)
-        self._number, self._count = number, count
+    model: HookedDecoder
+    special_ids: Sequence[int]
+    own: Sequence[int]
+    new_tokens: int
+    seed: int
+    progress: Progress
 
-    def report(
-        self, done: float, total: float | None = None, phase: str | None = None, **metrics: object
-    ) -> None:
-        share = 0.8 * done / total if total else 0.0
-        self._outer.report(self._number + share, self._count, phase="calibrate")
+    def write(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        variants: Sequence[Variant],
+        tell: Callable[[dict[int, list[_Text]], float], None],
+    ) -> Iterator[tuple[int, list[_Text]]]:
+        """The texts of each prompt, the unsteered one first. In parts where memory is short, with
+        the same result: the noise depends on the prompt alone."""
+        try:
+            written = self._write(prompts, variants, tell)
+        except (RuntimeError, MemoryError) as exc:
+            if not is_out_of_memory(exc) or len(prompts) == len(variants) == 1:
+                raise
+        else:
+            yield from written.items()
+            return
+        # Outside of the handler: the error holds what the batch held.
+        if len(prompts) > 1:
+            for number, ids in prompts.items():
+                yield from self.write({number: ids}, variants, tell)
+            return
+        half, (number,) = len(variants) // 2, prompts
+        first, second = (
+            dict(self.write(prompts, some, tell))[number]
+            for some in (variants[:half], variants[half:])
+        )
+        yield number, [*first, *second[1:]]
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        variants: Sequence[Variant],
+        tell: Callable[[dict[int, list[_Text]], float], None],
+    ) -> dict[int, list[_Text]]:
+        """All in one batch. Of each prompt: the unsteered text, the steered ones, and for each of
+        these a row in which the unsteered model reads along: what it predicts there is what the
+        text is measured against, at every step and without another pass."""
+        n = len(variants)
+        sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=self.new_tokens)
+        block: list[Variant | None] = [None, *variants, *[None] * n]
+        fed = torch.tensor(
+            [list(ids) for ids in prompts.values() for _ in block], device=self.model.device
+        )
+        steering = Steering(self.model, block * len(prompts), self.special_ids, fed.shape[1])
+        noise = [torch.Generator().manual_seed(self.seed + number) for number in prompts]
+        written = {i: [_Text(frozenset(self.own)) for _ in range(n + 1)] for i in prompts}
+        cache, position = DynamicCache(config=self.model.model.config), 0
+        for step in range(self.new_tokens):
+            self.progress.check()
+            steering.expect(fed, position)
+            with self.model.intervene(steering.edits()):
+                logits = last_logits(self.model, fed, 1, cache)[:, -1]
+            position += fed.shape[1]
+            chosen = [
+                self._extend(texts, part.float(), sampling, generator)
+                for texts, part, generator in zip(
+                    written.values(), logits.split(len(block)), noise, strict=True
+                )
+            ]
+            fed = torch.cat([token for row in chosen for token in (row, row[1:])])[:, None]
+            tell(written, (step + 1) / self.new_tokens)
+        return written
+
+    def _extend(
+        self, texts: list[_Text], logits: Tensor, sampling: Sampling, noise: torch.Generator
+    ) -> Tensor:
+        """One token more of each of a prompt's texts, from the logits of its rows."""
+        n = len(texts)
+        chosen = draw(logits[:n], sampling, noise)
+        found = logits.log_softmax(-1)
+        after, before = found[:n], torch.cat([found[:1], found[n:]])
+        kl = (after.exp() * (after - before)).sum(-1).clamp_min(0.0)
+        nll = -before.gather(1, chosen[:, None])[:, 0]
+        mine = torch.tensor(self.own, dtype=torch.long, device=logits.device)
+        for values, name in (
+            (chosen, "ids"),
+            (kl, "kl"),
+            (nll, "nll"),
+            (after[:, mine].exp().sum(-1), "after"),
+            (before[:, mine].exp().sum(-1), "before"),
+        ):
+            for text, value in zip(texts, values.tolist(), strict=True):
+                getattr(text, name).append(value)
+        return chosen
+
+
+def safe_of(tried: Sequence[Tried]) -> float:
+    """The largest strength up to which all are safe; 0.0 for none."""
+    return max((row.strength for row in _safe(tried)), key=abs, default=0.0)
 
 
 def recommended_of(tried: Sequence[Tried]) -> float:
-    """The largest strength up to which all are safe; 0.0 for none."""
-    best = 0.0
-    for row in tried:
-        if not row.is_safe:
-            break
-        best = row.strength
-    return best
+    """The largest of those that also moves the feature's own tokens; 0.0 for none."""
+    return max((row.strength for row in _safe(tried) if row.moves_own), key=abs, default=0.0)
 
 
-class _Sums:
-    """One row of the batch over all prompts."""
+def _safe(tried: Sequence[Tried]) -> Iterator[Tried]:
+    return takewhile(lambda row: row.is_safe, tried)
 
-    def __init__(self) -> None:
-        self.tokens = self.own = 0
-        self.kl = self.nll = self.distinct = 0.0
-        self.texts = 0
 
-    def add(
-        self, ids: Sequence[int], kl: Sequence[float], nll: Sequence[float], own: set[int]
-    ) -> None:
-        self.tokens += len(ids)
-        self.own += sum(token in own for token in ids)
-        self.kl += sum(kl)
-        self.nll += sum(nll)
-        self.distinct += distinct(ids, 2)
-        self.texts += 1
+def _curve(strengths: Sequence[float], written: Sequence[list[_Text]]) -> tuple[Tried, ...]:
+    """Each strength over all prompts; `written` holds the texts of each, the unsteered first."""
+    base = [texts[0] for texts in written]
+    return tuple(
+        _tried(strength, [texts[i] for texts in written], base)
+        for i, strength in enumerate(strengths, 1)
+    )
 
-    def tried(self, strength: float, base: _Sums) -> Tried:
-        difference = self.nll / self.tokens - base.nll / base.tokens
-        return Tried(
-            strength=strength,
-            tokens=self.tokens,
-            kl=self.kl / self.tokens,
-            perplexity_ratio=math.exp(min(difference, 700.0)),
-            distinct_ratio=self.distinct / base.distinct,
-            own_share=self.own / self.tokens,
-        )
+
+def _tried(strength: float, texts: Sequence[_Text], base: Sequence[_Text]) -> Tried:
+    tokens = sum(len(text.ids) for text in texts)
+    longer = sum(sum(text.nll) for text in texts) - sum(sum(text.nll) for text in base)
+    diverse, usual = (sum(distinct(text.ids, 2) for text in some) for some in (texts, base))
+    has_own = bool(texts[0].own)
+    return Tried(
+        strength=strength,
+        tokens=tokens,
+        kl=sum(sum(text.kl) for text in texts) / tokens,
+        perplexity_ratio=math.exp(min(longer / tokens, 700.0)),
+        distinct_ratio=diverse / usual,
+        own_share=_share(texts, texts[0].own),
+        own_probability=sum(sum(t.after) for t in texts) / tokens if has_own else math.nan,
+        own_probability_unsteered=(
+            sum(sum(t.before) for t in texts) / tokens if has_own else math.nan
+        ),
+    )
+
+
+def _share(texts: Sequence[_Text], own: Collection[int]) -> float:
+    return share_among([token for text in texts for token in text.ids], own)
 
 
 # -------------------------------------------------------------------- which features steer

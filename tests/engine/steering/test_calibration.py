@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from mistudio.engine.models.hooks import HookPoint
+from mistudio.engine.models.logits import last_logits
 from mistudio.engine.sae.site import Site
+from mistudio.engine.steering import calibration as module
 from mistudio.engine.steering.calibration import (
     LEAST_DISTINCT,
     MOST_KL,
@@ -16,6 +19,7 @@ from mistudio.engine.steering.calibration import (
     calibrate,
     output_scores,
     recommended_of,
+    safe_of,
 )
 from mistudio.engine.steering.generation import Sampling, generate
 from mistudio.engine.steering.interventions import Scope, SiteSteering, Steering, Variant
@@ -48,6 +52,7 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
     assert [row.strength for row in found.tried] == [0.2, 1.0]
     for row in found.tried:
         kl, nll, base_nll, diverse, base_diverse, mine = [], [], [], [], [], []
+        after, before = [], []
         for number, prompt in enumerate(PROMPTS):
             ids = tiny_tokenizer(prompt)["input_ids"]
             sampling = Sampling(temperature=0.7, max_new_tokens=10, seed=3 + number)
@@ -64,12 +69,57 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
             diverse.append(distinct(made[1].ids, 2))
             base_diverse.append(distinct(made[0].ids, 2))
             mine += [token in own for token in made[1].ids]
+            whole = torch.tensor([[*ids, *made[1].ids]])
+            for found_there, variant in ((before, None), (after, steered(row.strength))):
+                steering = Steering(tiny, [variant], SPECIAL, len(ids))
+                steering.expect(whole, 0)
+                with tiny.intervene(steering.edits()):
+                    logits = tiny.model(whole).logits[0, len(ids) - 1 : -1].detach()
+                found_there += [float(p[list(own)].sum()) for p in logits.softmax(-1)]
         assert row.tokens == len(kl) == 20
         assert row.kl == pytest.approx(sum(kl) / 20, rel=1e-3)
         ratio = math.exp(sum(nll) / 2 - sum(base_nll) / 2)
         assert row.perplexity_ratio == pytest.approx(ratio, rel=1e-3)
         assert row.distinct_ratio == pytest.approx(sum(diverse) / sum(base_diverse))
         assert row.own_share == pytest.approx(sum(mine) / 20)
+        assert row.own_probability == pytest.approx(sum(after) / 20, rel=1e-3)
+        assert row.own_probability_unsteered == pytest.approx(sum(before) / 20, rel=1e-3)
+
+
+@pytest.mark.parametrize("most_rows", [2, 3, 7])
+def test_where_memory_is_short_the_same_is_found_in_parts(
+    tiny, tiny_tokenizer, steered, monkeypatch, most_rows
+):
+    def run():
+        return calibrate(
+            tiny, tiny_tokenizer, steered, special_ids=SPECIAL, own={5, 9},
+            strengths=(0.2, 0.5, 1.0), prompts=PROMPTS, new_tokens=4,
+        )  # fmt: skip
+
+    def short(model, ids, *rest):
+        if len(ids) > most_rows:
+            raise RuntimeError("CUDA out of memory")
+        return last_logits(model, ids, *rest)
+
+    whole = run()
+    monkeypatch.setattr(module, "last_logits", short)
+    if most_rows < 3:  # an unsteered text, a steered one, and the model that reads along
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run()
+        return
+    for row, expected in zip(run().tried, whole.tried, strict=True):
+        assert asdict(row) == pytest.approx(asdict(expected), rel=1e-3)
+
+
+def test_a_change_that_does_not_reach_the_logits_is_an_error(
+    tiny, tiny_tokenizer, steered, monkeypatch
+):
+    monkeypatch.setattr(Steering, "edits", lambda self: {})
+    with pytest.raises(RuntimeError, match="changed nothing"):
+        calibrate(
+            tiny, tiny_tokenizer, steered, special_ids=SPECIAL, strengths=(1.0,),
+            prompts=PROMPTS, new_tokens=2,
+        )  # fmt: skip
 
 
 def test_too_much_breaks_the_text_and_is_not_recommended(tiny, tiny_tokenizer, steered):
@@ -81,11 +131,18 @@ def test_too_much_breaks_the_text_and_is_not_recommended(tiny, tiny_tokenizer, s
     assert found.tried[-1].zone != "green"
     assert 0.02 <= found.recommended < 8.0
     assert math.isnan(found.own_share)
+    assert found.safe == found.recommended  # without tokens of its own, nothing more is asked
     assert [row.kl for row in found.tried[:3]] == sorted(row.kl for row in found.tried[:3])
 
 
-def row(strength: float, kl: float = 0.1, distinct_ratio: float = 1.0, ppl: float = 1.2) -> Tried:
-    return Tried(strength, 100, kl, ppl, distinct_ratio, 0.0)
+def row(
+    strength: float,
+    kl: float = 0.1,
+    distinct_ratio: float = 1.0,
+    ppl: float = 1.2,
+    own: tuple[float, float] = (math.nan, math.nan),
+) -> Tried:
+    return Tried(strength, 100, kl, ppl, distinct_ratio, 0.0, *own)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +165,20 @@ def test_nothing_beyond_a_strength_that_fails_is_recommended():
     assert recommended_of([row(0.5, kl=0.9), row(1.0)]) == 0.0
     assert recommended_of([row(-0.5), row(-1.0)]) == -1.0
     assert recommended_of([row(0.5, kl=0.45)]) == 0.0  # within the limit, without a margin
+
+
+def test_what_does_not_move_the_features_own_tokens_is_safe_but_not_recommended():
+    more, same, less = (0.12, 0.1), (0.104, 0.1), (0.05, 0.1)
+    rising = [
+        row(0.5, own=same),
+        row(1.0, own=more),
+        row(2.0, own=less),
+        row(3.0, kl=0.9, own=more),
+    ]
+    assert (recommended_of(rising), safe_of(rising)) == (1.0, 2.0)
+    assert recommended_of([row(0.5, own=less), row(1.0, own=same)]) == 0.0
+    falling = [row(-0.5, own=less), row(-1.0, own=same), row(-2.0, own=more)]
+    assert (recommended_of(falling), safe_of(falling)) == (-0.5, -2.0)
 
 
 def test_strengths_of_both_signs_are_refused(tiny, tiny_tokenizer, steered):
