@@ -1,8 +1,19 @@
 """Steering tried over many strengths, layers, prompts and seeds: experiments with intervals.
 
-Every result in `library.experiments` is plain JSON with a table `rows`. An *estimate* is
-{"mean", "low", "high", "n"}: the mean over `n` seeds of the mean over prompts, with its 95 %
-interval (Student's t over seeds; None where there is one seed). A *summary* is an estimate, or None
+Every steering of an experiment continues every prompt with every seed. Those (seed, prompt) pairs
+are gone through one after another, seeds first, and after each the table so far is reported as the
+metric `partial`: it has the shape of the result. One that is stopped is kept as far as it came.
+
+Every result in `library.experiments` is plain JSON: {"prompts", "seeds", "hook_point",
+"precision", "continued": how many of the pairs all steerings went through (fewer than there are
+where it was stopped; missing in older records, which are whole), "unsteered": [text], "rows"}. A
+text is {"prompt" and "seed" (their places in the lists), "text", "tokens"} and, of steered ones,
+the measures of that text alone.
+
+An *estimate* is {"mean", "low", "high", "n", "texts"}: the mean over `n` seeds of the mean over
+prompts, of so many texts, with its 95 % interval (Student's t over seeds; None where there is one
+seed). It is about these prompts: seeds are the only thing that varies. A seed that has not been
+through all prompts does not count, unless it is the first. A *summary* is an estimate, or None
 where it is not known, for each of `MEASURES`:
 
     kl_per_token      nats per token, steered from unsteered predictions
@@ -23,11 +34,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mistudio.engine.progress import Progress
+from mistudio.engine.progress import Cancelled, Progress
 from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
@@ -55,162 +67,179 @@ MOST_TEXTS = 5000  # steered ones of one experiment
 ROWS_AT_ONCE = 8  # steered rows of one batch
 PARTS = {"generate": (0.0, 0.8), "measure": (0.8, 1.0)}
 
-_PHASES = (Phase("load model", 5), Phase("generate", 100))
+
+@dataclass(frozen=True)
+class Continuations:
+    """What all experiments are asked for: `prompts`, each continued with every one of `seeds`; how
+    text is drawn and where it is steered is as in `jobs/steering.Steer`."""
+
+    sae_id: int
+    _: KW_ONLY
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    name: str = ""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 40
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    chat: bool = False
+    scope: str = "all"
+    positions: tuple[int, ...] = ()
+
+    kind: ClassVar[str]
+    lane: ClassVar[str] = "compute"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("load model", 5), Phase("generate", 100))
+
+    def title(self, library: Library) -> str:
+        raise NotImplementedError
+
+    def cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
+        """The steerings, in the order of the table. Raises InvalidInput where one cannot be."""
+        raise NotImplementedError
+
+    def run(self, context: JobContext) -> dict[str, Any]:
+        """The experiment's number. Stopped, it raises Cancelled and keeps what it has, if that is
+        anything: the metric `experiment_id` then says where."""
+        library = context.library
+        _check_range("prompts", len(self.prompts), 1, 1000)
+        _check_range("seeds", len(self.seeds), 1, 100)
+        sae = library.saes.get(self.sae_id)
+        model = loaded_model(library, sae.model_id, Stage(context, "load model"))
+        cells = self.cells(library, model)
+        _check_range("texts", len(cells) * len(self.prompts) * len(self.seeds), 1, MOST_TEXTS)
+        table = self._table(model, cells)
+        name = " ".join(self.name.split()) or self.title(library)
+        try:
+            table.fill(Stage(context, "generate", None))
+        except Cancelled:
+            if table.texts[0]:
+                number = self._keep(library, f"{name} (stopped)", table)
+                at = context.snapshot()
+                context.report(at.done, at.total, experiment_id=number)
+            raise
+        return {"experiment_id": self._keep(library, name, table)}
+
+    def _table(self, model: HookedDecoder, cells: Sequence[Cell]) -> Table:
+        return Table(self, model, cells)
+
+    def _keep(self, library: Library, name: str, table: Table) -> int:
+        result = table.found(max(table.continued, 1))
+        return library.experiments.add(
+            name=name, kind=self.kind, request=asdict(self), result=result
+        )
+
+    def steer(self, **more: Any) -> Steer:
+        """As one generation would ask for it."""
+        names = {entry.name for entry in fields(Continuations)} - {"prompts", "seeds", "name"}
+        shared = {name: getattr(self, name) for name in names}
+        return Steer(prompt="", **{"features": [], **shared, **more})
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Continuations):
     """One steering at several `strengths` (each multiplies those of `features` and `others`) and,
     where `layers` are given, at each of these alone.
 
-    Result: {"prompts", "seeds", "hook_point", "precision", "unsteered": [text],
-    "rows": [{"strength", "layer" (None: where the SAE acts), "percent_of_norm", "summary",
-    "texts": [text]}]}, a text being {"prompt" and "seed" (their places in the lists), "text",
-    "tokens"} and, of steered ones, the measures of that text alone.
+    Rows: {"strength", "layer" (None: where the SAE acts), "percent_of_norm", "summary", "texts"}.
     """
 
-    sae_id: int
     features: list[list[Any]]
-    prompts: tuple[str, ...] = ()
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
     layers: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    name: str = ""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 40
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    chat: bool = False
-    scope: str = "all"
-    positions: tuple[int, ...] = ()
-    keep_norm: bool = False
     others: tuple[list[Any], ...] = ()
+    keep_norm: bool = False
 
     kind: ClassVar[str] = "sweep"
-    lane: ClassVar[str] = "compute"
-    phases: ClassVar[tuple[Phase, ...]] = _PHASES
 
     def title(self, library: Library) -> str:
-        over = f"{len(self.strengths)} strengths"
+        over = _counted(len(self.strengths), "strength")
         if self.layers:
-            over += f" and {len(self.layers)} layers"
+            over += f" and {_counted(len(self.layers), 'layer')}"
         return f"Sweep {_features_text(self)} over {over}"
 
-    def run(self, context: JobContext) -> dict[str, Any]:
-        return _run(self, context, self._cells)
-
-    def _cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
+    def cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
         _check_range("strengths", len(self.strengths), 1, 64)
-        cells = []
-        for layer in self.layers or (None,):
-            steer = _steer(self, layers=() if layer is None else (layer,))
-            recipe = Recipe(library, steer, model)
-            for strength in self.strengths:
-                planned = recipe.at(strength)
-                label = {"strength": strength, "layer": layer}
-                label["percent_of_norm"] = planned.percent_of_norm
-                cells.append(Cell(label, recipe, planned))
-        return cells
+        layers = tuple(dict.fromkeys(self.layers))
+        recipe = Recipe(library, self.steer(**_steering(self), layers=layers), model)
+        planned = [recipe.at(strength) for strength in self.strengths]
+        return [
+            Cell(
+                {"strength": strength, "layer": layer},
+                recipe,
+                one if layer is None else _at_layer(one, layer),
+            )
+            for layer in layers or (None,)
+            for strength, one in zip(self.strengths, planned, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(Continuations):
     """A list of prompts, continued with every seed and by every one of `variants`: {"name",
-    "features", and any of "others", "layers", "keep_norm", "control"} as in `jobs/steering.Steer`.
+    "features", and any of "others", "layers", "keep_norm", "control" as in `jobs/steering.Steer`,
+    "scale" (multiplies all strengths)}.
 
-    Result: as of a `Sweep`, its rows being {"name", "percent_of_norm", "summary", "texts"}.
+    Rows: {"name", "percent_of_norm", "summary", "texts"}.
     """
 
-    sae_id: int
     variants: list[dict[str, Any]]
-    prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    name: str = ""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 40
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    chat: bool = False
-    scope: str = "all"
-    positions: tuple[int, ...] = ()
 
     kind: ClassVar[str] = "prompt_batch"
-    lane: ClassVar[str] = "compute"
-    phases: ClassVar[tuple[Phase, ...]] = _PHASES
 
     def title(self, library: Library) -> str:
         return (
-            f"Continue {len(self.prompts)} prompts with {len(self.seeds)} seeds and "
-            f"{len(self.variants)} {'steering' if len(self.variants) == 1 else 'steerings'}"
+            f"Continue {_counted(len(self.prompts), 'prompt')} with "
+            f"{_counted(len(self.seeds), 'seed')} and {_counted(len(self.variants), 'steering')}"
         )
 
-    def run(self, context: JobContext) -> dict[str, Any]:
-        return _run(self, context, self._cells)
-
-    def _cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
+    def cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
         _check_range("variants", len(self.variants), 1, 32)
-        cells = []
+        recipes: dict[str, Recipe] = {}  # each holds its SAEs: those that differ in scale share one
+        found = []
         for number, values in enumerate(self.variants):
-            asked = {key: value for key, value in values.items() if key in _OF_VARIANTS}
-            for key in ("others", "layers"):
-                asked[key] = tuple(asked.get(key, ()))
-            asked.setdefault("features", [])
-            recipe = Recipe(library, _steer(self, **asked), model)
-            planned = recipe.planned()[-1]  # the control, where one is asked for
-            label = {
-                "name": str(values.get("name") or f"Steering {number + 1}"),
-                "percent_of_norm": planned.percent_of_norm,
-            }
-            cells.append(Cell(label, recipe, planned))
-        return cells
+            asked = {key: values[key] for key in _OF_VARIANTS if key in values}
+            key = json.dumps(asked)
+            if key not in recipes:
+                # JSON knows no tuples
+                given = {k: tuple(v) if k in ("others", "layers") else v for k, v in asked.items()}
+                recipes[key] = Recipe(library, self.steer(**given), model)
+            planned = recipes[key].at(float(values.get("scale", 1.0)))
+            if values.get("control"):
+                planned = replace(planned, variant=replace(planned.variant, control=0))
+            label = {"name": str(values.get("name") or f"Steering {number + 1}")}
+            found.append(Cell(label, recipes[key], planned))
+        return found
 
 
-_OF_VARIANTS = ("features", "others", "layers", "keep_norm", "control")
+_OF_VARIANTS = ("features", "others", "layers", "keep_norm")
 
 
 @dataclass(frozen=True)
-class LayerStudy:
+class LayerStudy(Continuations):
     """Which layers matter: a steering at several layers (`layers`, or SAEs of several in `others`)
     beside each of them alone and all but each.
 
-    Result: {"prompts", "seeds", "hook_point", "precision", "unsteered": [text],
-    "all": {"summary", "texts"}, "rows": [{"layer", "alone": {"summary", "texts"}, "without":
-    {"summary", "texts"}, "kl_without": estimate}]}; `kl_without` is how far the predictions along
+    Beside "rows" there is "all": {"percent_of_norm", "summary", "texts"}. Rows: {"layer", "alone"
+    and "without": as "all", "kl_without": estimate}; `kl_without` is how far the predictions along
     the text of all layers move where this one is left out, in nats per token.
     """
 
-    sae_id: int
     features: list[list[Any]]
-    prompts: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     others: tuple[list[Any], ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
-    name: str = ""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 40
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    chat: bool = False
-    scope: str = "all"
-    positions: tuple[int, ...] = ()
     keep_norm: bool = False
 
     kind: ClassVar[str] = "layer_study"
-    lane: ClassVar[str] = "compute"
-    phases: ClassVar[tuple[Phase, ...]] = _PHASES
 
     def title(self, library: Library) -> str:
         return f"Study which layers matter for {_features_text(self)}"
 
-    def run(self, context: JobContext) -> dict[str, Any]:
-        return _run(self, context, self._cells, _by_layer)
-
-    def _cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
-        recipe = Recipe(library, _steer(self, layers=self.layers, others=self.others), model)
+    def cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
+        recipe = Recipe(library, self.steer(**_steering(self), layers=self.layers), model)
         whole = recipe.at(1.0)
+        if not self.layers:  # each SAE's own strength at its own layer: no number for all of them
+            whole = replace(whole, percent_of_norm=None)
         sites = whole.variant.sites
         layers = sorted({site.site.output.layer for site in sites})
         if len(layers) < 2:
@@ -221,16 +250,14 @@ class LayerStudy:
                 field="layers",
             )
 
-        def only(keep: Callable[[int], bool]) -> Planned:
-            kept = tuple(site for site in sites if keep(site.site.output.layer))
-            return replace(whole, variant=replace(whole.variant, sites=kept), percent_of_norm=None)
-
-        cells = [Cell({"layer": None, "part": "all"}, recipe, whole)]
+        found = [Cell({"layer": None, "part": "all"}, recipe, whole)]
         for layer in layers:
-            alone, without = only(layer.__eq__), only(layer.__ne__)
-            cells.append(Cell({"layer": layer, "part": "alone"}, recipe, alone))
-            cells.append(Cell({"layer": layer, "part": "without"}, recipe, without))
-        return cells
+            for part, keep in (("alone", layer.__eq__), ("without", layer.__ne__)):
+                found.append(Cell({"layer": layer, "part": part}, recipe, _only(whole, keep)))
+        return found
+
+    def _table(self, model: HookedDecoder, cells: Sequence[Cell]) -> Table:
+        return LayerTable(self, model, cells)
 
 
 # --- what all of them do --------------------------------------------------------------------------
@@ -245,19 +272,39 @@ class Cell:
     planned: Planned
 
 
+def _steering(job: Sweep | LayerStudy) -> dict[str, Any]:
+    return {"features": job.features, "others": job.others, "keep_norm": job.keep_norm}
+
+
+def _only(planned: Planned, keep: Callable[[int], bool]) -> Planned:
+    """Without what acts at other layers."""
+    sites = tuple(s for s in planned.variant.sites if keep(s.site.output.layer))
+    return replace(planned, variant=replace(planned.variant, sites=sites))
+
+
+def _at_layer(planned: Planned, layer: int) -> Planned:
+    """As if this layer were the only one: then it is not divided by the root of their number."""
+    root = len(planned.variant.sites) ** 0.5
+    only = _only(planned, layer.__eq__)
+    sites = tuple(
+        site if site.vector is None else replace(site, vector=site.vector * root)
+        for site in only.variant.sites
+    )
+    percent = planned.percent_of_norm
+    return replace(
+        only,
+        variant=replace(only.variant, sites=sites),
+        percent_of_norm=None if percent is None else percent * root,
+    )
+
+
 def _features_text(job: Sweep | LayerStudy) -> str:
     names = [f"#{int(entry[0])}" for entry in job.features]
     return ", ".join([*names, *(f"#{int(entry[1])}" for entry in job.others)])
 
 
-def _steer(job: Any, **more: Any) -> Steer:
-    """The job's steering as one generation would ask for it."""
-    names = (
-        "sae_id", "features", "temperature", "top_p", "max_new_tokens", "top_k",
-        "repetition_penalty", "chat", "scope", "positions", "keep_norm", "others",
-    )  # fmt: skip
-    values = {name: getattr(job, name) for name in names if hasattr(job, name)}
-    return Steer(prompt="", **{"features": [], **values, **more})
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
@@ -269,48 +316,18 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
         )
 
 
-def _run(
-    job: Any,
-    context: JobContext,
-    cells_of: Callable[[Library, HookedDecoder], list[Cell]],
-    finish: Callable[[_Table, Progress], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    library = context.library
-    _check_range("prompts", len(job.prompts), 1, 1000)
-    _check_range("seeds", len(job.seeds), 1, 100)
-    sae = library.saes.get(job.sae_id)
-    model = loaded_model(library, sae.model_id, Stage(context, "load model"))
-    cells = cells_of(library, model)
-    _check_range("texts", len(cells) * len(job.prompts) * len(job.seeds), 1, MOST_TEXTS)
-    stage = Stage(context, "generate", None)
-    table = _Table(job, model, cells)
-    table.fill(stage)
-    found = finish(table, stage) if finish else {"rows": table.rows()}
-    result = {
-        "prompts": list(job.prompts),
-        "seeds": list(job.seeds),
-        "hook_point": cells[0].recipe.point.name,
-        "precision": precision_of(model),
-        "unsteered": table.unsteered,
-        **found,
-    }
-    name = " ".join(job.name.split()) or job.title(library)
-    number = library.experiments.add(name=name, kind=job.kind, request=asdict(job), result=result)
-    return {"experiment_id": number}
-
-
-class _Table:
+class Table:
     """The texts of all cells, prompts and seeds, and what was measured of them."""
 
-    def __init__(self, job: Any, model: HookedDecoder, cells: Sequence[Cell]) -> None:
+    def __init__(self, job: Continuations, model: HookedDecoder, cells: Sequence[Cell]) -> None:
         from mistudio.engine.steering.generation import encode_prompt
 
         self.job, self.model, self.cells = job, model, cells
         self.tokenizer, self.special = cells[0].recipe.tokenizer()
         self.prompts = [encode_prompt(self.tokenizer, p, job.chat) for p in job.prompts]
+        self.continued = 0
         self.unsteered: list[dict[str, Any]] = []
         self.texts: list[list[dict[str, Any]]] = [[] for _ in cells]
-        self.ids: list[list[list[int]]] = [[] for _ in cells]
 
     def fill(self, progress: Progress) -> None:
         chunks = [
@@ -319,23 +336,55 @@ class _Table:
         ]
         places = [(s, p) for s in range(len(self.job.seeds)) for p in range(len(self.prompts))]
         steps = len(places) * len(chunks)
-        for number, (seed, prompt) in enumerate(places):
-            for part, chunk in enumerate(chunks):
-                step = number * len(chunks) + part
+        step = 0
+        for number, (seed, prompt) in enumerate(places, 1):
+            for chunk in chunks:
                 self._add(seed, prompt, chunk, _Parts(progress, step, steps))
-            progress.report(
-                (number + 1) * len(chunks), steps, phase="generate", rows=self.rows(texts=False)
-            )
+                step += 1
+                if chunk[-1] + 1 == len(self.cells):
+                    self.continued = number
+                progress.report(step, steps, phase="generate", partial=self.found())
 
-    def _add(self, seed: int, prompt: int, chunk: Sequence[int], progress: Progress) -> None:
-        job = _steer(self.job, seed=self.job.seeds[seed])
+    def found(self, most: int | None = None) -> dict[str, Any]:
+        """The result so far: of each cell, at most so many texts."""
+        return {
+            "prompts": list(self.job.prompts),
+            "seeds": list(self.job.seeds),
+            "hook_point": self.cells[0].recipe.point.name,
+            "precision": precision_of(self.model),
+            "continued": self.continued,
+            "unsteered": self.unsteered[:most],
+            **self._rows(most),
+        }
+
+    def _rows(self, most: int | None) -> dict[str, Any]:
+        return {"rows": [self._row(i, most) for i in range(len(self.cells))]}
+
+    def _row(self, i: int, most: int | None) -> dict[str, Any]:
+        cell, texts = self.cells[i], self.texts[i][:most]
+        return {
+            **cell.label,
+            "percent_of_norm": cell.planned.percent_of_norm,
+            "summary": summary(self._counting(texts)),
+            "texts": texts,
+        }
+
+    def _counting(self, texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the seeds that have been through all prompts; all, where that is none."""
+        whole = len(texts) // len(self.prompts) * len(self.prompts)
+        return texts[: whole or None]
+
+    def _add(
+        self, seed: int, prompt: int, chunk: Sequence[int], progress: Progress
+    ) -> list[list[int]]:
+        """Continue a prompt by some of the cells; the ids of their texts."""
         generated, found = compare(
             self.model,
             [(self.cells[i].recipe, self.cells[i].planned) for i in chunk],
             self.tokenizer,
             self.special,
             self.prompts[prompt],
-            job,
+            self.job.steer(seed=self.job.seeds[seed]),
             progress,
         )
         where = {"prompt": prompt, "seed": seed}
@@ -343,15 +392,61 @@ class _Table:
             first = generated.rows[0]
             self.unsteered.append({**where, "text": first.text, "tokens": len(first.ids)})
         for i, one in zip(chunk, found, strict=True):
-            self.ids[i].append(one["ids"])
             text = {"text": one["text"], "tokens": one["tokens"]}
             self.texts[i].append({**where, **text, **_measures(one)})
+        return [one["ids"] for one in found]
 
-    def rows(self, texts: bool = True) -> list[dict[str, Any]]:
-        return [
-            {**cell.label, "summary": summary(found), **({"texts": found} if texts else {})}
-            for cell, found in zip(self.cells, self.texts, strict=True)
+
+class LayerTable(Table):
+    """That of a layer study: it also measures how far leaving a layer out moves the predictions."""
+
+    def __init__(self, job: Continuations, model: HookedDecoder, cells: Sequence[Cell]) -> None:
+        super().__init__(job, model, cells)
+        self._whole: list[int] = []  # the ids of the text of all layers, of this prompt and seed
+        self._moved: list[list[dict[str, Any]]] = [[] for _ in cells]
+
+    def _add(
+        self, seed: int, prompt: int, chunk: Sequence[int], progress: Progress
+    ) -> list[list[int]]:
+        from mistudio.engine.steering.interventions import Scope
+        from mistudio.engine.steering.metrics import divergences
+
+        ids = super()._add(seed, prompt, chunk, progress)
+        if 0 in chunk:
+            self._whole = ids[0]
+        scope = Scope(self.job.scope, tuple(self.job.positions))
+        for i in chunk:
+            if self.cells[i].label["part"] != "without":
+                continue
+            (found,) = divergences(
+                self.model,
+                [self.cells[0].planned.variant],
+                self.prompts[prompt],
+                [self._whole],
+                self.special,
+                scope,
+                against=self.cells[i].planned.variant,
+                progress=progress,
+            )
+            kl = sum(found.kl) / len(found.kl) if found.kl else None
+            self._moved[i].append({"seed": seed, "kl": kl})
+        return ids
+
+    def _rows(self, most: int | None) -> dict[str, Any]:
+        def part(i: int) -> dict[str, Any]:
+            row = self._row(i, most)
+            return {key: row[key] for key in ("percent_of_norm", "summary", "texts")}
+
+        rows = [
+            {
+                "layer": self.cells[i].label["layer"],
+                "alone": part(i),
+                "without": part(i + 1),
+                "kl_without": estimate(self._counting(self._moved[i + 1][:most]), "kl"),
+            }
+            for i in range(1, len(self.cells), 2)
         ]
+        return {"all": part(0), "rows": rows}
 
 
 class _Parts:
@@ -413,49 +508,20 @@ def estimate(
     back: Callable[[float], float] = math.exp if in_logs else float
     mean, n = sum(means) / len(means), len(means)
     found: dict[str, Any] = {"mean": back(mean), "low": None, "high": None, "n": n}
+    found["texts"] = sum(map(len, by_seed.values()))
     if n > 1:
-        from scipy.stats import t
-
         spread = math.sqrt(sum((value - mean) ** 2 for value in means) / (n - 1) / n)
-        half = float(t.ppf(0.975, n - 1)) * spread
+        half = _t_quantile(n - 1) * spread
         found |= {"low": back(mean - half), "high": back(mean + half)}
     return found
 
 
-def _by_layer(table: _Table, progress: Progress) -> dict[str, Any]:
-    """The table of a layer study, with how far leaving a layer out moves the predictions."""
-    from mistudio.engine.steering.interventions import Scope
-    from mistudio.engine.steering.metrics import divergences
+@lru_cache
+def _t_quantile(degrees: int) -> float:
+    """The 97.5 % point of Student's t."""
+    from scipy.stats import t
 
-    whole, *rest = table.rows()
-    variant = table.cells[0].planned.variant
-    scope = Scope(table.job.scope, tuple(table.job.positions))
-    rows = []
-    for i in range(0, len(rest), 2):
-        alone, without = rest[i], rest[i + 1]
-        moved = []
-        for text, ids in zip(whole["texts"], table.ids[0], strict=True):
-            progress.check()
-            (found,) = divergences(
-                table.model,
-                [variant],
-                table.prompts[text["prompt"]],
-                [ids],
-                table.special,
-                scope,
-                against=table.cells[i + 2].planned.variant,
-            )
-            kl = sum(found.kl) / len(found.kl) if found.kl else None
-            moved.append({"seed": text["seed"], "kl": kl})
-        rows.append(
-            {
-                "layer": alone["layer"],
-                "alone": {"summary": alone["summary"], "texts": alone["texts"]},
-                "without": {"summary": without["summary"], "texts": without["texts"]},
-                "kl_without": estimate(moved, "kl"),
-            }
-        )
-    return {"all": {"summary": whole["summary"], "texts": whole["texts"]}, "rows": rows}
+    return float(t.ppf(0.975, degrees))
 
 
 # --- a file of it ---------------------------------------------------------------------------------
@@ -478,10 +544,10 @@ def write_experiment(experiment: Experiment, path: Path) -> None:
 
 def _csv(experiment: Experiment) -> str:
     rows = []
-    for label, found in _lines(experiment):
+    for label, _, found in lines(experiment):
         line = dict(label)
         for name, value in found.items():
-            for part in ("mean", "low", "high", "n"):
+            for part in ("mean", "low", "high", "n", "texts"):
                 line[name if part == "mean" else f"{name}_{part}"] = (value or {}).get(part)
         rows.append(line)
     out = io.StringIO()
@@ -491,18 +557,26 @@ def _csv(experiment: Experiment) -> str:
     return out.getvalue()
 
 
-def _lines(experiment: Experiment) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def lines(
+    experiment: Experiment,
+) -> list[tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]]:
+    """The table: of each steering what it is called by (and its percent_of_norm), its texts, and
+    its estimates by measure; of a layer study with `kl_without`."""
     result = experiment.result
     if experiment.kind != "layer_study":
-        return [
-            ({k: v for k, v in row.items() if k not in ("summary", "texts")}, row["summary"])
-            for row in result["rows"]
-        ]
-    nothing = {"kl_without": None}
-    lines = [({"layer": "", "part": "all"}, {**result["all"]["summary"], **nothing})]
+        return [_line(row, row, {}) for row in result["rows"]]
+    found = [_line({"layer": None, "part": "all"}, result["all"], {"kl_without": None})]
     for row in result["rows"]:
         for part in ("alone", "without"):
-            moved = {"kl_without": row["kl_without"] if part == "without" else None}
             label = {"layer": row["layer"], "part": part}
-            lines.append((label, {**row[part]["summary"], **moved}))
-    return lines
+            moved = {"kl_without": row["kl_without"] if part == "without" else None}
+            found.append(_line(label, row[part], moved))
+    return found
+
+
+def _line(
+    label: dict[str, Any], row: dict[str, Any], more: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    named = {key: value for key, value in label.items() if key not in ("summary", "texts")}
+    named["percent_of_norm"] = row.get("percent_of_norm")
+    return named, row["texts"], {**row["summary"], **more}

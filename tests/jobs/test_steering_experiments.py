@@ -7,7 +7,9 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
+import numpy as np
 import pytest
 from journeys import road
 from scipy import stats
@@ -15,7 +17,7 @@ from scipy import stats
 from mistudio.engine.progress import Cancelled
 from mistudio.jobs.control import Control, Snapshot
 from mistudio.jobs.experiments import MEASURES, estimate, write_experiment
-from mistudio.jobs.job import run_job, submit
+from mistudio.jobs.job import JobContext, run_job, submit
 from mistudio.jobs.kinds import LayerStudy, PromptBatch, Steer, Sweep, job_from_row
 from mistudio.library.jobs import JobRecord
 from mistudio.library.library import Library
@@ -60,6 +62,7 @@ def test_a_sweep_is_its_generations_one_by_one(library: Library) -> None:
             )  # fmt: skip
             (one,) = single["variants"]
             assert text["text"] == one["text"]
+            assert row["percent_of_norm"] == pytest.approx(one["percent_of_norm"])
             for name in ("kl_per_token", "similarity", "word_overlap", "effectiveness"):
                 assert text[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
             ratio = one["distinct_2"] / one["distinct_2_unsteered"]
@@ -78,8 +81,11 @@ def test_a_sweep_is_its_generations_one_by_one(library: Library) -> None:
         assert set(row["summary"]) == set(MEASURES)
     unsteered = found.result["unsteered"]
     assert unsteered[3]["text"] == alone(library, PROMPTS[1], 7)["unsteered"]
-    live = [s.metrics["rows"] for s in told if s.metrics.get("rows")]
-    assert live and len(live[-1]) == 4 and "texts" not in live[-1][0]
+    assert found.result["continued"] == 4
+    live = [s.metrics["partial"] for s in told if s.metrics.get("partial")]
+    assert live[0]["continued"] < 4 and len(live[0]["rows"]) == 4
+    first = live[0]["rows"][3]["texts"]
+    assert first and first == rows[3]["texts"][: len(first)]
 
 
 def test_more_steerings_than_fit_into_a_batch_are_as_alone(library: Library) -> None:
@@ -97,15 +103,17 @@ def test_a_list_of_prompts_goes_through_several_steerings(library: Library) -> N
         {"name": "up", "features": [[3, 2.0]]},
         {"features": [[3, 2.0]], "control": True},
         {"name": "gone", "others": [[1, 5, 1.0, "ablate"]], "keep_norm": True},
+        {"name": "half", "features": [[3, 4.0]], "scale": 0.5},
     ]
     found = experiment(library, PromptBatch(1, variants, **QUICK))
     rows = found.result["rows"]
-    assert [row["name"] for row in rows] == ["up", "Steering 2", "gone"]
+    assert [row["name"] for row in rows] == ["up", "Steering 2", "gone", "half"]
     single = alone(library, PROMPTS[1], 0, control=True)
     assert rows[0]["texts"][1]["text"] == single["variants"][0]["text"]
     kl = single["variants"][1]["kl_per_token"]
     assert rows[1]["texts"][1]["kl_per_token"] == pytest.approx(kl, rel=1e-2)
     assert rows[2]["percent_of_norm"] is None
+    assert rows[3]["texts"] == rows[0]["texts"]  # half of twice as much
 
 
 def test_a_study_of_layers_says_what_each_does_alone_and_what_is_lost_without(
@@ -120,23 +128,26 @@ def test_a_study_of_layers_says_what_each_does_alone_and_what_is_lost_without(
     assert first["alone"]["texts"] == second["without"]["texts"]
     together = alone(library, PROMPTS[0], 0, layers=(1, 2), scales=(1.5,))
     assert found["all"]["texts"][0]["text"] == together["variants"][0]["text"]
+    share = found["all"]["percent_of_norm"]
     for row in (first, second):
-        assert row["kl_without"]["mean"] > 0
+        # The same share of each layer's norm, whichever of them are left.
+        assert row["alone"]["percent_of_norm"] == row["without"]["percent_of_norm"] == share > 0
+        assert row["kl_without"]["mean"] > 0 and row["kl_without"]["texts"] == 4
         assert row["alone"]["summary"]["kl_per_token"]["mean"] > 0
 
 
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (Sweep(1, [[3, 1.0]], (), (1.0,)), "1 to 1,000 prompts; there are 0"),
-        (Sweep(1, [[3, 1.0]], ("a",), ()), "1 to 64 strengths"),
-        (Sweep(1, [[3, 1.0]], ("a",), seeds=()), "1 to 100 seeds"),
-        (Sweep(1, [[3, 1.0]], ("a",) * 900, seeds=(0, 1)), "1 to 5,000 texts"),
-        (Sweep(1, [[3, 1.0]], (" ",)), "The prompt is empty"),
-        (Sweep(1, [[3, 1.0]], ("a",), layers=(99,)), "99"),
-        (PromptBatch(1, [], ("a",)), "1 to 32 variants"),
-        (PromptBatch(1, [{}], ("a",)), "No feature chosen"),
-        (LayerStudy(1, [[3, 1.0]], ("a",)), "needs several"),
+        (Sweep(1, [[3, 1.0]]), "1 to 1,000 prompts; there are 0"),
+        (Sweep(1, [[3, 1.0]], (), prompts=("a",)), "1 to 64 strengths"),
+        (Sweep(1, [[3, 1.0]], prompts=("a",), seeds=()), "1 to 100 seeds"),
+        (Sweep(1, [[3, 1.0]], prompts=("a",) * 900, seeds=(0, 1)), "1 to 5,000 texts"),
+        (Sweep(1, [[3, 1.0]], prompts=(" ",)), "The prompt is empty"),
+        (Sweep(1, [[3, 1.0]], layers=(99,), prompts=("a",)), "99"),
+        (PromptBatch(1, [], prompts=("a",)), "1 to 32 variants"),
+        (PromptBatch(1, [{}], prompts=("a",)), "No feature chosen"),
+        (LayerStudy(1, [[3, 1.0]], prompts=("a",)), "needs several"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(library: Library, job: Any, words: str) -> None:
@@ -147,19 +158,73 @@ def test_what_cannot_be_tried_is_refused(library: Library, job: Any, words: str)
     assert road.contents(library.root) == before
 
 
-def test_a_stopped_experiment_leaves_nothing(library: Library) -> None:
-    class Stop(Control):
-        calls = 0
+class StopAfter(Control):
+    """Stops once so many partial tables were told."""
 
-        def check(self) -> float:
-            self.calls += 1
-            if self.calls == 20:
-                raise Cancelled
-            return super().check()
+    def __init__(self, tables: int) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+        self.tables = tables
 
+    def watch(self, context: JobContext) -> None:
+        self.context = context
+
+    def check(self) -> float:
+        partial = self.context.snapshot().metrics.get("partial")
+        if partial is not None and partial not in self.seen:
+            self.seen.append(partial)
+        if len(self.seen) == self.tables:
+            raise Cancelled
+        return super().check()
+
+
+def stopped(library: Library, job: Any, tables: int) -> tuple[Experiment | None, StopAfter]:
+    control = StopAfter(tables)
+    row = run_job(library, job, submit(library, job), control, on_start=control.watch)
+    assert row.status == "cancelled" and control.context.work_folder.exists() is False
+    number = control.context.snapshot().metrics.get("experiment_id")
+    return (library.experiments.get(number) if number else None), control
+
+
+def test_a_stopped_experiment_keeps_what_every_steering_went_through(library: Library) -> None:
+    job = Sweep(1, [[3, 2.0]], strengths=(0.5, 2.0), **QUICK)
+    whole = experiment(library, job).result
+    found, control = stopped(library, job, 3)
+    assert found is not None and found.name == "Sweep #3 over 2 strengths (stopped)"
+    assert found.result["continued"] == 3 and len(found.result["unsteered"]) == 3
+    assert found.result["rows"] == control.seen[-1]["rows"]
+    for part, full in zip(found.result["rows"], whole["rows"], strict=True):
+        assert part["texts"] == full["texts"][:3]
+        kl = part["summary"]["kl_per_token"]  # of the seed that is through
+        assert kl["mean"] == pytest.approx(
+            (full["texts"][0]["kl_per_token"] + full["texts"][1]["kl_per_token"]) / 2
+        )
+        assert (kl["n"], kl["texts"], kl["low"]) == (1, 2, None)
+    # What was asked for is all there, so that it can be done in full.
+    assert job_from_row(found.kind, found.request) == job
+
+
+def test_stopped_within_the_first_prompt_the_rows_that_were_through_are_kept(
+    library: Library, tmp_path: Path
+) -> None:
     before = road.contents(library.root)
-    assert run(library, Sweep(1, [[3, 2.0]], **QUICK), control=Stop()).status == "cancelled"
+    strengths = tuple(0.25 * n for n in range(1, 10))
+    job = Sweep(1, [[3, 2.0]], strengths=strengths, **QUICK)
+    assert stopped(library, job, 0) == (None, ANY)
     assert road.contents(library.root) == before
+    found, _ = stopped(library, job, 1)
+    assert found is not None and found.result["continued"] == 0
+    assert [len(row["texts"]) for row in found.result["rows"]] == [1] * 8 + [0]
+    assert found.result["rows"][8]["summary"] == dict.fromkeys(MEASURES)
+    write_experiment(found, tmp_path / "part.csv")
+    last = (tmp_path / "part.csv").read_text(encoding="utf-8").splitlines()[-1]
+    assert last.startswith("2.25,,") and last.endswith("," * 45)
+
+
+def test_an_experiment_repeated_from_its_record_is_the_same(library: Library) -> None:
+    job = LayerStudy(1, [[3, 2.0]], layers=(1, 2), **QUICK | {"seeds": (5,)})
+    first = experiment(library, job)
+    assert experiment(library, job_from_row(first.kind, first.request)).result == first.result
 
 
 def test_ratios_are_averaged_as_logarithms_and_unknown_ones_left_out() -> None:
@@ -171,10 +236,27 @@ def test_ratios_are_averaged_as_logarithms_and_unknown_ones_left_out() -> None:
     ]
     found = estimate(texts, "r", in_logs=True)
     assert found is not None
-    assert found["mean"] == pytest.approx(8.0) and found["n"] == 2
+    assert found["mean"] == pytest.approx(8.0) and (found["n"], found["texts"]) == (2, 3)
     half = stats.t.ppf(0.975, 1) * stats.sem([math.log(4), math.log(16)])
     assert found["high"] == pytest.approx(8 * math.exp(half))
     assert estimate([{"seed": 0, "r": None}], "r") is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+    """Texts of which prompt and seed have their own share: the mean of endlessly many seeds with
+    these prompts is known, and 95 % of all intervals must hold it (0.93 to 0.97 of 1,500: more
+    than 3.5 standard errors to each side)."""
+    rng = np.random.default_rng(seeds)
+    prompts = np.array([-3.0, 0.5, 4.0])
+    held = 0
+    for _ in range(1500):
+        values = 1.0 + prompts + 0.5 * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, 3))
+        texts = [{"seed": s, "x": float(v)} for s in range(seeds) for v in values[s]]
+        found = estimate(texts, "x")
+        assert found is not None
+        held += found["low"] <= 1.5 <= found["high"]
+    assert 0.93 <= held / 1500 <= 0.97
 
 
 def test_an_experiment_leaves_as_a_table_or_whole(library: Library, tmp_path: Path) -> None:
