@@ -6,10 +6,11 @@ calibration has not seen.
 
 The library needs an SAE of the sample model with a discovery (`bench_feature_scores.py --keep`
 makes one); it is not changed. Of `--of` features spread evenly over all that fired, those with the
-highest output score (Arad et al. 2025) are taken: features that do not steer are not worth a
-strength. Promised of the recommended strength: distinct-2 at least 0.85 of the unsteered texts', KL
-at most 0.5 nats per token, and more of the feature's own tokens. Those are counted in the text, and
-as the probability that the model gives to the 20 of them, on the same steered text.
+highest output score (Arad et al. 2025) are taken, until `--features` of them have a recommended
+strength: features that do not steer get none. Promised of the recommended strength: distinct-2 at
+least 0.85 of the unsteered texts', KL at most 0.5 nats per token, and more of the feature's own
+tokens. Those are counted in the text, and as the probability that the model gives to the 20 of
+them, on the same steered text.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class Bench:
             f"{self.sae.hook_point}, {self.sae.d_sae:,} features, {torch.get_num_threads()} threads"
         )
 
-    def chosen(self, number: int, of: int) -> dict[int, Any]:
+    def ranked(self, of: int) -> list[tuple[int, Any]]:
+        """(feature, output score), the highest first."""
         alive = np.flatnonzero(self.part.store.alive)
         some = alive[np.linspace(0, len(alive) - 1, min(of, len(alive))).astype(int)].tolist()
         scores = output_scores_of(self.part, some, self.model, self.tokenizer, self.special)
         known = [(f, s) for f, s in zip(some, scores, strict=True) if s is not None]
-        return dict(sorted(known, key=lambda item: -item[1].score)[:number])
+        return sorted(known, key=lambda item: -item[1].score)
 
     def variant(self, feature: int, strength: float) -> Variant:
         return Variant((self.part.steering_of(self.part.edit(feature, strength, "add")),))
@@ -127,8 +129,9 @@ class Bench:
         return float(found[0]), float(found[1])
 
 
-def row(bench: Bench, feature: int, score: Any) -> bool:
-    """Calibrate one feature and try it; prints its line of the table."""
+def row(bench: Bench, feature: int, score: Any) -> bool | None:
+    """Calibrate one feature and try it, and print its line of the table: whether the promise is
+    kept, None where no strength is recommended."""
     began = time.monotonic()
     found = bench.calibrated(feature)
     seconds = time.monotonic() - began
@@ -137,7 +140,7 @@ def row(bench: Bench, feature: int, score: Any) -> bool:
     head += f"{'—' if found.breaks is None else f'{found.breaks:g}'} | "
     if not found.recommended:
         print(f"{head}— | — | — | — | {seconds:.0f} | none recommended |", flush=True)
-        return False
+        return None
     tried = bench.tried(feature, found.recommended)
     ratio = tried["distinct"] / tried["plain distinct"]
     raised = tried["mass"] / max(tried["plain mass"], 1e-12)
@@ -161,16 +164,26 @@ def main() -> int:
         print("not measured: --library names no library")
         return 0
     bench = Bench(Library(options.library))
-    chosen = bench.chosen(options.features, options.of)
     print(
-        f"the {len(chosen)} features of {options.of} with the highest output scores; "
+        f"the features of {options.of} with the highest output scores; "
         f"{len(PROMPTS)} prompts x {NEW_TOKENS} tokens that the calibration has not seen\n"
     )
     print("| feature | output score | recommended | breaks at | KL | distinct-2 ratio | own tokens "
           "in text | their probability | calibration s | kept |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    kept = sum(row(bench, feature, score) for feature, score in chosen.items())
-    print(f"\nkept for {kept} of {len(chosen)} features: {'yes' if kept == len(chosen) else 'NO'}")
+    found: list[bool] = []
+    none = 0
+    for feature, score in bench.ranked(options.of):
+        kept = row(bench, feature, score)
+        none += kept is None
+        found += [] if kept is None else [kept]
+        if len(found) == options.features:
+            break
+    verdict = "yes" if found and all(found) else "NO"
+    print(
+        f"\nkept for {sum(found)} of {len(found)} features with a recommended strength: {verdict}"
+    )
+    print(f"none recommended for {none} others")
     return 0
 
 

@@ -3,18 +3,21 @@ alone, and the time to the first token.
 
     MISTUDIO_SAMPLE_MODEL=FOLDER python3 run.py bench steering [--rounds N] [--tokens N]
 
-Blocks of the sides alternate, so that a busy machine disturbs them alike; the ratios are medians
-over rounds. The dictionary is random, of the default training's size (8 x the model's width at one
-layer, a threshold that leaves some thirty latents active): what an intervention costs does not
-depend on what features mean. Promised: less than 2 ms or 3 % a token (whichever is larger), both
-texts at most 1.9 x one on a CPU (1.2 x on an NVIDIA GPU), the first token within 500 ms on two
-cores with the model loaded (times are read on a quiet machine only).
+Short blocks of the sides follow each other in a new random order every round, so that a busy
+machine disturbs them alike; the figures are medians of the differences and ratios within a round.
+"Edit alone" is what a step of steering computes more, timed without the model. The dictionary is
+random, of the default training's size (8 x the model's width at one layer, a threshold that leaves
+some thirty latents active): what an intervention costs does not depend on what features mean.
+Promised: less than 2 ms or 3 % a token (whichever is larger), both texts at most 1.9 x one on a CPU
+(1.2 x on an NVIDIA GPU), the first token within 500 ms on two cores with the model loaded (times
+are read on a quiet machine only).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
@@ -36,6 +39,7 @@ from mistudio.engine.steering.generation import Sampling, generate  # noqa: E402
 from mistudio.engine.steering.interventions import (  # noqa: E402
     FeatureEdit,
     SiteSteering,
+    Steering,
     Variant,
 )
 
@@ -57,8 +61,8 @@ def random_dictionary(model: HookedDecoder, point: HookPoint, ids: torch.Tensor)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--tokens", type=int, default=12)
     options = parser.parse_args()
     folder = os.environ.get("MISTUDIO_SAMPLE_MODEL", "")
     if not folder:
@@ -84,6 +88,21 @@ def main() -> int:
         )  # fmt: skip
         return time.perf_counter() - began
 
+    def edit_alone(chosen: Variant) -> float:
+        """Milliseconds of one step's edit of two rows, of which one is steered."""
+        steering = Steering(model, [None, chosen], special, len(prompt))
+        change, x = steering.edits()[point], torch.randn(2, 1, model.d_model, device=model.device)
+        x = x.to(next(model.model.parameters()).dtype)
+        ids, times = torch.tensor([prompt[1:2]] * 2, device=model.device), []
+        for _ in range(300):
+            began = time.perf_counter()
+            steering.expect(ids, len(prompt))
+            change(x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return 1000 * statistics.median(times)
+
     sides: dict[str, Callable[[], float]] = {
         "one": lambda: seconds([], options.tokens),
         "two, none steered": lambda: seconds([NOTHING], options.tokens),
@@ -95,24 +114,34 @@ def main() -> int:
     for side in sides.values():  # what is done once is done
         side()
     found: dict[str, list[float]] = {name: [] for name in sides}
+    order = random.Random(0)
     for _ in range(options.rounds):
-        for name, side in sides.items():
-            found[name].append(side())
+        for name in order.sample(list(sides), len(sides)):
+            found[name].append(sides[name]())
+    steered = {
+        "two, add": variant("add"), "two, add 5": variant("add", 5), "two, clamp": variant("clamp")
+    }  # fmt: skip
     print(
         f"{Path(folder).name} in {next(model.model.parameters()).dtype} on {device}, "
         f"{torch.get_num_threads()} threads; {options.rounds} rounds of {options.tokens} tokens\n"
     )
     fine = True
-    print("| steered | ms a token | over the same batch unsteered | both over one alone |")
-    print("|---|---|---|---|")
-    for name in ("two, none steered", "two, add", "two, add 5", "two, clamp"):
+    print(
+        "| steered | ms a token | over the same batch unsteered | edit alone, ms | both over one |"
+    )
+    print("|---|---|---|---|---|")
+    for name in ("two, none steered", *steered):
         token = 1000 * statistics.median(found[name]) / options.tokens
-        plain = [a / b for a, b in zip(found[name], found["two, none steered"], strict=True)]
+        pairs = list(zip(found[name], found["two, none steered"], strict=True))
+        share = statistics.median(a / b for a, b in pairs) - 1
+        more = 1000 * statistics.median(a - b for a, b in pairs) / options.tokens
         both = statistics.median(a / b for a, b in zip(found[name], found["one"], strict=True))
-        share = statistics.median(plain) - 1
-        more = share * 1000 * statistics.median(found["two, none steered"]) / options.tokens
+        alone = f"{edit_alone(steered[name]):.2f}" if name in steered else "—"
         fine &= (share < 0.03 or more < 2) and both <= (1.2 if device == "cuda" else 1.9)
-        print(f"| {name} | {token:.1f} | {100 * share:+.1f} % ({more:+.2f} ms) | {both:.2f} x |")
+        print(
+            f"| {name} | {token:.1f} | {more:+.2f} ms ({100 * share:+.1f} %) | {alone} "
+            f"| {both:.2f} x |"
+        )
     first = found["first token"]
     print(
         f"\nfirst token of both texts, prompt of {len(prompt)} tokens: median "

@@ -25,7 +25,7 @@ from mistudio.engine.steering.interventions import Scope, Steering, Variant
 from mistudio.engine.steering.metrics import distinct, share_among
 from mistudio.errors import is_out_of_memory
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
 PROMPTS = (
     "From my experience,",
     "The important thing is",
@@ -41,8 +41,9 @@ LEAST_DISTINCT = 0.85  # of the unsteered texts' distinct-2
 MOST_PERPLEXITY = 3.0  # times that of the unsteered texts, under the unsteered model
 # Red: it repeats itself.
 BROKEN_DISTINCT = 0.70
-# A strength is recommended where it keeps this part of each limit, and moves the probability of the
-# feature's own tokens by at least this factor: other prompts differ.
+# Other prompts differ: a strength is recommended where it keeps this part of each limit, and the
+# whole KL limit on every prompt, and moves the probability of the feature's own tokens by at least
+# this factor.
 MARGIN = 0.75
 LEAST_RISE = 1.05
 ROUNDING = 1e-6  # nats per token: less is none
@@ -50,16 +51,21 @@ ROUNDING = 1e-6  # nats per token: less is none
 
 @dataclass(frozen=True)
 class Tried:
-    """One strength over all prompts: `tokens` generated, mean KL in nats per token on their own
-    prefixes, perplexity under the unsteered model and distinct-2, both relative to the unsteered
-    continuations, and the share of tokens that are among `own` (of the unsteered ones: see
-    `Calibration.own_share`). `own_probability` is the mean probability, before each of the steered
-    text's tokens, that the model gives `own` together; `own_probability_unsteered` the same
-    without steering, on the same text. NaN where no tokens were named."""
+    """One strength over all prompts.
+
+    tokens: generated in all. kl: mean KL(steered || unsteered) on their own prefixes, nats per
+    token; kl_worst: that of the prompt where it is largest. perplexity_ratio (under the unsteered
+    model) and distinct_ratio (distinct-2): to the unsteered continuations. own_share: of the tokens
+    that are among the feature's own (of the unsteered ones: `Calibration.own_share`).
+    own_probability: the mean probability, before each of the steered text's tokens, that the model
+    gives its own tokens together; own_probability_unsteered: the same without steering, on the same
+    text. The last two are NaN where no tokens were named.
+    """
 
     strength: float
     tokens: int
     kl: float
+    kl_worst: float
     perplexity_ratio: float
     distinct_ratio: float
     own_share: float
@@ -76,7 +82,7 @@ class Tried:
     @property
     def is_safe(self) -> bool:
         """Whether it stays clear of every limit of the green zone."""
-        return self._within(MARGIN)
+        return self._within(MARGIN) and self.kl_worst <= MOST_KL
 
     @property
     def moves_own(self) -> bool:
@@ -317,6 +323,7 @@ def _tried(strength: float, texts: Sequence[_Text], base: Sequence[_Text]) -> Tr
         strength=strength,
         tokens=tokens,
         kl=sum(sum(text.kl) for text in texts) / tokens,
+        kl_worst=max(sum(text.kl) / len(text.kl) for text in texts),
         perplexity_ratio=math.exp(min(longer / tokens, 700.0)),
         distinct_ratio=diverse / usual,
         own_share=_share(texts, texts[0].own),

@@ -52,6 +52,7 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
     assert [row.strength for row in found.tried] == [0.2, 1.0]
     for row in found.tried:
         kl, nll, base_nll, diverse, base_diverse, mine = [], [], [], [], [], []
+        means = []
         after, before = [], []
         for number, prompt in enumerate(PROMPTS):
             ids = tiny_tokenizer(prompt)["input_ids"]
@@ -64,6 +65,7 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
                 tiny, steered(row.strength), ids, made[0].ids, made[1].ids, "", "", SPECIAL
             )
             kl += effect.kl_by_token
+            means.append(effect.kl_per_token)
             nll.append(math.log(effect.perplexity))
             base_nll.append(math.log(effect.perplexity_unsteered))
             diverse.append(distinct(made[1].ids, 2))
@@ -78,6 +80,7 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
                 found_there += [float(p[list(own)].sum()) for p in logits.softmax(-1)]
         assert row.tokens == len(kl) == 20
         assert row.kl == pytest.approx(sum(kl) / 20, rel=1e-3)
+        assert row.kl_worst == pytest.approx(max(means), rel=1e-3)
         ratio = math.exp(sum(nll) / 2 - sum(base_nll) / 2)
         assert row.perplexity_ratio == pytest.approx(ratio, rel=1e-3)
         assert row.distinct_ratio == pytest.approx(sum(diverse) / sum(base_diverse))
@@ -141,8 +144,9 @@ def row(
     distinct_ratio: float = 1.0,
     ppl: float = 1.2,
     own: tuple[float, float] = (math.nan, math.nan),
+    worst: float | None = None,
 ) -> Tried:
-    return Tried(strength, 100, kl, ppl, distinct_ratio, 0.0, *own)
+    return Tried(strength, 100, kl, kl if worst is None else worst, ppl, distinct_ratio, 0.0, *own)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,7 @@ def test_nothing_beyond_a_strength_that_fails_is_recommended():
     assert recommended_of([row(0.5, kl=0.9), row(1.0)]) == 0.0
     assert recommended_of([row(-0.5), row(-1.0)]) == -1.0
     assert recommended_of([row(0.5, kl=0.45)]) == 0.0  # within the limit, without a margin
+    assert recommended_of([row(0.5), row(1.0, worst=MOST_KL + 0.01)]) == 0.5  # not on every prompt
 
 
 def test_what_does_not_move_the_features_own_tokens_is_safe_but_not_recommended():
