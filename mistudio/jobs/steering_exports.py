@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +18,7 @@ from mistudio.library.records import Model
 
 if TYPE_CHECKING:
     from mistudio.engine.models.hooks import HookedDecoder
+    from mistudio.engine.steering.interventions import Variant
 
 # By format: how its file name ends.
 SUFFIXES = {
@@ -28,6 +28,14 @@ SUFFIXES = {
     "python": ".py",
 }
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SCOPES = {
+    "all": "the prompt's tokens and the generated ones",
+    "generated": "the generated tokens alone",
+    "from_last": "the tokens from the prompt's last one on",
+    "last": "the prompt's last token alone",
+    "chosen": "chosen tokens of the prompt",
+}
+NOT_FIRST = "The first position and special tokens were left as they are."
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,11 @@ class ExportVector:
     what was at that place is replaced. `request` are the fields of a `jobs/steering.Steer`, as a
     generation keeps them; its strengths are multiplied by `scale`.
 
-    "python" writes a program that repeats the generation without miStudio, and the vectors beside
-    it under the same name. Refused is what is more than adding vectors, and where the format has no
-    place for it."""
+    "python" writes a program that repeats the generation without miStudio, whatever it does to the
+    features, and what it needs of the dictionaries beside it (`NAME.py.safetensors`). The other
+    formats hold vectors: refused is what is more than adding, and where the format has no place for
+    it. The result has `files`, and `notes`, sentences on where the file says less than was done
+    here."""
 
     request: dict[str, Any]
     path: str
@@ -59,8 +69,16 @@ class ExportVector:
         sae = library.saes.get(job.sae_id)
         model = loaded_model(library, sae.model_id, Stage(context, "load model"))
         context.report(0, 1, phase="export")
-        files = _write(library, job, self, path, model, library.models.get(sae.model_id))
-        return {"files": [str(file) for file in files]}
+        done = _write(library, job, self, path, model, library.models.get(sae.model_id))
+        return {"files": [str(file) for file in done.files], "notes": list(done.notes)}
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The files, and what their user must know, as sentences."""
+
+    files: list[Path]
+    notes: tuple[str, ...] = ()
 
 
 def _checked(job: ExportVector) -> Path:
@@ -102,46 +120,49 @@ def _write(
     path: Path,
     model: HookedDecoder,
     record: Model,
-) -> list[Path]:
+) -> _Written:
     from mistudio.engine.steering import exports
 
     recipe = Recipe(library, job, model)
     variant = recipe.at(asked.scale).variant
-    if not exports.added_vectors(variant):
+    if variant.is_neutral:
         raise Incompatible(
             "This steering adds nothing",
-            "Every strength is 0.",
+            "Every strength leaves the text as it is.",
             "Choose a strength first.",
         )
-    if asked.format in ("gguf", "neuronpedia") and job.scope != "all":
+    about = _about(library, job, asked.scale, record)
+    if asked.format == "python":
+        return _write_program(job, recipe, variant, path, model, record, about)
+    if asked.format == "safetensors":
+        exports.write_tensors(path, variant, about)
+        return _Written([path], (f"Steered were {_SCOPES.get(job.scope, job.scope)}.", NOT_FIRST))
+    if job.scope != "all":
         raise Incompatible(
             "The file cannot say where to steer",
             "Such a vector acts at every token; this steering acts at some alone.",
             "Steer prompt and generated tokens, or export a Python program.",
         )
-    about = _about(library, job, asked.scale, record)
     if asked.format == "gguf":
         model_type = str(model.model.config.model_type)
-        exports.write_control_vector(path, variant, model_type, model.n_layers)
-    elif asked.format == "neuronpedia":
-        name = (record.origin if record.source == "hub" else record.name).rpartition("/")[2]
-        exports.write_neuronpedia_vector(path, variant, name.lower(), about["features"])
-    elif asked.format == "safetensors":
-        exports.write_tensors(path, variant, about)
-    else:
-        return _write_program(job, recipe, asked, path, model, record, about)
-    return [path]
+        exports.write_control_vector(path, variant, model_type, about)
+        return _Written(
+            [path], (f"Use it with --control-vector {path.name}.", exports.EVERY_POSITION)
+        )
+    name = (record.origin if record.source == "hub" else record.name).rpartition("/")[2]
+    exports.write_neuronpedia_vector(path, variant, name.lower(), about["features"], model.n_layers)
+    return _Written([path], (f"Check that Neuronpedia calls the model “{name.lower()}”.",))
 
 
 def _write_program(
     job: Steer,
     recipe: Recipe,
-    asked: ExportVector,
+    variant: Variant,
     path: Path,
     model: HookedDecoder,
     record: Model,
     about: dict[str, str],
-) -> list[Path]:
+) -> _Written:
     from mistudio.engine.steering import exports
     from mistudio.engine.steering.generation import Sampling, encode_prompt
     from mistudio.engine.steering.interventions import Scope
@@ -162,13 +183,13 @@ def _write_program(
     prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
     scope = Scope(job.scope, tuple(job.positions))
     scope.check(len(prompt_ids))
-    variant = recipe.at(asked.scale).variant
-    beside = path.with_suffix(".safetensors")
+    # A name of its own: `steering.safetensors` may be the user's.
+    beside = path.with_name(f"{path.name}.safetensors")
     program = exports.python_program(
         variant,
         model=record.origin if hub else str(recipe.model_path),
         revision=str(record.provenance.get("revision", "")) if hub else "",
-        module_paths={p: model.module_path(p) for p in exports.added_vectors(variant)},
+        module_paths=model.module_path,
         prompt_ids=prompt_ids,
         special_ids=special,
         stop_ids=stop_ids(model, tokenizer),
@@ -177,11 +198,14 @@ def _write_program(
         vectors=beside.name,
         precision=_DTYPES[precision],
     )
-    exports.write_tensors(beside, variant, about)
-    part = path.with_name(path.name + ".part")
-    part.write_text(program, encoding="utf-8")
-    os.replace(part, path)
-    return [path, beside]
+    exports.save_tensors(beside, program.tensors, about)
+    exports.save_text(path, program.text)
+    notes = [f"{path.name} reads {beside.name}: keep them together."]
+    if not hub:
+        notes.append("It reads the model from this library's folder.")
+    if model.device.type != "cpu" or precision != "fp32":
+        notes.append("It runs on the processor, where rounding can change a word.")
+    return _Written([path, beside], tuple(notes))
 
 
 def _about(library: Library, job: Steer, scale: float, record: Model) -> dict[str, str]:
@@ -189,9 +213,11 @@ def _about(library: Library, job: Steer, scale: float, record: Model) -> dict[st
     chosen = [(job.sae_id, *entry) for entry in job.features]
     chosen += [tuple(entry) for entry in job.others]
     names = []
-    for sae_id, feature, strength, *_ in chosen:
+    for sae_id, feature, strength, *method in chosen:
         sae = library.saes.get(int(sae_id))
-        names.append(f"#{int(feature)} of {sae.hook_point_out} x {float(strength) * scale:g}")
+        way = f" {method[0]}" if method and method[0] != "add" else ""
+        times = f"{way} x {float(strength) * scale:g}"
+        names.append(f"#{int(feature)} of {sae.hook_point_out}{times}")
     return {
         "format": "mistudio-steering-1",
         "model": record.origin if record.source == "hub" else record.name,
@@ -199,4 +225,5 @@ def _about(library: Library, job: Steer, scale: float, record: Model) -> dict[st
         "features": ", ".join(names),
         "layers": json.dumps(list(job.layers)),
         "scope": job.scope,
+        "positions": f"Steered were {_SCOPES.get(job.scope, job.scope)}. {NOT_FIRST}",
     }

@@ -17,7 +17,6 @@ from safetensors import safe_open
 
 from mistudio.engine.models.loading import load_tokenizer
 from mistudio.engine.sae.files import load_sae
-from mistudio.engine.steering.interventions import Steering
 from mistudio.jobs.features import newest_run, open_features
 from mistudio.jobs.job import run_job, submit
 from mistudio.jobs.kinds import ExportVector, Steer
@@ -34,6 +33,9 @@ REQUEST: dict[str, Any] = {
     "max_new_tokens": 6,
     "seed": 2,
 }
+
+
+FEATURES = f"#3 of {road.POINT} x 1.5, #5 of {road.POINT} x -1"
 
 
 def export(library: Library, path: Path, format: str, **more: Any) -> JobRecord:
@@ -54,38 +56,28 @@ def vector_of(library: Library) -> torch.Tensor:
     return 1.5 * float(largest[3]) * decoder[3] - float(largest[5]) * decoder[5]
 
 
-def test_llama_cpps_reader_and_plain_hooks_give_the_same_logits(
-    library: Library, tmp_path: Path
-) -> None:
-    (path,) = written(library, tmp_path / "v.gguf", "gguf", layers=(1, 3))
-    directions = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(path).tensors}
-    assert set(directions) == {"direction.1", "direction.3"}
+def test_llama_cpps_own_package_reads_the_control_vector(library: Library, tmp_path: Path) -> None:
+    """That its directions give the same logits is tested where they are written."""
+    row = export(library, tmp_path / "v.gguf", "gguf", layers=(1, 3))
+    assert row.result["files"] == [str(tmp_path / "v.gguf")]
+    told = " ".join(row.result["notes"])
+    assert "every position" in told and "--control-vector v.gguf" in told
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    found = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
+    assert set(found) == {"direction.1", "direction.3"}
+    contents = {name: field.contents() for name, field in reader.fields.items()}
+    assert contents["controlvector.model_hint"] == "llama"
+    assert contents["controlvector.layer_count"] == 2
+    assert contents["mistudio.features"] == FEATURES
+    assert "every position" in contents["general.description"]
     model = loaded_model(library, 1)
-    ids = torch.tensor([[5, 40, 41, 42, 43]])
-
-    def add(direction: torch.Tensor) -> Any:
-        def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return torch.cat([output[:, :1], output[:, 1:] + direction], dim=1)
-
-        return hook
-
-    blocks = model.model.model.layers
-    handles = [
-        blocks[int(name.removeprefix("direction."))].register_forward_hook(add(direction))
-        for name, direction in directions.items()
-    ]
-    with torch.inference_mode():
-        expected = model.model(ids).logits
-        for handle in handles:
-            handle.remove()
-        plain = model.model(ids).logits
-        recipe = Recipe(library, Steer(**{**REQUEST, "layers": (1, 3)}), model)
-        steering = Steering(model, [recipe.at(1.0).variant], [], 5)
-        steering.expect(ids, 0)
-        with model.intervene(steering.edits()):
-            found = model.model(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert float((found - plain).abs().max()) > 0.1
+    recipe = Recipe(library, Steer(**{**REQUEST, "layers": (1, 3)}), model)
+    for site in recipe.at(1.0).variant.sites:
+        torch.testing.assert_close(found[f"direction.{site.site.layer}"], site.vector)
+    (path,) = written(library, tmp_path / "w.gguf", "gguf")
+    (tensor,) = gguf.GGUFReader(path).tensors
+    assert tensor.name == "direction.1"
+    torch.testing.assert_close(torch.from_numpy(np.array(tensor.data)), vector_of(library))
 
 
 def test_tensors_and_neuronpedias_file_hold_the_sum(library: Library, tmp_path: Path) -> None:
@@ -96,10 +88,12 @@ def test_tensors_and_neuronpedias_file_hold_the_sum(library: Library, tmp_path: 
         torch.testing.assert_close(file.get_tensor(road.POINT), expected)
         about = file.metadata()
     assert about["model"] == road.MODEL.name
-    assert about["features"] == f"#3 of {road.POINT} x 1.5, #5 of {road.POINT} x -1"
+    assert about["features"] == FEATURES
+    assert "special tokens were left" in about["positions"]
     (path,) = written(library, tmp_path / "v.json", "neuronpedia")
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert (found["modelId"], found["hookName"]) == (road.MODEL.name, road.POINT)
+    assert (found["modelId"], found["layerNumber"]) == (road.MODEL.name, 2)
+    assert (found["hookType"], found["vectorLabel"]) == ("hook_resid_pre", FEATURES)
     torch.testing.assert_close(torch.tensor(found["vector"]), expected)
     assert {p.name for p in tmp_path.glob("v.*")} == {"v.safetensors", "v.json"}
 
@@ -109,8 +103,10 @@ def test_the_program_holds_what_the_generation_was_made_with(
 ) -> None:
     """That such a program writes the same text is tested where it is made."""
     more = {"scope": "chosen", "positions": (1, 2), "top_k": 50}
+    (tmp_path / "steer.safetensors").write_bytes(b"the user's own")
     files = written(library, tmp_path / "steer.py", "python", **more)
-    assert [file.name for file in files] == ["steer.py", "steer.safetensors"]
+    assert [file.name for file in files] == ["steer.py", "steer.py.safetensors"]
+    assert (tmp_path / "steer.safetensors").read_bytes() == b"the user's own"
     held = {}
     for line in ast.parse(files[0].read_text(encoding="utf-8")).body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
@@ -119,14 +115,27 @@ def test_the_program_holds_what_the_generation_was_made_with(
     model = loaded_model(library, 1)
     tokenizer = load_tokenizer(library.path(library.models.get(1).folder))
     assert held["PROMPT"] == tokenizer(PROMPT)["input_ids"]
-    assert held["MODULES"] == {road.POINT: "model.layers.1"}
+    assert held["POINTS"] == [
+        {"name": road.POINT, "path": "model.layers.1", "input": False, "edits": []}
+    ]
     assert (held["SCOPE"], held["CHOSEN"]) == ("chosen", [1, 2])
     assert (held["TOP_K"], held["SEED"], held["NEW_TOKENS"]) == (50, 2, 6)
     assert held["DTYPE"] == str(next(model.model.parameters()).dtype).removeprefix("torch.")
     assert held["STOP"] == sorted(stop_ids(model, tokenizer))
-    assert held["VECTORS"] == "steer.safetensors"
+    assert held["VECTORS"] == "steer.py.safetensors"
     with safe_open(files[1], "pt") as file:
         torch.testing.assert_close(file.get_tensor(road.POINT), vector_of(library))
+
+
+def test_a_program_takes_along_what_clamping_needs(library: Library, tmp_path: Path) -> None:
+    features = [[3, 1.5, "clamp"], [5, 0.0, "ablate"], [7, 1.0]]
+    _, beside = written(library, tmp_path / "a.py", "python", features=features, keep_norm=True)
+    dictionary = load_sae(library.path(library.saes.get(1).folder)).dictionary
+    with safe_open(beside, "pt") as file:
+        torch.testing.assert_close(file.get_tensor("0.rows"), dictionary.decoder[[3, 5]])
+        torch.testing.assert_close(file.get_tensor("0.encoder"), dictionary.encoder[[3, 5]])
+        assert road.POINT in file.keys()  # noqa: SIM118
+        assert "#3 of blocks.1.hook_resid_post clamp x 1.5" in file.metadata()["features"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,8 @@ def test_the_program_holds_what_the_generation_was_made_with(
         ("neuronpedia", {"features": [[3, 0.0]]}, "adds nothing"),
         ("python", {"prompt": " "}, "The prompt is empty"),
         ("python", {"temperature": 9.0}, "temperature must be between"),
+        ("python", {"features": [[3, 1.0, "scale"]]}, "adds nothing"),
+        ("safetensors", {"features": [[3, 1.0, "clamp"]]}, "more than a vector"),
         ("onnx", {}, "No such format"),
         ("gguf", {"features": [[999, 1.0]]}, "0 to 127"),
     ],

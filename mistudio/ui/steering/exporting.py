@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class ExportButton(Button):
     ) -> None:
         super().__init__("Export", "small", "download", parent=parent)
         self._services, self._presenter, self._form = services, presenter, form
-        self.setAccessibleName("Export the selected features as a steering vector")
+        self.setAccessibleName("Export the selected features for other programs")
         menu = QMenu(self)
         for kind, text, file_filter, name in FORMATS:
             menu.addAction(text, partial(self._ask, kind, file_filter, name))
@@ -52,7 +52,7 @@ class ExportButton(Button):
         there = bool(self._presenter.selected)
         self.setEnabled(there)
         self.setToolTip(
-            "The selected features as a vector for other programs"
+            "The selected features as a vector or a program that needs no miStudio"
             if there
             else "Add at least one feature."
         )
@@ -64,5 +64,8 @@ class ExportButton(Button):
         if chosen:
             self._presenter.export_vector(self._form(), kind, Path(chosen))
 
-    def _on_presenter_exported(self, files: list[str]) -> None:
-        self._services.toasts.success("Steering vector exported", ", ".join(files))
+    def _on_presenter_exported(self, files: list[str], notes: Sequence[str] = ()) -> None:
+        text = " ".join([f"{', '.join(files)}.", *notes])
+        # What a file cannot say must be read: it stays until it is closed.
+        seconds = 0 if notes else None
+        self._services.toasts.show("success", "Steering exported", text, seconds=seconds)
