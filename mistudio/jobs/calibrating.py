@@ -13,6 +13,7 @@ from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.features import newest_run
 from mistudio.jobs.job import JobContext
+from mistudio.jobs.loaded import tokenizer_of
 from mistudio.jobs.models import loaded_model
 from mistudio.jobs.stages import Stage, Within
 from mistudio.jobs.steering import Part, known, open_part
@@ -112,8 +113,7 @@ class _Measuring:
 
         self._job, self._model = job, model
         self._part = open_part(library, job.sae_id, model)
-        folder = library.path(library.models.get(library.saes.get(job.sae_id).model_id).folder)
-        self._tokenizer = loading.load_tokenizer(folder)
+        self._tokenizer = tokenizer_of(library, library.saes.get(job.sae_id).model_id, model)
         self._special = sorted(loading.special_ids(self._tokenizer))
         self._prompts = job.prompts or PROMPTS
         for feature in job.features:
@@ -239,7 +239,7 @@ class ScoreOutputs:
         run = newest_run(library, self.sae_id)
         model = loaded_model(library, sae.model_id, Stage(context, "load model"))
         part = open_part(library, self.sae_id, model)
-        tokenizer = loading.load_tokenizer(library.path(library.models.get(sae.model_id).folder))
+        tokenizer = tokenizer_of(library, sae.model_id, model)
         special = sorted(loading.special_ids(tokenizer))
         chosen = list(self.features) or np.flatnonzero(part.store.alive).tolist()
         scores = output_scores_of(

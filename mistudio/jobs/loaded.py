@@ -12,15 +12,19 @@ from __future__ import annotations
 import gc
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psutil
 
 from mistudio import device
 from mistudio.engine.progress import SILENT, Progress
+from mistudio.errors import CorruptFile
 from mistudio.formatting import size
 from mistudio.library.library import Library
 from mistudio.library.records import Model
@@ -28,10 +32,14 @@ from mistudio.resources import resource
 
 if TYPE_CHECKING:
     from mistudio.engine.models.custom_code import Consent
+    from mistudio.engine.models.hf import PreTrainedTokenizerBase
     from mistudio.engine.models.hooks import HookedDecoder
     from mistudio.engine.models.memory import ModelPlan, Use
     from mistudio.engine.models.quality import DocumentLosses
+    from mistudio.engine.sae.files import SavedSae
     from mistudio.engine.training.footprint import Machine
+
+T = TypeVar("T")
 
 _SAMPLE_TEXT = ("sample", "wikipedia_vital_intros.jsonl")
 
@@ -97,6 +105,8 @@ def loaded_model(
         entry = LoadedModel(model_id, record.name, precision, _weight_bytes(decoder), decoder)
         with _lock:
             _loaded[key] = entry
+        with suppress(CorruptFile):  # whoever needs it is told
+            tokenizer_of(library, model_id, decoder)
         return decoder
 
 
@@ -123,6 +133,58 @@ def precision_of(model: HookedDecoder) -> str:
     from mistudio.engine.models import quantise
 
     return quantise.precision_of(model.model)
+
+
+# --- what goes with a model ----------------------------------------------------------------------
+
+_MOST_OF_A_KIND = 2
+_companions: WeakKeyDictionary[HookedDecoder, OrderedDict[tuple[object, ...], Any]] = (
+    WeakKeyDictionary()
+)
+
+
+def kept_with(model: HookedDecoder, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What `make` gives, kept with the model while that is in memory: people steer with the same
+    SAE, and type on. `key` begins with its kind; the last two of a kind stay."""
+    with _lock:
+        kept = _companions.setdefault(model, OrderedDict())
+        if key in kept:
+            kept.move_to_end(key)
+            found: T = kept[key]
+            return found
+    made = make()
+    with _lock:
+        kept[key] = made
+        same = [other for other in kept if other[0] == key[0]]
+        for old in same[:-_MOST_OF_A_KIND]:
+            del kept[old]
+    return made
+
+
+def tokenizer_of(
+    library: Library, model_id: int, model: HookedDecoder | None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, kept where the model is loaded: to read it takes as long as to write a
+    few tokens."""
+    from mistudio.engine.models.loading import load_tokenizer
+
+    folder = library.path(library.models.get(model_id).folder)
+    if model is None:
+        return load_tokenizer(folder)
+    return kept_with(model, ("tokenizer", folder), lambda: load_tokenizer(folder))
+
+
+def sae_of(library: Library, sae_id: int, model: HookedDecoder) -> SavedSae:
+    """A saved SAE on the model's device."""
+    from mistudio.engine.sae.files import load_sae
+
+    folder = library.path(library.saes.get(sae_id).folder)
+
+    def read() -> SavedSae:
+        saved = load_sae(folder)
+        return replace(saved, dictionary=saved.dictionary.to(model.device))
+
+    return kept_with(model, ("SAE", folder), read)
 
 
 # --- what fits ----------------------------------------------------------------------------------

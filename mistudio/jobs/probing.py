@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,10 +38,6 @@ class Probe:
         return found
 
 
-_kept: dict[Path, tuple[Any, Any]] = {}  # the SAE that was last asked for: people type on
-_keeping = threading.Lock()
-
-
 def probe(library: Library, sae_id: int, text: str) -> Probe:
     """Run a text through the model and the SAE, now; seconds where the model is not loaded yet,
     else tens of milliseconds. For background threads.
@@ -52,11 +45,12 @@ def probe(library: Library, sae_id: int, text: str) -> Probe:
     Raises `Busy` while a job computes, InvalidInput for no text or too long a one.
     """
     from mistudio.engine.features import probe as engine
-    from mistudio.engine.models.loading import load_tokenizer, special_ids
-    from mistudio.jobs.loaded import loaded_models
+    from mistudio.engine.models.loading import special_ids
+    from mistudio.jobs.loaded import loaded_models, sae_of, tokenizer_of
 
     sae = library.saes.get(sae_id)
-    tokenizer = load_tokenizer(library.path(library.models.get(sae.model_id).folder))
+    there = next((e for e in loaded_models() if e.model_id == sae.model_id), None)
+    tokenizer = tokenizer_of(library, sae.model_id, there.decoder if there else None)
     typed = engine.encode_typed(tokenizer, text)
     if not device_turn.acquire(timeout=0.5):
         raise Busy(
@@ -66,12 +60,11 @@ def probe(library: Library, sae_id: int, text: str) -> Probe:
         )
     try:
         began = time.monotonic()
-        there = any(entry.model_id == sae.model_id for entry in loaded_models())
         model = loaded_model(library, sae.model_id)
-        saved, dictionary = _dictionary(library.path(sae.folder), model.device)
+        saved = sae_of(library, sae_id, model)
         found = engine.probe(
             model,
-            dictionary,
+            saved.dictionary,
             saved.site.input,
             _median(library, sae_id),
             typed.ids,
@@ -87,19 +80,8 @@ def probe(library: Library, sae_id: int, text: str) -> Probe:
         found.features,
         found.values,
         time.monotonic() - began,
-        not there,
+        there is None,
     )
-
-
-def _dictionary(folder: Path, device: Any) -> tuple[Any, Any]:
-    from mistudio.engine.sae.files import load_sae
-
-    with _keeping:
-        if folder not in _kept:
-            _kept.clear()
-            saved = load_sae(folder)
-            _kept[folder] = (saved, saved.dictionary.to(device))
-        return _kept[folder]
 
 
 def _median(library: Library, sae_id: int) -> float:

@@ -13,6 +13,7 @@ from mistudio.errors import InvalidInput
 from mistudio.jobs.control import Phase
 from mistudio.jobs.features import newest_run, open_features
 from mistudio.jobs.job import JobContext
+from mistudio.jobs.loaded import kept_with, sae_of, tokenizer_of
 from mistudio.jobs.models import loaded_model, precision_of
 from mistudio.jobs.stages import Stage
 from mistudio.library.library import Library
@@ -308,8 +309,8 @@ class Recipe:
             part.add(int(feature), float(strength), str(method[0]) if method else "add")
         first = next(iter(self._parts.values()))
         self.point, self.median = first.point, first.median
-        model_id = library.saes.get(job.sae_id).model_id
-        self.model_path = library.path(library.models.get(model_id).folder)
+        self._model_id = library.saes.get(job.sae_id).model_id
+        self.model_path = library.path(library.models.get(self._model_id).folder)
 
     @property
     def layer_norms(self) -> dict[str, float]:
@@ -331,7 +332,7 @@ class Recipe:
         """The model's tokenizer and the ids that are never steered."""
         from mistudio.engine.models import loading
 
-        tokenizer = loading.load_tokenizer(self.model_path)
+        tokenizer = tokenizer_of(self._library, self._model_id, self._model)
         return tokenizer, sorted(loading.special_ids(tokenizer))
 
     def expressed(
@@ -369,7 +370,6 @@ class Recipe:
 
     def _across_layers(self, scale: float) -> list[SiteSteering]:
         """The summed vector after each layer, at the same share of that layer's median norm."""
-        from mistudio.engine.activations.source import calibrate_medians
         from mistudio.engine.models.hooks import HookPoint
         from mistudio.engine.sae.site import Site
         from mistudio.engine.steering.interventions import SiteSteering
@@ -388,7 +388,9 @@ class Recipe:
             self._model.check_point(point)
         if self._norms is None:
             context = min(128, part.context)
-            self._norms = calibrate_medians(self._model, part.tokens, tuple(points), context)
+            self._norms = median_norms(
+                self._model, part.sae_id, part.tokens, tuple(points), context
+            )
         vector = part.vector(scale)
         share = 1 / (part.median * len(points) ** 0.5)
         return [
@@ -399,12 +401,13 @@ class Recipe:
 
 def open_part(library: Library, sae_id: int, model: HookedDecoder) -> Part:
     """What steering with an SAE needs: NotFound before its features are discovered."""
-    from mistudio.engine.sae.files import load_sae
-
     store, tokens = open_features(library, newest_run(library, sae_id))
-    saved = load_sae(library.path(library.saes.get(sae_id).folder))
-    median = _median_norm(model, tokens, saved)
-    return Part(sae_id, saved, store, median, tokens, model.device)
+    saved = sae_of(library, sae_id, model)
+    median = _known_median(saved, store)
+    if median is None:
+        at, context = saved.site.output, int(saved.metadata.get("context_size", 128))
+        median = median_norms(model, sae_id, tokens, (at,), context)[at]
+    return Part(sae_id, saved, store, median, tokens)
 
 
 class Part:
@@ -417,10 +420,8 @@ class Part:
         store: FeatureStore,
         median: float,
         tokens: TokenSplit,
-        device: Any,
     ) -> None:
-        self.sae_id, self.store = sae_id, store
-        self.dictionary = saved.dictionary.to(device)
+        self.sae_id, self.store, self.dictionary = sae_id, store, saved.dictionary
         self.site, self.median, self.tokens = saved.site, median, tokens
         self.point = saved.site.output  # where decoder rows are directions
         self.context = int(saved.metadata.get("context_size", 128))
@@ -531,13 +532,28 @@ def stop_ids(model: HookedDecoder, tokenizer: Any) -> set[int]:
     return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-def _median_norm(model: HookedDecoder, tokens: TokenSplit, saved: SavedSae) -> float:
-    """The median activation norm where steering acts: from the run's record, else measured."""
+def _known_median(saved: SavedSae, store: FeatureStore) -> float | None:
+    """The median activation norm where steering acts, from the SAE's record or its discovery; None
+    where what they measured is read elsewhere."""
+    if saved.site.is_transcoder:
+        return None
+    recorded = saved.record.get("metrics", {}).get("median_norm") or store.meta.median_norm
+    return float(recorded) or None
+
+
+def median_norms(
+    model: HookedDecoder,
+    sae_id: int,
+    tokens: TokenSplit,
+    points: tuple[HookPoint, ...],
+    context: int,
+) -> dict[HookPoint, float]:
+    """Of each point, on the tokens of the SAE's discovery; measured once while the model is
+    loaded."""
     from mistudio.engine.activations.source import calibrate_medians
 
-    recorded = saved.record.get("metrics", {}).get("median_norm")  # of what the SAE reads
-    if recorded and not saved.site.is_transcoder:
-        return float(recorded)
-    context = int(saved.metadata.get("context_size", 128))
-    point = saved.site.output
-    return calibrate_medians(model, tokens, (point,), context)[point]
+    return kept_with(
+        model,
+        ("norms", sae_id, points, context),
+        lambda: calibrate_medians(model, tokens, points, context),
+    )

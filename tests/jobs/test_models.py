@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from mistudio.jobs import loaded
 from mistudio.jobs.control import Control
 from mistudio.jobs.job import run_job, submit
 from mistudio.jobs.kinds import AddModel, CheckQuality
-from mistudio.jobs.loaded import loaded_bytes, loaded_model, loaded_models, unload_model
+from mistudio.jobs.loaded import (
+    kept_with,
+    loaded_bytes,
+    loaded_model,
+    loaded_models,
+    tokenizer_of,
+    unload_model,
+)
 from mistudio.library.library import Library
 
 
@@ -121,6 +130,22 @@ def test_files_that_are_no_models_are_refused(empty: Library, tmp_path: Path) ->
 
 
 # --- one owner of the memory ----------------------------------------------------------------------
+
+
+def test_what_is_kept_with_a_model_is_read_once_and_goes_with_it(empty: Library) -> None:
+    first, second = added(empty), added(empty, "bf16")
+    one, two = loaded_model(empty, first), loaded_model(empty, second)
+    tokenizer = weakref.ref(tokenizer_of(empty, first, one))
+    assert tokenizer() is tokenizer_of(empty, first, one)
+    assert tokenizer() is not tokenizer_of(empty, second, two)
+    made: list[str] = []
+    for name in ("a", "b", "a", "c", "a", "b"):  # of a kind the last two stay
+        kept_with(one, ("letter", name), lambda name=name: made.append(name))
+    assert made == ["a", "b", "c", "b"]
+    unload_model(first)
+    del one
+    gc.collect()
+    assert tokenizer() is None
 
 
 def test_models_are_loaded_once_shown_and_unloaded_on_demand(empty: Library) -> None:
