@@ -203,8 +203,10 @@ def _write_program(
     notes = [f"{path.name} reads {beside.name}: keep them together."]
     if not hub:
         notes.append("It reads the model from this library's folder.")
-    if model.device.type != "cpu" or precision != "fp32":
+    if model.device.type != "cpu":
         notes.append("It runs on the processor, where rounding can change a word.")
+    elif precision != "fp32":
+        notes.append(f"It has one row, not two: in {precision} rounding can change a word.")
     return _Written([path, beside], tuple(notes))
 
 

@@ -31,6 +31,7 @@ MOST_FEATURES = 1000
 LONGEST_NAME, LONGEST_TEXT = 120, 10_000
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 SOURCES = ("auto", "extract", "hybrid")
+SCOPES = ("all", "generated", "from_last", "last", "chosen")
 METHODS = ("add", "clamp", "clamp_min", "scale", "ablate", "orthogonal", "cap")  # of steering
 
 Config = dict[str, Any]
@@ -81,6 +82,12 @@ def entries_of(document: Any, name: str = "The file") -> list[Entry]:
     """The entries of a parsed document, in its order."""
     if not isinstance(document, dict):
         raise _no_templates(name, "it holds no object with templates")
+    if str(document.get("kind", "")).startswith("mistudio.cluster"):
+        raise InvalidInput(
+            "The web edition's steering sets cannot be read",
+            f"{name} is a cluster of features, with strengths in another unit.",
+            "Choose its features in the Steering tab and save a preset.",
+        )
     version = str(document.get("version", "1.0"))
     if version not in READ_VERSIONS:
         raise InvalidInput(
@@ -184,7 +191,7 @@ def _reference(value: Any, what: str) -> Config:
     for key in ("name", "source", "repository", "revision", "sha256", "hook_point", "created"):
         if key in value:
             kept[key] = _text(value[key], f"{what}'s {key}", 300)
-    for key in ("d_model", "n_layers", "d_sae", "layer"):
+    for key in ("d_model", "n_layers", "d_in", "d_sae", "layer"):
         if value.get(key) is not None:
             kept[key] = _whole(value[key], f"{what}'s {key}", 0, 10**9)
     return kept
@@ -336,17 +343,19 @@ def _steering(raw: Mapping[str, Any], notes: list[str]) -> Config:
     features = given.get("features")
     if not isinstance(features, list) or len(features) > MOST_FEATURES:
         raise _Refused("The features must be a list.")
+    if not features:
+        raise _Refused("It has no features.")
     config: Config = {
         "features": [_feature(feature) for feature in features],
         "layers": _layers(given.get("layers", given.get("intervention_layers", []))),
-        "temperature": _number(given.get("temperature", 0.7), "The temperature", 0, 10),
+        "temperature": _number(given.get("temperature", 0.7), "The temperature", 0, 2),
     }
     if own is not None:
         config["model"] = _reference(own.get("model"), "The model")
         config["sae"] = _reference(own.get("sae"), "The SAE")
-        _check_numbers(config)
         config["title"] = _text(own.get("title", ""), "The title", 500)
-        config["settings"] = _plain(own.get("settings", {}))
+        config["settings"] = _settings(own.get("settings", {}))
+    _check_agreement(config)
     return config
 
 
@@ -368,26 +377,122 @@ def _feature(raw: Any) -> Config:
     return feature
 
 
-def _check_numbers(config: Config) -> None:
-    """A feature that its own SAE cannot have means that the entry was damaged or edited."""
+def _check_agreement(config: Config) -> None:
+    """What contradicts itself was damaged or edited, and could never be bound to anything."""
+    model, shared = config.get("model", {}), config.get("sae", {})
+    n_layers = model.get("n_layers")
+    if n_layers is not None and any(layer >= n_layers for layer in config["layers"]):
+        raise _Refused(f"Its layers do not exist in a model of {n_layers} layers.")
+    seen = set()
     for feature in config["features"]:
-        size = (feature.get("sae") or config["sae"]).get("d_sae")
-        if size is not None and feature["feature_id"] >= size:
+        sae = feature.get("sae") or shared
+        number, layer = feature["feature_id"], feature.get("layer")
+        _check_sae(sae, model)
+        if sae and number >= sae["d_sae"]:
             raise _Refused(
-                f"Feature {feature['feature_id']:,} does not exist in an SAE of {size:,} features."
+                f"Feature {number:,} does not exist in an SAE of {sae['d_sae']:,} features."
             )
+        if layer is not None and layer != sae.get("layer", layer):
+            raise _Refused(f"Feature {number:,} is said to be at layer {layer}; its SAE is not.")
+        key = (number, json.dumps(sae, sort_keys=True))
+        if key in seen:
+            raise _Refused(f"Feature {number:,} stands in it twice.")
+        seen.add(key)
 
 
-def _plain(value: Any) -> Config:
+def _check_sae(sae: Config, model: Config) -> None:
+    if bool(sae) != bool(model):
+        raise _Refused(f"It names {'an SAE but no model' if sae else 'a model but no SAE'}.")
+    if not sae:
+        return
+    if not sae.get("d_sae") or not (sae.get("hook_point") or "layer" in sae):
+        raise _Refused("It does not say at which layer and how large its SAE is.")
+    place = re.match(r"blocks\.(\d+)\.", sae.get("hook_point", ""))
+    layer = sae.get("layer", int(place[1]) if place else 0)
+    if place and int(place[1]) != layer:
+        raise _Refused(f"Its SAE is said to be at {sae['hook_point']} and at layer {layer}.")
+    if layer >= model.get("n_layers", layer + 1):
+        raise _Refused(f"Layer {layer} does not exist in a model of {model['n_layers']} layers.")
+    if sae.get("d_in", 0) and sae["d_in"] != model.get("d_model", sae["d_in"]):
+        raise _Refused(
+            f"An SAE that reads {sae['d_in']:,} numbers does not fit a model of width "
+            f"{model['d_model']:,}."
+        )
+
+
+def _number_list(most: int, least: float, largest: float) -> Callable[[Any, str], Any]:
+    """A reader of `1,2.5`: numbers, separated by commas; empty where there is none."""
+
+    def read(value: Any, what: str) -> Any:
+        parts = _text(value, what, LONGEST_TEXT).split(",") if value != "" else []
+        if len(parts) > most:
+            raise _Refused(f"{what} holds more than {most} numbers.")
+        for part in parts:
+            try:
+                number = float(part)
+            except ValueError:
+                raise _Refused(f"{what} must be numbers with commas between them.") from None
+            _number(number, what, least, largest)
+        return value
+
+    return read
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise _Refused(f"{what} must be true or false.")
+    return value
+
+
+# What is known of a generation's settings; the others are kept as long as they are plain.
+_SETTINGS: dict[str, Callable[[Any, str], Any]] = {
+    "prompt": lambda value, what: _text(value, what, LONGEST_TEXT),
+    "max_tokens": lambda value, what: _whole(value, what, 1, 2048),
+    "top_p": lambda value, what: _number(value, what, 0.01, 1),
+    "top_k": lambda value, what: _whole(value, what, 0, 1000),
+    "repetition_penalty": lambda value, what: _number(value, what, 0.5, 2),
+    "seed": lambda value, what: _whole(value, what, 0, 2**31 - 1),
+    "chat": _flag,
+    "keep_norm": _flag,
+    "control": _flag,
+    "scope": lambda value, what: _choice(value, what, SCOPES),
+    "scales": _number_list(MOST_LAYERS, -100, 100),
+    "positions": _number_list(LONGEST_TEXT, 0, 10**7),
+    "layers": _number_list(MOST_LAYERS, 0, MOST_LAYERS),
+}
+
+
+def _settings(value: Any) -> Config:
     """Settings of the generation: short texts, numbers and switches."""
     if not isinstance(value, dict) or len(value) > 100:
         raise _Refused("The settings are not an object.")
-    for key, entry in value.items():
-        if not isinstance(entry, str | int | float | bool | None):
-            raise _Refused(f"The setting {str(key)[:60]} holds neither a number nor a text.")
-        if isinstance(entry, str):
-            _text(entry, f"The setting {str(key)[:60]}", LONGEST_TEXT)
-    return dict(value)
+    return {key: _setting(str(key), entry) for key, entry in value.items()}
+
+
+def _setting(key: str, entry: Any) -> Any:
+    what = f"The setting {key[:60]}"
+    if entry is None:
+        return None
+    if key in _SETTINGS:
+        read = _SETTINGS[key](entry, what)
+        return entry if isinstance(entry, str) else read  # texts keep their spaces
+    if isinstance(entry, str):
+        _text(entry, what, LONGEST_TEXT)
+    elif not isinstance(entry, bool):
+        _number(entry, what, -(2**53), 2**53)
+    return entry
+
+
+def sound_settings(config: Config) -> Config:
+    """The settings of a preset that are what they should be; for those that lie in a library, which
+    an earlier version or another program may have written."""
+    found, settings = {}, config.get("settings", {})
+    for key, entry in settings.items() if isinstance(settings, dict) else ():
+        try:
+            found[key] = _setting(str(key), entry)
+        except _Refused:
+            continue
+    return found
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], list[str]], Config]] = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def _clock(at: datetime | None) -> str:
     return (at or datetime.now()).strftime("%H%M")
 
 
+def restore(library: Library, template: Template) -> None:
+    """Bring a deleted one back to where it stood, under its name or one that is free now."""
+    with library.transaction():
+        values = {
+            field.name: getattr(template, field.name)
+            for field in fields(template)
+            if field.name != "id" or library.templates.find(template.id) is None
+        }
+        values["name"] = library.templates.free_name(template.kind, template.name)
+        library.templates.add(**values)
+
+
 # --- what a template is bound to ------------------------------------------------------------------
 
 
@@ -76,7 +89,20 @@ def model_reference(model: Model) -> Config:
         "revision": model.provenance.get("revision", ""),
         "d_model": model.d_model,
         "n_layers": model.n_layers,
+        "sha256": weights_hash(model),
     }
+
+
+def weights_hash(model: Model) -> str:
+    """SHA-256 of a model's weights, of their files' hashes where they are several; empty where it
+    was not taken."""
+    files = model.provenance.get("weights", [])
+    hashes = [str(file.get("sha256", "")) for file in files if isinstance(file, dict)]
+    if not hashes or not all(hashes):
+        return str(model.provenance.get("sha256", ""))
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
 def dataset_reference(dataset: Dataset) -> Config:
@@ -96,10 +122,27 @@ def find_model(library: Library, reference: Config) -> tuple[Model | None, str]:
     best = _best(library.models.all(), reference, _model_likeness)
     if best is None:
         return None, f"The model {reference.get('name') or '?'} is not in this library."
+    weights, own = reference.get("sha256"), weights_hash(best)
+    if weights and weights == own:
+        return best, ""
     wanted, has = reference.get("revision"), best.provenance.get("revision", "")
     if wanted and has and wanted != has:
         return best, f"{best.name} has another revision ({has[:8]}, not {wanted[:8]})."
+    if weights and own:
+        return best, f"{best.name} has other weights than the model that was saved."
     return best, ""
+
+
+def model_of_other_shape(library: Library, reference: Config) -> Model | None:
+    """A model that goes by the same name or repository and cannot be the one that is meant."""
+    return next(
+        (
+            model
+            for model in library.models.all()
+            if _likeness(model, reference) and not _has_shape(model, reference)
+        ),
+        None,
+    )
 
 
 def find_dataset(library: Library, reference: Config) -> tuple[Dataset | None, str]:
@@ -121,9 +164,17 @@ def _best(found: Sequence[Any], reference: Config, likeness: Callable[[Any, Conf
 
 
 def _model_likeness(model: Model, reference: Config) -> int:
-    if reference.get("d_model") not in (None, model.d_model):
+    if not _has_shape(model, reference):
         return 0
-    return _likeness(model, reference)
+    weights = reference.get("sha256")
+    same_weights = bool(weights) and weights == weights_hash(model)
+    return 8 * same_weights + _likeness(model, reference)
+
+
+def _has_shape(model: Model, reference: Config) -> bool:
+    return all(
+        reference.get(name) in (None, getattr(model, name)) for name in ("d_model", "n_layers")
+    )
 
 
 def _dataset_likeness(dataset: Dataset, reference: Config) -> int:

@@ -195,7 +195,7 @@ def fill(library: Library) -> None:
         "sparsity": "jumprelu", "wiring": "skip_transcoder", "width": 4096, "k": 24,
         "learning_rate": 7e-4, "tokens": 123456, "optimizer": "sgd", "auxk": False, "seed": 7,
     }  # fmt: skip
-    model = {"name": "m", "repository": "a/b", "revision": "c0ffee", "d_model": 8, "n_layers": 2}
+    model = {"name": "m", "repository": "a/b", "revision": "c0ffee", "d_model": 8, "n_layers": 6}
     library.templates.save(
         "training", "mine", "Grüße, 你好",
         {"model": model, "dataset": {"name": "d", "sha256": "ab"}, "layers": [0, 1],
@@ -210,7 +210,7 @@ def fill(library: Library) -> None:
     library.templates.save(
         "steering", "calm", "",
         {"features": [{"feature_id": 3, "coefficient": -1.5, "label": "anger", "layer": 4}],
-         "layers": [4], "temperature": 0.7, "model": model, "sae": {"name": "s", "d_sae": 99},
+         "layers": [4], "temperature": 0.7, "model": model, "sae": {"name": "s", "d_sae": 99, "layer": 4},
          "title": "SAE • m • d", "settings": {"seed": 1, "prompt": "Hello", "cache": True}},
     )  # fmt: skip
 
@@ -435,6 +435,25 @@ def test_a_model_is_found_by_what_it_is_not_by_its_number(library: Library) -> N
     found, note = templates.find_model(library, {"name": "gone", "repository": "x/gone"})
     assert found is None and "gone is not in this library" in note
     assert templates.find_model(library, {}) == (None, "")
+    assert templates.find_model(library, reference | {"n_layers": 9})[0] is None
+
+
+def test_a_model_is_known_by_its_weights_whatever_it_is_called(library: Library) -> None:
+    def weights(*hashes: str) -> dict[str, Any]:
+        return {"weights": [{"name": str(i), "sha256": h} for i, h in enumerate(hashes)]}
+
+    mine = add_model(library, "mine", source="local", origin="/x", provenance=weights("1", "2"))
+    add_model(library, "theirs", source="local", origin="/y", provenance=weights("1"))
+    reference = templates.model_reference(library.models.get(mine))
+    assert len(reference["sha256"]) == 64
+    renamed = reference | {"name": "theirs", "repository": ""}
+    found, note = templates.find_model(library, renamed)
+    assert found is not None and (found.id, note) == (mine, "")
+    found, note = templates.find_model(library, renamed | {"sha256": "9"})
+    assert found is not None and found.name == "theirs" and "other weights" in note
+    assert templates.model_of_other_shape(library, reference) is None
+    other = templates.model_of_other_shape(library, reference | {"n_layers": 9})
+    assert other is not None and other.id == mine
 
 
 def test_a_dataset_is_found_by_its_text_before_its_name(library: Library) -> None:

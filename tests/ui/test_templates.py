@@ -175,7 +175,7 @@ def test_export_and_import_through_the_window(
     assert not nameless(dialog) and not too_small(dialog)
     qtbot.mouseClick(dialog.accept_button, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close", timeout=5000)
-    assert dialog._summary.text() == "1 added, 4 already there, 1 not usable."
+    assert dialog._summary.text() == "1 added, 4 already there, 1 refused."
     assert saved(section, "from afar") is not None
     qtbot.mouseClick(dialog.accept_button, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: not dialogs(), timeout=5000)

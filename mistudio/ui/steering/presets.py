@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mistudio.errors import InvalidInput
-from mistudio.jobs.presets import UNBOUND, Binding, bind, sae_reference
+from mistudio.jobs.presets import BOUND, UNBOUND, WARNED, Binding, bind, sae_reference
+from mistudio.jobs.template_files import sound_settings
 from mistudio.jobs.templates import model_reference
 from mistudio.library.library import Library
+from mistudio.library.records import Sae
 from mistudio.ui.steering.request import Chosen, Form
 from mistudio.ui.steering.sources import Source
 from mistudio.ui.steering.units import STRONGEST
@@ -39,7 +42,7 @@ def to_config(
             "label": note.label[:500] if note else "",
         }
         if c.sae_id != first.sae.id:
-            entry["sae"] = sae_reference(sources[c.sae_id].sae)
+            entry["sae"] = sae_reference(library, sources[c.sae_id].sae)
         features.append(entry)
     own_layers = {sources[c.sae_id].sae.layer for c in known}
     return {
@@ -47,7 +50,7 @@ def to_config(
         "layers": sorted(own_layers if form.layers is None else form.layers),
         "temperature": form.temperature,
         "model": model_reference(library.models.get(first.sae.model_id)),
-        "sae": sae_reference(first.sae),
+        "sae": sae_reference(library, first.sae),
         "title": first.title,
         "settings": _settings(form),
     }
@@ -64,7 +67,8 @@ def _settings(form: Form) -> Config:
 
 
 def form_of(config: Config) -> Form:
-    values = dict(config.get("settings", {}))
+    """What of a preset's form can be understood; the rest is as in a new one."""
+    values = sound_settings(config)
     for name in _LISTS:
         if isinstance(values.get(name), str):
             values[name] = [_number(part) for part in values[name].split(",") if part]
@@ -72,39 +76,46 @@ def form_of(config: Config) -> Form:
 
 
 def _number(text: str) -> Any:
-    """A number of a list; what is none stays text, and the list is then left out."""
-    try:
-        found = float(text)
-    except ValueError:
-        return text
+    found = float(text)
     return int(found) if found == int(found) else found
 
 
 def chosen_of(library: Library, config: Config, sae_id: int | None) -> tuple[list[Chosen], Binding]:
     """The features in this library's SAEs. A preset that names none takes `sae_id`, the SAE that
-    is shown, where its features exist there; else an unbound one has no features."""
+    is shown, where its features exist there; else an unbound or refused one has no features."""
     entries = config.get("features", [])
     binding = bind(library, config)
     sae_ids: Sequence[int] = binding.sae_ids
-    if binding.result == UNBOUND:
+    if not sae_ids:
         shown = library.saes.find(sae_id) if sae_id is not None else None
         nameless = not config.get("model") and not config.get("sae")
         if shown is None or not nameless:
             return [], binding
-        if any(entry["feature_id"] >= shown.d_sae for entry in entries):
-            what = f"The SAE that is shown has only {shown.d_sae:,} features."
-            return [], Binding(UNBOUND, f"{binding.message} {what}")
-        sae_ids = [shown.id] * len(entries)
+        binding = _onto_shown(binding, config, shown)
+        if not binding.sae_ids:
+            return [], binding
+        sae_ids, binding = binding.sae_ids, replace(binding, sae_ids=())
+    if any(abs(entry["coefficient"]) > STRONGEST for entry in entries):
+        told = f"Strengths beyond {STRONGEST:g} × the largest activation are limited to that."
+        result = WARNED if binding.result == BOUND else binding.result
+        binding = replace(binding, result=result, message=f"{binding.message} {told}".strip())
     chosen = [
-        Chosen(
-            bound,
-            entry["feature_id"],
-            min(max(entry["coefficient"], -STRONGEST), STRONGEST),
-            entry.get("method", "add"),
-        )
+        Chosen(bound, entry["feature_id"], 0.0, entry.get("method", "add")).at(entry["coefficient"])
         for bound, entry in zip(sae_ids, entries, strict=True)
     ]
     return chosen, binding
+
+
+def _onto_shown(binding: Binding, config: Config, shown: Sae) -> Binding:
+    """Of a preset that names no SAE: `sae_ids` are the one that is shown, where it fits."""
+    entries = config.get("features", [])
+    if any(entry["feature_id"] >= shown.d_sae for entry in entries):
+        what = f"The SAE that is shown has only {shown.d_sae:,} features."
+        return replace(binding, message=f"{binding.message} {what}")
+    told, layers = binding.message, config.get("layers", [])
+    if layers and layers != [shown.layer]:
+        told += f" Its layers are left out: the features act at layer {shown.layer}."
+    return Binding(UNBOUND, told, (shown.id,) * len(entries))
 
 
 def meta(config: Config) -> str:

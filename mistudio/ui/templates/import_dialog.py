@@ -28,7 +28,7 @@ RESULTS = {
     "added": "Added",
     "replaced": "Replaced",
     "kept": "Already there",
-    "refused": "Not usable",
+    "refused": "Refused",
 }
 HEADINGS = ("Name", "Kind", "Result", "Notes")
 
@@ -78,7 +78,7 @@ class EntriesModel(QAbstractTableModel):
             outcome = self._outcomes[number]
             renamed = outcome.name and outcome.name != outcome.entry.name
             return RESULTS[outcome.result] + (f" as {outcome.name}" if renamed else "")
-        return "Not usable" if self._entries[number].problem else "Can be added"
+        return RESULTS["refused"] if self._entries[number].problem else "Can be added"
 
 
 class ImportDialog(QDialog):
@@ -120,7 +120,7 @@ class ImportDialog(QDialog):
         bad = len(entries) - usable
         self._summary.setText(
             f"{formatting.count(usable)} of {formatting.count(len(entries))} entries can be added."
-            + (f" {formatting.count(bad)} cannot be used; the table says why." if bad else "")
+            + (f" {formatting.count(bad)} refused; the table says why." if bad else "")
         )
 
     def _on_accept_clicked(self, checked: bool = False) -> None:

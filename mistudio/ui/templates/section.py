@@ -250,10 +250,15 @@ class TemplateSection(Collapsible):
     def _on_row_delete_wanted(self, template_id: int) -> None:
         template = self._services.library.templates.find(template_id)
         noun = NAMES[self._kind].lower()
-        if template is not None and ConfirmDialog.ask(
-            self, f"Delete {noun} “{template.name}”?", "It cannot be brought back."
+        if template is None or not ConfirmDialog.ask(
+            self, f"Delete {noun} “{template.name}”?", "You can undo this right after it."
         ):
-            self._services.library.templates.remove(template_id)
+            return
+        self._services.library.templates.remove(template_id)
+        self._services.toasts.info(
+            f"“{template.name}” was deleted",
+            action=("Undo", lambda: templates.restore(self._services.library, template)),
+        )
 
     # --- the file -------------------------------------------------------------------------------
 
