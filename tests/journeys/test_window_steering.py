@@ -66,7 +66,7 @@ def test_a_feature_is_searched_amplified_kept_and_found_again(person: Steerer) -
     index = page.presenter.index
     assert index is not None
     feature = index.max_activations.index(max(index.max_activations))
-    word = index.top_tokens[feature].strip() or f"#{feature}"
+    word = index.item(feature, {}).top_token.strip() or f"#{feature}"
     write(page.features.search, word)
     person.until(lambda: page.features.found_rows())
     write(page.features.search, f"#{feature}")

@@ -9,17 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PySide6.QtCore import Qt
 from PySide6.QtGui import QTextCursor
 
+from mistudio.engine.sae.files import load_sae
 from mistudio.engine.steering import calibration
+from mistudio.jobs.control import Snapshot
 from mistudio.jobs.features import newest_run
 from mistudio.library.library import Library
 from mistudio.library.records import Generation
+from mistudio.library.steering import Calibration
 from mistudio.ui.services import Services
 from mistudio.ui.steering.advanced import SPREAD
+from mistudio.ui.steering.calibrating import Calibrating, calibrating, range_text, recommended
 from mistudio.ui.steering.comparison import token_spans
+from mistudio.ui.steering.directions import length
 from mistudio.ui.steering.feature_index import OLD_DISCOVERY
 from mistudio.ui.steering.layer_strengths import shares
 from mistudio.ui.steering.measures import repetition_warning
@@ -29,6 +35,7 @@ from mistudio.ui.steering.units import significant
 
 from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
+from .small_jobs import Stubborn
 
 PROMPT = "The history of the"
 SIZES = [(1280, 720), (1920, 1080)]
@@ -158,8 +165,8 @@ def test_one_vector_at_chosen_layers(qtbot: Any, page: SteeringPage) -> None:
     assert advanced.layers.isVisible() and advanced.bars.isVisible()
     assert advanced.layers.selected() == [2]  # where the SAE is
     advanced.layers.set_selected([1, 2])
+    qtbot.waitUntil(lambda: page.presenter.percent() is not None, timeout=5000)
     percent = page.presenter.percent()
-    assert percent is not None
     norm = page._services.library.saes.all()[0].metrics["median_norm"]
     here, there = advanced.bars.shown
     assert (here.layer, here.raw) == (1, None)  # no run measured that layer's norm
@@ -175,6 +182,28 @@ def test_one_vector_at_chosen_layers(qtbot: Any, page: SteeringPage) -> None:
     page.features.cards()[0].method.set_value("add")
     advanced.layers.set_selected([])
     assert "Choose at least one intervention layer" in page.configuration.reason.text()
+
+
+def test_several_features_add_up_to_the_length_of_their_sum(qtbot: Any, page: SteeringPage) -> None:
+    sae = page._services.library.saes.all()[0]
+    first, second = strongest(page), 3 if strongest(page) != 3 else 4
+    page.presenter.add(first, 1.0)
+    page.presenter.add(second, -2.0)
+    qtbot.waitUntil(lambda: page.presenter.percent() is not None, timeout=5000)
+    rows = load_sae(page._services.library.path(sae.folder)).dictionary.decoder
+    largest = page.presenter.index.max_activations
+    total = largest[first] * rows[first] - 2 * largest[second] * rows[second]
+    expected = 100 * float(total.norm()) / sae.metrics["median_norm"]
+    assert page.presenter.percent() == pytest.approx(expected, rel=1e-5)
+    page.features.cards()[0].method.set_value("clamp")  # whose size depends on the text
+    assert page.presenter.percent() is None
+
+
+def test_length_of_a_direction_in_normalised_activations() -> None:
+    vector = np.array([0.0, 3.0, 4.0, 0.0])
+    assert length(vector, False, None) == 5.0
+    assert length(vector, True, 8.0) == pytest.approx(5.0 * 8.0 / 2)
+    assert length(vector, True, None) is None
 
 
 def test_shares_of_layers() -> None:
@@ -299,7 +328,16 @@ TRIED = [(0.5, "green"), (1.0, "green"), (2.0, "amber"), (3.0, "red")]
 
 
 def calibrate(library: Library, sae_id: int, feature: int) -> None:
-    rows = [{"strength": s, "zone": zone, "kl": s / 4} for s, zone in TRIED]
+    rows = [
+        {
+            "strength": s,
+            "zone": zone,
+            "kl": s / 4,
+            "own_probability": 0.02 * s,
+            "own_probability_unsteered": 0.01,
+        }
+        for s, zone in TRIED
+    ]
     library.calibrations.write(
         sae_id,
         feature,
@@ -326,8 +364,12 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
         assert card.badge.text() == word
     card.box.setValue(-1.0)
     assert not card.badge.isVisible()  # suppression was not measured
-    assert card.range.text() == "Recommended: +1 × max • breaks from +3 on"
+    told = "Recommended: +1 × max (its own tokens 2 times as likely) • breaks from +3 on"
+    assert card.range.text() == told
     assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
+    assert "+2 × max: Strong • KL 0.5 • own tokens 4 % (unsteered 1 %)" in card.range.toolTip()
+    card.best.click()
+    assert page.presenter.selected[0].strength == card.strength == 1.0
     card.box.setValue(1.5)
     shot(page, "steering_calibrated-1280")
     card.method.set_value("clamp")  # which has a calibration of its own
@@ -342,11 +384,78 @@ def test_calibrate_measures_the_feature(
     page.presenter.add(strongest(page), 1.0)
     (card,) = page.features.cards()
     card.more.click()
+    seen = []
+    page._services.jobs.tick.connect(lambda: seen.append((card.range.text(), card.slider.zones)))
     with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
         card.calibrate.click()
-        assert card.calibrate.text() == "Calibrating…" and not card.calibrate.isEnabled()
+        assert card.calibrate.text() == "Stop" and card.badge.text() == "Calibrating 0 %"
+        assert card.slider.zones == []
+    text, zones = next((text, zones) for text, zones in seen if "so far" in text)
+    assert text.startswith("Calibrating: ") and zones  # drawn before it ended
     qtbot.waitUntil(lambda: card.calibrate.text() == "Calibrate again", timeout=5000)
     assert "not measured" not in card.range.text() and "—" not in card.score.text()
+
+
+def test_a_calibration_says_what_it_waits_for_and_can_be_stopped(
+    qtbot: Any, page: SteeringPage
+) -> None:
+    page.presenter.add(strongest(page), 1.0)
+    (card,) = page.features.cards()
+    card.more.click()
+    Stubborn.release.clear()
+    page._services.jobs.submit(Stubborn())
+    try:
+        card.calibrate.click()
+        qtbot.waitUntil(lambda: "Waits for “Stubborn”" in card.range.text(), timeout=5000)
+        card.calibrate.click()
+        assert not page.presenter.is_calibrating
+        assert card.calibrate.text() == "Calibrate" and not card.badge.isVisible()
+    finally:
+        Stubborn.release.set()
+
+
+def test_what_a_calibration_that_runs_knows() -> None:
+    chosen, known = Chosen(1, 7, -1.0), {}
+    row = {"strength": 0.5, "zone": "green"}
+
+    def at(fraction: float, rows: list[dict[str, Any]]) -> Calibrating:
+        snapshot = Snapshot(1, "calibrate", 0, 1, fraction, 1.0, 22.0, {"tried": rows})
+        return calibrating(chosen, snapshot, known, "")
+
+    assert calibrating(chosen, None, known, "").text == "Calibrating: loading the model…"
+    first = at(0.2, [row, row | {"strength": 1.0, "zone": "red"}])
+    assert first.text == (
+        "Calibrating: 20 %, about 20 s left • so far safe up to +0.5 × max, breaks from +1 on"
+    )
+    second = at(0.6, [row | {"strength": -0.5, "zone": "amber"}])  # the other sign comes after it
+    assert second.so_far.zones() == [
+        (-0.5, 0.0, "amber"), (0.0, 0.5, "green"), (0.5, 5.0, "red"),
+    ]  # fmt: skip
+
+
+def test_what_is_recommended_and_why_not() -> None:
+    def told(up: float, safe: float, suppress: dict[str, Any] | None = None) -> Calibration:
+        curve = {"tried": [{"strength": up}], "safe": safe, "suppress": suppress}
+        return Calibration(1, 7, "add", {}, up, None, curve, "")
+
+    end = " • breaks at none that was tried"
+    assert range_text(told(0.5, 0.5)) == f"Recommended: +0.5 × max{end}"  # an old one's row
+    still = f"Safe up to +2 × max, but its own tokens do not become likelier{end}"
+    assert range_text(told(0.0, 2.0)) == still
+    assert range_text(told(0.0, 0.0)) == f"No strength that was tried is safe{end}"
+    down = {
+        "tried": [{"strength": -1.0, "own_probability": 0.1, "own_probability_unsteered": 0.2}],
+        "recommended": -1.0,
+        "s_max": -3.0,
+    }
+    both = told(0.0, 2.0, down)
+    assert range_text(both) == (
+        f"Amplified • {still}\nSuppressed • Recommended: -1 × max (its own tokens 0.5 times as "
+        "likely) • breaks from -3 on"
+    )
+    assert recommended(both, 1.0) == recommended(both, -1.0) == -1.0
+    assert recommended(told(0.5, 0.5, down), 1.0) == 0.5
+    assert recommended(told(0.5, 0.5), -1.0) == 0.5 and recommended(None, 1.0) == 0.0
 
 
 def test_output_scores_lead_to_features_that_steer(qtbot: Any, page: SteeringPage) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from PySide6.QtCore import Qt
 from PySide6.QtGui import QTextCursor
@@ -22,6 +23,8 @@ from mistudio.ui.steering.feature_index import FeatureIndex, search_index
 from mistudio.ui.steering.page import SteeringPage
 from mistudio.ui.steering.request import Chosen
 from mistudio.ui.steering.units import share, signed, significant
+from mistudio.ui.theme import tokens
+from mistudio.ui.widgets.token_strip import heat, heat_colour
 
 from .checks import cut_off, nameless, too_small
 from .screens import shot
@@ -109,6 +112,9 @@ def test_before_the_first_generation(qtbot: Any, services: Services) -> None:
     )
     page.configuration.prompt.setPlainText(PROMPT)
     assert page.configuration.generate.isEnabled() and page.configuration.reason.text() == ""
+    page.features.cards()[0].box.setValue(0.0)
+    assert page.configuration.generate.isEnabled()
+    assert "both texts will be the same" in page.configuration.reason.text()
 
 
 def test_features_that_cannot_be_read_can_be_tried_again(
@@ -148,7 +154,10 @@ def test_source_is_named_by_what_it_was_trained_on(qtbot: Any, services: Service
 
 def index_of(*features: tuple[str, tuple[str, ...], float]) -> FeatureIndex:
     tops, promoted, most = zip(*features, strict=True)
-    return FeatureIndex(1, 1, tops, promoted, most, False)
+    texts = sorted({"", *tops, *(text for some in promoted for text in some)})
+    places = [[texts.index(text) for text in (*some, "")[:2]] for some in promoted]
+    top = np.array([texts.index(text) for text in tops])
+    return FeatureIndex(1, 1, tuple(texts), top, np.array(places), most, False)
 
 
 def test_search_ranks_number_label_top_token_promoted() -> None:
@@ -241,6 +250,7 @@ def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
     store = FeatureStore(library.path(newest_run(library, sae.id).folder))
     most = float(store.columns["max_activation"][feature])
     median = sae.metrics["median_norm"]
+    qtbot.waitUntil(lambda: "—" not in card.units.text(), timeout=5000)  # its direction is read
 
     def expect(strength: float) -> None:
         assert card.strength == pytest.approx(strength)
@@ -372,6 +382,13 @@ def test_words_of_one_text_are_underlined_and_common_ones_quiet(
     assert cursor.charFormat().toolTip() == f"Token {len(kl)}: KL {significant(kl[-1])} nats"
     assert cursor.charFormat().background().style() != Qt.BrushStyle.NoBrush
     page.output.shade.setChecked(False)
+    services.settings.set("token_colours", "safe")  # the map of all token heat
+    page.output.shade.setChecked(True)
+    behind = heat_colour(heat(kl[-1], max(kl)), tokens.CARD, "safe")
+    cursor = QTextCursor(page.output.steered.view.document())
+    cursor.setPosition(spans[-1][1])
+    assert cursor.charFormat().background().color().name() == behind.lower()
+    page.output.shade.setChecked(False)
     cursor = QTextCursor(page.output.steered.view.document())
     cursor.setPosition(spans[-1][1])
     assert cursor.charFormat().background().style() == Qt.BrushStyle.NoBrush
@@ -382,15 +399,20 @@ def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Se
     page.presenter.add(strongest(services, page), 2.0)
     page.configuration.prompt.setPlainText(PROMPT)
     page.configuration.max_tokens.setValue(2000)
+    page.activateWindow()
+    page.configuration.generate.setFocus()
     page.configuration.generate.click()
     assert (
         page.configuration.generate.text() == "Generating…"
         and not page.configuration.generate.isEnabled()
     )
+    assert page.focusWidget() is page.configuration.stop
     qtbot.waitUntil(lambda: bool(page.output.steered.text), timeout=60_000)
+    assert not page.output.steered.visibleRegion().isEmpty()  # scrolled to where it is written
     with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000) as ended:
         page.configuration.stop.click()
     assert ended.args[1] == "cancelled"
+    assert page.focusWidget() is page.configuration.generate
     assert services.library.generations.count() == 0
     assert (
         page.configuration.generate.isEnabled()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from PySide6.QtCore import Qt, Signal
 from PySide6.QtWidgets import QGridLayout, QHBoxLayout, QWidget
 
-from mistudio.ui.steering.layer_strengths import LayerStrengths
+from mistudio.ui.steering.layer_strengths import LayerShare, LayerStrengths
 from mistudio.ui.steering.request import SCOPES, Form
 from mistudio.ui.steering.strengths import Multipliers
 from mistudio.ui.steering.token_picker import TokenPicker
+from mistudio.ui.steering.units import NOTHING
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import (
     Choice,
@@ -19,6 +20,7 @@ from mistudio.ui.widgets import (
     LayerGrid,
     Text,
     Toggle,
+    add,
     column,
     row,
 )
@@ -38,9 +40,16 @@ class Advanced(Collapsible):
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__("Advanced", parent=parent)
         self._restoring = False
+        self._left, self._right = column(), column()
+        sides = row(self._left, self._right, spacing=2 * tokens.CARD_PADDING)
+        sides.setStretch(0, 1)
+        sides.setStretch(1, 1)
+        self.add(sides)
         self._add_sampling()
-        self._add_places()
         self._add_comparison()
+        self._add_places()
+        for side in (self._left, self._right):
+            side.addStretch(1)
         self.setObjectName("steering_advanced")
 
     def _add_sampling(self) -> None:
@@ -71,7 +80,7 @@ class Advanced(Collapsible):
         grid.setColumnStretch(0, 1)
         grid.setColumnStretch(1, 1)
         self.chat.toggled.connect(self._on_changed)
-        self.add(grid, _switch(self.chat, "Chat format", self.chat_note))
+        add(self._left, grid, _switch(self.chat, "Chat format", self.chat_note))
 
     def _add_places(self) -> None:
         self.place = Choice(_PLACES)
@@ -83,6 +92,9 @@ class Advanced(Collapsible):
         self.layers = LayerGrid(label="Intervention Layers")
         self.layers.changed.connect(self._on_changed)
         self.bars = LayerStrengths()
+        self.bars_note = Text(
+            f"Lengths shown as {NOTHING} are known after the next generation.", "helper", wrap=True
+        )
         self.scope = Choice(SCOPES)
         self.scope.setToolTip("The first token and special tokens are never steered")
         self.scope.currentIndexChanged.connect(self._on_scope_changed)
@@ -91,10 +103,12 @@ class Advanced(Collapsible):
         self.keep_norm = Toggle("Keep the norm")
         self.keep_norm.toggled.connect(self._on_changed)
         keep = Text("Every changed activation gets its former length back", "helper", wrap=True)
-        self.add(
+        add(
+            self._right,
             FormRow("Where", self.place),
             self.layers,
             self.bars,
+            self.bars_note,
             FormRow("At which tokens", self.scope),
             self.picker,
             _switch(self.keep_norm, "Keep norm", keep),
@@ -108,7 +122,7 @@ class Advanced(Collapsible):
         self.control.toggled.connect(self._on_changed)
         note = Text("One more text: a change of the same size, somewhere random", "helper")
         note.setWordWrap(True)
-        self.add(self.scales, _switch(self.control, "Random control", note))
+        add(self._left, self.scales, _switch(self.control, "Random control", note))
 
     # --- values ---------------------------------------------------------------------------------
 
@@ -157,6 +171,12 @@ class Advanced(Collapsible):
         if not self.layers.selected() and 0 <= layer < n_layers:
             self.layers.set_selected([layer])
 
+    def show_shares(self, found: list[LayerShare]) -> None:
+        """How much of the vector each chosen layer gets."""
+        self.bars.show_shares(found)
+        unknown = any(share.raw is None for share in found)
+        self.bars_note.setVisible(unknown and self.place.value == SPREAD)
+
     def show_chat(self, possible: bool) -> None:
         self.chat.setEnabled(possible)
         self.chat_note.setText(
@@ -179,6 +199,7 @@ class Advanced(Collapsible):
         spread = self.place.value == SPREAD
         self.layers.setVisible(spread)
         self.bars.setVisible(spread)
+        self.bars_note.setVisible(spread and any(share.raw is None for share in self.bars.shown))
         self.picker.setVisible(self.scope.value == "chosen")
 
 

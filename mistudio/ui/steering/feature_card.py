@@ -7,6 +7,13 @@ from PySide6.QtGui import QColor, QPainter, QPaintEvent, QPen, QWheelEvent
 from PySide6.QtWidgets import QSizePolicy, QSlider, QStyle, QStyleOptionSlider, QWidget
 
 from mistudio.library.steering import Calibration
+from mistudio.ui.steering.calibrating import (
+    ZONES,
+    Calibrating,
+    range_text,
+    range_tip,
+    recommended,
+)
 from mistudio.ui.steering.feature_index import FeatureItem
 from mistudio.ui.steering.request import CALIBRATED, FACTORS, METHODS, Chosen
 from mistudio.ui.steering.units import (
@@ -37,12 +44,6 @@ SCORE_TIP = (
 )
 _STEPS = 100  # slider positions per unit of strength
 _SNAP = _STEPS // 10
-# A zone's word, its tone, what it means, and the pattern that tells it without colour.
-ZONES = {
-    "green": ("Safe", "emerald", "the text reads as the unsteered one does"),
-    "amber": ("Strong", "yellow", "the text changes more than its content"),
-    "red": ("Breaks", "red", "the text repeats itself"),
-}
 _ZONE_COLOURS = {"green": tokens.EMERALD, "amber": tokens.YELLOW, "red": tokens.RED}
 _ZONE_HEIGHTS = {"green": 2, "amber": 4, "red": 6}
 
@@ -53,7 +54,7 @@ class StrengthSlider(QSlider):
 
     def __init__(self, name: str, parent: QWidget | None = None) -> None:
         super().__init__(Qt.Orientation.Horizontal, parent)
-        self._zones: list[tuple[float, float, str]] = []
+        self.zones: list[tuple[float, float, str]] = []
         self.setRange(round(-STRONGEST * _STEPS), round(STRONGEST * _STEPS))
         self.setSingleStep(_SNAP)
         self.setPageStep(5 * _SNAP)
@@ -63,7 +64,7 @@ class StrengthSlider(QSlider):
 
     def set_zones(self, zones: list[tuple[float, float, str]]) -> None:
         """Stretches (from, to, zone)."""
-        self._zones = zones
+        self.zones = zones
         self.update()
 
     def wheelEvent(self, event: QWheelEvent) -> None:
@@ -84,7 +85,7 @@ class StrengthSlider(QSlider):
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         painter.setPen(Qt.PenStyle.NoPen)
-        for start, end, zone in self._zones:
+        for start, end, zone in self.zones:
             painter.setBrush(QColor(_ZONE_COLOURS[zone]))
             left, height = self._place(start), _ZONE_HEIGHTS[zone]
             painter.drawRect(
@@ -111,6 +112,7 @@ class FeatureCard(Surface):
     method_changed = Signal(int, int, str)
     removed = Signal(int, int)
     calibrate_wanted = Signal(int, int)
+    stop_wanted = Signal(int, int)
 
     def __init__(self, chosen: Chosen, parent: QWidget | None = None) -> None:
         super().__init__("row", None, 14, parent)
@@ -118,7 +120,9 @@ class FeatureCard(Surface):
         self.feature = feature = chosen.feature
         self._max: float | None = None
         self._median: float | None = None
+        self._length: float | None = None
         self._calibration: Calibration | None = None
+        self._running: Calibrating | None = None
         self.setAccessibleName(f"Feature {feature}")
         self._add_head()
         self._add_strength(chosen.strength)
@@ -172,6 +176,11 @@ class FeatureCard(Surface):
             button.clicked.connect(lambda checked=False, value=value: self.box.setValue(value))
             self.quick.append(button)
             buttons.addWidget(button, 1)
+        self.best = Button("Recommended", "small")
+        self.best.setAccessibleName(f"Recommended strength of feature {feature}")
+        self.best.clicked.connect(self._on_best_clicked)
+        self.best.hide()
+        buttons.addWidget(self.best)
         self.more = Button("More", "small", "chevron-down")
         self.more.setCheckable(True)
         self.more.setAccessibleName(f"Method and calibration of feature {feature}")
@@ -190,26 +199,19 @@ class FeatureCard(Surface):
         label.setBuddy(self.method)
         self.meaning = Text("", "helper", wrap=True)
         self.calibrate = Button("Calibrate", "small", "gauge")
-        self.calibrate.setAccessibleName(f"Calibrate feature {feature}")
-        self.calibrate.setToolTip(
-            "Tries this feature at rising strengths on neutral prompts and measures where the "
-            "text changes and where it breaks. Takes seconds to minutes."
-        )
         self.calibrate.clicked.connect(self._on_calibrate_clicked)
         self.range = Text("", "helper", wrap=True)
         self.score = Text("", "helper", wrap=True)
         method = row(label, self.method)
         method.setStretch(1, 1)
-        found = column(2)
-        found.addWidget(self.range)
-        found.addWidget(self.score)
-        ways = row(found, self.calibrate)
+        ways = row(self.score, self.calibrate)
         ways.setStretch(0, 1)
         self.details = QWidget()
         self.details.setProperty("surface", "clear")
         below = column(8)
         below.addLayout(method)
         below.addWidget(self.meaning)
+        below.addWidget(self.range)
         below.addLayout(ways)
         self.details.setLayout(below)
         self.details.hide()
@@ -222,12 +224,16 @@ class FeatureCard(Surface):
         return self.box.value()
 
     def show_item(
-        self, item: FeatureItem | None, median_norm: float | None, where: str = ""
+        self,
+        item: FeatureItem | None,
+        median_norm: float | None,
+        length: float | None,
+        where: str = "",
     ) -> None:
-        """What is known of the feature; None while that is still read. `where`: its layer, where
-        it is not of the SAE that is shown."""
+        """What is known of the feature, its layer's norm and the length of its direction; None
+        while that is still read. `where`: its layer, where it is not of the SAE that is shown."""
         self._max = item.max_activation if item else None
-        self._median = median_norm
+        self._median, self._length = median_norm, length
         text = item.text if item else "Reading…"
         self._text.setText(f"{where} • {text}" if where else text)
         self._show_units()
@@ -235,23 +241,55 @@ class FeatureCard(Surface):
     def show_calibration(
         self,
         calibration: Calibration | None,
-        busy: bool = False,
+        running: Calibrating | None = None,
         score: float | None = None,
     ) -> None:
-        """What is known of the strengths with the chosen method, None: nothing yet; and of how
-        well the feature steers at all."""
-        self._calibration = calibration
-        self.slider.set_zones(calibration.zones() if calibration else [])
-        self.calibrate.setEnabled(not busy and self.method.value in CALIBRATED)
-        again = "Calibrate again" if calibration else "Calibrate"
-        self.calibrate.setText("Calibrating…" if busy else again)
-        self.range.setText(_range_text(calibration))
-        self.range.setToolTip(_range_tip(calibration))
+        """What is known of the strengths with the chosen method, None: nothing yet; what one that
+        runs has found so far; and how well the feature steers at all."""
+        self._calibration, self._running = calibration, running
         measured = (calibration.curve.get("output_score") or {}) if calibration else {}
         known = measured.get("score") if score is None else score
         self.score.setText(f"Output score: {significant(known, 2)}")
         self.score.setToolTip(SCORE_TIP)
+        self.best.setVisible(bool(recommended(calibration, 1.0)))
+        self._show_running()
+
+    def show_running(self, running: Calibrating | None) -> None:
+        """What the calibration that runs has found since."""
+        if running != self._running:
+            self._running = running
+            self._show_running()
+
+    def _show_running(self) -> None:
+        running, calibration = self._running, self._calibration
+        feature = self.feature
+        self.range.setText(running.text if running else range_text(calibration))
+        if running:
+            self.calibrate.setText("Stop")
+            self.calibrate.set_icon("square")
+            self.calibrate.setAccessibleName(f"Stop calibrating feature {feature}")
+            self.calibrate.setToolTip("Stops the calibration; what was known before stays.")
+        else:
+            self.calibrate.setText("Calibrate again" if calibration else "Calibrate")
+            self.calibrate.set_icon("gauge")
+            self.calibrate.setAccessibleName(f"Calibrate feature {feature}")
+            self.calibrate.setToolTip(
+                "Tries this feature at rising strengths on neutral prompts and measures where the "
+                "text changes and where it breaks; also at falling ones where its coefficient is "
+                "below 0. Takes seconds to minutes."
+            )
+        self.calibrate.setEnabled(running is not None or self.method.value in CALIBRATED)
+        zones = self._zones
+        self.slider.set_zones(zones.zones() if zones else [])
         self._show_zone()
+
+    @property
+    def _zones(self) -> Calibration | None:
+        """Of the chosen method: those that are being measured, else those that were."""
+        running = self._running
+        if running is not None and running.method == self.method.value:
+            return running.so_far
+        return self._calibration
 
     def set_chosen(self, chosen: Chosen) -> None:
         """Show another strength or method without telling of a change."""
@@ -302,17 +340,27 @@ class FeatureCard(Surface):
             self.units.setText("of what is there • 1 changes nothing")
             return
         raw = coefficient(self.strength, self._max)
-        percent = percent_of_norm(raw, self._median)
+        known = None if raw is None or self._length is None else raw * self._length
+        percent = percent_of_norm(known, self._median)
         sign = "+" if raw is not None and raw > 0 else ""
         self.units.setText(f"= {sign}{significant(raw)} raw • {significant(percent)} % of the norm")
         self.units.setToolTip(
             f"Raw coefficient: strength × {significant(self._max, 4)}, the feature's largest "
-            "activation. It acts along the feature's direction, whose length is 1.\n"
+            "activation. It acts along the feature's direction, whose length is "
+            f"{significant(self._length)}.\n"
             f"Norm: {significant(self._median, 4)}, the median length of the layer's activations."
         )
 
     def _show_zone(self) -> None:
         """The zone of the strength as a word beside the name; nothing where it is not known."""
+        self.range.setToolTip(range_tip(self._calibration, self.strength))
+        best = recommended(self._calibration, self.strength)
+        self.best.setToolTip(f"Coefficient {best:+g}, as the calibration found")
+        if self._running is not None:
+            self.badge.set_status("running", f"Calibrating {self._running.percent} %", "blue")
+            self.badge.setToolTip(self._running.text)
+            self.badge.show()
+            return
         zone = self._calibration.zone(self.strength) if self._calibration else None
         self.badge.setVisible(zone is not None)
         if zone is not None:
@@ -339,34 +387,11 @@ class FeatureCard(Surface):
         self.more.setText("Less" if checked else "More")
         self.more.set_icon("chevron-up" if checked else "chevron-down")
 
+    def _on_best_clicked(self, checked: bool = False) -> None:
+        self.box.setValue(recommended(self._calibration, self.strength))
+
     def _on_calibrate_clicked(self, checked: bool = False) -> None:
-        self.calibrate_wanted.emit(*self.key)
+        (self.stop_wanted if self._running else self.calibrate_wanted).emit(*self.key)
 
     def _on_remove_clicked(self, checked: bool = False) -> None:
         self.removed.emit(*self.key)
-
-
-def _range_text(calibration: Calibration | None) -> str:
-    if calibration is None:
-        return f"Safe strength: {NOTHING} (not measured)"
-    if calibration.recommended:
-        safe = f"Recommended: {calibration.recommended:+g} × max"
-    else:
-        safe = "No strength that was tried is safe"
-    if calibration.s_max is None:
-        return f"{safe} • breaks at none that was tried"
-    return f"{safe} • breaks from {calibration.s_max:+g} on"
-
-
-def _range_tip(calibration: Calibration | None) -> str:
-    if calibration is None:
-        return "Calibrate finds how strongly this feature can be steered before the text breaks."
-    prompts = len(calibration.curve.get("prompts", ()))
-    tokens_each = calibration.curve.get("new_tokens", NOTHING)
-    words = [f"{word}: {meaning}" for word, _, meaning in ZONES.values()]
-    return (
-        f"Measured over {prompts} neutral prompts, {tokens_each} tokens each, at every strength.\n"
-        + "\n".join(words)
-        + "\nSafe keeps KL ≤ 0.5 nats per token, distinct bigrams ≥ 85 % and perplexity ≤ 3 times "
-        "those of the unsteered text."
-    )

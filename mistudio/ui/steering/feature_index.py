@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mistudio.errors import Incompatible
 from mistudio.library.features import FeatureNote
 from mistudio.library.library import Library
 
 RESULTS = 8
 _PROMOTED_SHOWN = 3
-_BY_INDEX = 7  # rank of what only the index of descriptions and examples knows
+_NOT_FOUND = 99
 OLD_DISCOVERY = (
     "Descriptions and examples are not searched: an earlier version made this discovery. "
     "Discover the features again to search them too."
@@ -45,21 +47,23 @@ def _quoted(token: str) -> str:
     return f"“{shown}”" if shown else f"“{token.replace(chr(10), '↵').replace(' ', '␣')}”"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureIndex:
-    """Plain Python, made once; `len` is the number of features."""
+    """Columns, made once; `len` is the number of features. `tokens` are the texts of all tokens
+    that occur; `top` [n] and `promoted` [n, k], strongest first, are places in it."""
 
     sae_id: int
     run_id: int
-    top_tokens: tuple[str, ...]
-    promoted: tuple[tuple[str, ...], ...]
+    tokens: tuple[str, ...]
+    top: np.ndarray
+    promoted: np.ndarray
     max_activations: tuple[float, ...]
     has_chat_format: bool
     scores: Mapping[int, float] = field(default_factory=dict)
     """Output scores, of the features that have one."""
 
     def __len__(self) -> int:
-        return len(self.top_tokens)
+        return len(self.max_activations)
 
     def item(
         self,
@@ -70,12 +74,13 @@ class FeatureIndex:
         if not 0 <= feature < len(self):
             return None
         note = notes.get(feature)
+        promoted = (self.tokens[place] for place in self.promoted[feature])
         return FeatureItem(
             feature,
             note.label if note else "",
             (descriptions or {}).get(feature, ""),
-            self.top_tokens[feature],
-            self.promoted[feature],
+            self.tokens[self.top[feature]],
+            tuple(text for text in promoted if text),
             self.max_activations[feature],
         )
 
@@ -88,22 +93,18 @@ def build_index(library: Library, sae_id: int, run_id: int) -> FeatureIndex:
     sae = library.saes.get(sae_id)
     store = FeatureStore(library.path(library.feature_runs.get(run_id).folder))
     tokenizer = load_tokenizer(library.path(library.models.get(sae.model_id).folder))
-    known: dict[int, str] = {-1: ""}
-
-    def text(token: int) -> str:
-        if token not in known:
-            known[token] = str(tokenizer.decode([token]))
-        return known[token]
-
+    ids = np.column_stack([store.columns["top_token"], store.array("logit_ids")[:, 0]])
+    known, places = np.unique(ids, return_inverse=True)  # each token is decoded once
+    places = places.reshape(ids.shape)
     return FeatureIndex(
         sae_id=sae_id,
         run_id=run_id,
-        top_tokens=tuple(text(int(token)) for token in store.columns["top_token"]),
-        promoted=tuple(
-            tuple(text(token) for token, _ in store.promoted(feature))
-            for feature in range(len(store))
+        tokens=tuple(
+            str(tokenizer.decode([token])) if token >= 0 else "" for token in known.tolist()
         ),
-        max_activations=tuple(float(value) for value in store.columns["max_activation"]),
+        top=places[:, 0],
+        promoted=places[:, 1:],
+        max_activations=tuple(np.asarray(store.columns["max_activation"], dtype=float).tolist()),
         has_chat_format=bool(getattr(tokenizer, "chat_template", None)),
         scores=output_scores(library, run_id),
     )
@@ -155,43 +156,26 @@ def search_index(
     that are in `deeper`. Features that never fired cannot steer and are left out."""
     wanted = search.strip().lower()
     number = wanted.removeprefix("#")
-    also = frozenset(deeper)
-    ranked: list[tuple[int, float, int]] = []
-    for feature, top in enumerate(index.top_tokens):
-        strongest = index.max_activations[feature]
-        if strongest <= 0:
-            continue
-        label = notes[feature].label.lower() if feature in notes else ""
-        rank = _rank(wanted, number, feature, label, top, index.promoted[feature])
-        if rank is None and feature in also:
-            rank = _BY_INDEX
-        if rank is not None:
-            ranked.append((rank, -strongest, feature))
-    ranked.sort()
-    return Found(search, len(ranked), tuple(feature for *_, feature in ranked[:RESULTS]))
-
-
-def _rank(
-    wanted: str, number: str, feature: int, label: str, top: str, promoted: Sequence[str]
-) -> int | None:
-    """How well a feature matches, 0 best; None where it does not."""
-    if number.isdigit():
-        if feature == int(number):
-            return 0
-        if wanted.startswith("#"):
-            return 2 if str(feature).startswith(number) else None
-    if label and wanted in label:
-        return 1
-    token = top.strip().lower()
-    if token == wanted:
-        return 3
-    if any(text.strip().lower() == wanted for text in promoted):
-        return 4
-    if wanted in token:
-        return 5
-    if any(wanted in text.lower() for text in promoted):
-        return 6
-    return None
+    rank = np.full(len(index), _NOT_FOUND)
+    if wanted.startswith("#") and number.isdigit():
+        rank[[f for f in range(len(index)) if str(f).startswith(number)]] = 2
+    else:
+        same = np.array([text.strip().lower() == wanted for text in index.tokens], dtype=bool)
+        within = np.array([wanted in text.lower() for text in index.tokens], dtype=bool)
+        rank[[feature for feature in deeper if feature < len(index)]] = 7
+        rank[within[index.promoted].any(1)] = 6
+        rank[within[index.top]] = 5
+        rank[same[index.promoted].any(1)] = 4
+        rank[same[index.top]] = 3
+        labels = ((f, note.label.lower()) for f, note in notes.items() if f < len(index))
+        rank[[feature for feature, label in labels if label and wanted in label]] = 1
+    if number.isdigit() and int(number) < len(index):
+        rank[int(number)] = 0
+    strongest = np.array(index.max_activations)
+    rank[strongest <= 0] = _NOT_FOUND
+    total = int((rank < _NOT_FOUND).sum())
+    best = np.lexsort((-strongest, rank))[: min(total, RESULTS)]
+    return Found(search, total, tuple(best.tolist()))
 
 
 # --- what features are about ----------------------------------------------------------------------

@@ -217,7 +217,7 @@ class FeatureFinder(Card):
         self._why.setText(
             "Features that make their own tokens most likely when they are amplified."
             if scored
-            else "Features that a short rule tells most surely."
+            else "Features whose examples a short rule predicts best."
         )
         self.best.setVisible(not scored)
         self.best.setEnabled(not self.presenter.is_scoring)
@@ -259,6 +259,7 @@ class FeatureFinder(Card):
             card.method_changed.connect(self._on_card_method_changed)
             card.removed.connect(self.presenter.remove)
             card.calibrate_wanted.connect(self.presenter.calibrate)
+            card.stop_wanted.connect(self.presenter.stop_calibrating)
             self._cards[key] = card
             self._selected_place.addWidget(card)
         self.title_of_selected.setText(f"Selected Features ({len(chosen)})")
@@ -274,12 +275,23 @@ class FeatureFinder(Card):
             elsewhere = source is not None and sae_id != self.presenter.sae_id
             where = f"Layer {source.sae.layer}" if source and elsewhere else ""
             item = self.presenter.item(feature, sae_id)
-            card.show_item(item, source.median_norm if source else None, where)
+            card.show_item(
+                item,
+                self.presenter.median_norm(sae_id),
+                self.presenter.unit_length(sae_id, feature),
+                where,
+            )
             card.show_calibration(
                 self.presenter.calibration(sae_id, feature, str(card.method.value)),
-                self.presenter.is_calibrating(sae_id, feature),
+                self.presenter.calibrating(sae_id, feature),
                 self.presenter.score(feature, sae_id),
             )
+
+    def show_calibrating(self) -> None:
+        """Called at every tick."""
+        if self.presenter.is_calibrating:
+            for key, card in self._cards.items():
+                card.show_running(self.presenter.calibrating(*key))
 
     def _on_card_strength_changed(self, sae_id: int, feature: int, strength: float) -> None:
         self.presenter.set_strength(sae_id, feature, strength)

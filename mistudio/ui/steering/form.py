@@ -27,9 +27,15 @@ from mistudio.ui.widgets import (
     row,
 )
 
+ONE_MODEL = (
+    "The model whose activations the SAE learned: in another model its directions mean nothing, so "
+    "there is none to choose."
+)
+
 
 class GenerationForm(Card):
-    """Shows the presenter's source; `start_wanted` and `stop_wanted` are its two buttons."""
+    """Shows the presenter's source; `start_wanted` and `stop_wanted` are its two buttons. Its
+    `advanced` part is laid out by the page, below both columns."""
 
     start_wanted = Signal()
     stop_wanted = Signal()
@@ -43,7 +49,6 @@ class GenerationForm(Card):
         self._add_buttons()
         self.advanced = Advanced()
         self.advanced.changed.connect(self._on_edited)
-        self.add(self.advanced)
         self.body.addStretch(1)
         self._tokens_wanted = debounced(self, 300, self._read_tokens)
         presenter.tokens_read.connect(self._on_presenter_tokens_read)
@@ -55,15 +60,26 @@ class GenerationForm(Card):
         self.source = Choice()
         self.source.setPlaceholderText("Select training…")
         self.source.currentIndexChanged.connect(self._on_source_changed)
-        self.model = Text("—", "small")
+        self.model = Text("—", "small", wrap=True)
+        self.model.setToolTip(ONE_MODEL)
         self.layer = Text("—", "small", wrap=True)
+        self.trained_on = Text("—", "small", wrap=True)
         facts = QGridLayout()
         facts.setHorizontalSpacing(16)
         facts.setVerticalSpacing(6)
         facts.setColumnStretch(1, 1)
-        for line, (name, value) in enumerate((("Model", self.model), ("Features of", self.layer))):
-            facts.addWidget(Text(name, "label"), line, 0, Qt.AlignmentFlag.AlignTop)
+        for line, (name, value) in enumerate(
+            (
+                ("Model (for generation)", self.model),
+                ("Features of", self.layer),
+                ("Trained on", self.trained_on),
+            )
+        ):
+            label = Text(name, "label")
+            label.setBuddy(value)
+            facts.addWidget(label, line, 0, Qt.AlignmentFlag.AlignTop)
             facts.addWidget(value, line, 1)
+        facts.itemAtPosition(0, 0).widget().setToolTip(ONE_MODEL)
         about = Surface("tile", padding=12)
         about.add(facts)
         self.add(FormRow("Training Job (Source of Features)", self.source), about)
@@ -136,6 +152,7 @@ class GenerationForm(Card):
         self.model.setText(source.model if source else "—")
         self.layer.setText(source.layer_text if source else "—")
         self.layer.setToolTip(source.sae.hook_point if source else "")
+        self.trained_on.setText(source.trained_on if source else "—")
         if source is not None:
             self.advanced.show_model(source.model_layers, source.sae.layer)
         self.refresh()
@@ -143,16 +160,21 @@ class GenerationForm(Card):
     def refresh(self) -> None:
         """What depends on form and selection together."""
         form, busy = self.form(), self.presenter.job_id is not None
+        focused = self.focusWidget()
         self.advanced.show_chat(self.presenter.has_chat_format)
         reason = self.presenter.reason(form)
         self.generate.setEnabled(not busy and not reason)
         self.generate.setText("Generating…" if busy else "Generate Comparison")
         self.generate.setToolTip(reason or "Ctrl+Return")
         self.stop.setVisible(busy)
+        if busy and focused is self.generate:  # the focus would wander off with the disabled button
+            self.stop.setFocus()
+        elif not busy and focused is self.stop:
+            self.generate.setFocus()
         self.progress.setVisible(busy)
-        self.reason.setText("" if busy else reason)
+        self.reason.setText("" if busy else reason or self.presenter.warning(form))
         self.reason.setVisible(bool(self.reason.text()))
-        self.advanced.bars.show_shares(
+        self.advanced.show_shares(
             shares(form.layers or (), self.presenter.percent(), self.presenter.norms())
         )
 
@@ -195,5 +217,5 @@ class GenerationForm(Card):
         self.start_wanted.emit()
 
     def _on_stop_clicked(self, checked: bool = False) -> None:
-        self.stop.setEnabled(False)
+        self.stop.setText("Stopping…")
         self.stop_wanted.emit()

@@ -23,12 +23,17 @@ PERPLEXITY_TIP = (
     "Perplexity of the steered text ({n} tokens) minus that of the unsteered text, both under the "
     "unsteered model."
 )
-SIMILARITY_TIP = "Cosine of the two texts' word counts; 100 % for the same words as often."
-OVERLAP_TIP = "Words that both texts have, of all words that either has (Jaccard)."
-DISTINCT_TIP = "Share of token pairs that are different from each other; low means repetition."
-REPEATED_TIP = "Share of runs of four tokens that stood in the text before."
+SIMILARITY_TIP = (
+    "Cosine of the two texts' word counts ({n} steered tokens); 100 % for the same words as often."
+)
+OVERLAP_TIP = "Words that both texts have, of all words of both ({n} steered tokens; Jaccard)."
+DISTINCT_TIP = (
+    "Share of the pairs of neighbours among {n} tokens that are different from each other; low "
+    "means repetition."
+)
+REPEATED_TIP = "Share of the runs of four among {n} tokens that stood in the text before."
 REACTIVATION_TIP = (
-    "Mean activation over the steered text's tokens when the model reads it without steering: a "
+    "Mean activation over the steered text's {n} tokens when the model reads it unsteered: a "
     "text that says what the feature stands for activates it anew, one that only broke does not.\n"
     "Effectiveness, 0 to 1: harmonic mean of that gain in shares of the maximum, distinct-2 and "
     "3 ÷ perplexity ratio, each at most 1 (after AxBench)."
@@ -37,10 +42,15 @@ REACTIVATION_TIP = (
 _WEAK, _BROKEN = 0.85, 0.70
 _LONG_RUN = 8
 
+DETAILS_TIP = (
+    "Median norm: of the layer's activations, where the features act.\n"
+    "Perplexity ratio: of the steered text to the unsteered one, both under the unsteered model.\n"
+    "Distinct-2: " + DISTINCT_TIP
+)
 _COLUMNS = (
     ("Text", ""),
-    ("KL (nats/token)", KL_TIP.format(n="all")),
-    ("Perplexity Δ", PERPLEXITY_TIP.format(n="all")),
+    ("KL (nats/token)", KL_TIP),
+    ("Perplexity Δ", PERPLEXITY_TIP),
     ("Similarity", SIMILARITY_TIP),
     ("Word Overlap", OVERLAP_TIP),
     ("Distinct-2", DISTINCT_TIP),
@@ -98,7 +108,6 @@ class Measures(Card):
         self.table.add(self._table_place)
         self.details = Text("", "helper", wrap=True)
         self.reactivation = Text("", "helper", wrap=True)
-        self.reactivation.setToolTip(REACTIVATION_TIP)
         self.add(tiles, self.warning, self.table, self.reactivation, self.details)
         self.show_generation(None)
 
@@ -120,6 +129,9 @@ class Measures(Card):
         warning = repetition_warning(variant) if variant else ""
         self.warning.setText(f"⚠ {warning}" if warning else "")
         self.warning.setVisible(bool(warning))
+        n = variant["tokens"] if variant else "all"
+        self.reactivation.setToolTip(REACTIVATION_TIP.format(n=n))
+        self.details.setToolTip(DETAILS_TIP.format(n=n) if variant else "")
         again = _reactivation_text(variant) if variant else ""
         self.reactivation.setText(again)
         self.reactivation.setVisible(bool(again))
@@ -151,8 +163,11 @@ class Measures(Card):
         self.tiles["perplexity"].set_value(
             signed(delta), caption, PERPLEXITY_TIP.format(n=n) + (parts if measured else "")
         )
-        self.tiles["similarity"].set_value(share(measured.get("similarity")), None, SIMILARITY_TIP)
-        self.tiles["overlap"].set_value(share(measured.get("word_overlap")), None, OVERLAP_TIP)
+        for name, measure, tip in (
+            ("similarity", "similarity", SIMILARITY_TIP),
+            ("overlap", "word_overlap", OVERLAP_TIP),
+        ):
+            self.tiles[name].set_value(share(measured.get(measure)), None, tip.format(n=n))
 
     def _show_table(self, variants: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
         clear(self._table_place)
@@ -161,7 +176,7 @@ class Measures(Card):
             return
         for place, (heading, tip) in enumerate(_COLUMNS):
             label = Text(heading, "helper")
-            label.setToolTip(tip)
+            label.setToolTip(tip.format(n="all"))
             self._put(label, 0, place)
             self._table_place.setColumnStretch(place, 2 if place == 0 else 1)
         for line, (name, variant) in enumerate(zip(names, variants, strict=True), 1):
@@ -176,7 +191,9 @@ class Measures(Card):
             warned = bool(repetition_warning(variant))
             self._put(Text(f"⚠ {name}" if warned else name, "small"), line, 0)
             for place, value in enumerate(values, 1):
-                self._put(Text(value, "small"), line, place)
+                cell = Text(value, "small")
+                cell.setToolTip(_COLUMNS[place][1].format(n=variant["tokens"]))
+                self._put(cell, line, place)
 
     def _put(self, label: Text, line: int, place: int) -> None:
         side = Qt.AlignmentFlag.AlignLeft if place == 0 else Qt.AlignmentFlag.AlignRight

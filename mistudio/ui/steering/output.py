@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PySide6.QtCore import Signal
 from PySide6.QtWidgets import QWidget
 
 from mistudio import formatting
 from mistudio.library.records import Generation
+from mistudio.settings import Settings
 from mistudio.ui.steering.comparison import runs
 from mistudio.ui.steering.measures import Measures
-from mistudio.ui.steering.panes import HeatLegend, PaneGrid, TextPane
+from mistudio.ui.steering.panes import HeatLegend, PaneGrid, Shades, TextPane
 from mistudio.ui.steering.request import names
 from mistudio.ui.widgets import Text, Toggle, column, row
 
@@ -24,10 +24,9 @@ _MARKS = (
 class Output(QWidget):
     """One generation: streaming, finished, or none yet."""
 
-    shade_toggled = Signal(bool)
-
-    def __init__(self, parent: QWidget | None = None) -> None:
+    def __init__(self, settings: Settings, parent: QWidget | None = None) -> None:
         super().__init__(parent)
+        self._settings = settings
         self.grid = PaneGrid()
         self.legend = Text(_MARKS, "helper", wrap=True)
         self.heat = HeatLegend()
@@ -96,7 +95,8 @@ class Output(QWidget):
         variants = result["variants"]
         most = max((max(v["kl_by_token"], default=0.0) for v in variants), default=0.0)
         shading = self.shade.isChecked() and most > 0
-        self.heat.set_most(most)
+        colours = self._settings.get("token_colours")
+        self.heat.set_scale(most, colours)
         self.heat.setVisible(shading)
         before, pieces = result["unsteered"], result["unsteered_pieces"]
         for number, (pane, variant) in enumerate(zip(self.grid.panes[1:], variants, strict=True)):
@@ -104,9 +104,9 @@ class Output(QWidget):
             if number == compared:
                 parts = runs(before, after, pieces, first)
                 self.unsteered.set_runs(before, parts, _where(first), first)
-            kl = variant["kl_by_token"] if shading else None
+            shades = Shades(variant["kl_by_token"], most, colours) if shading else None
             parts = runs(after, before, variant["pieces"], first)
-            pane.set_runs(after, parts, _where(first), first, kl, most)
+            pane.set_runs(after, parts, _where(first), first, shades)
 
     def _on_measures_shown_changed(self, number: int) -> None:
         if self.shown is not None:
@@ -115,7 +115,6 @@ class Output(QWidget):
     def _on_shade_toggled(self, checked: bool) -> None:
         if self.shown is not None:
             self._show_texts(int(self.measures.which.value or 0))
-        self.shade_toggled.emit(checked)
 
 
 def _where(first_difference: int | None) -> str:

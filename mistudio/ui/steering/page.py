@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from PySide6.QtCore import Qt
+from PySide6.QtCore import QPoint, Qt, QTimer
 from PySide6.QtGui import QKeySequence, QShortcut
 from PySide6.QtWidgets import QHBoxLayout, QTabBar, QVBoxLayout, QWidget
 
 from mistudio.errors import UserError
-from mistudio.jobs.presets import BOUND
+from mistudio.jobs.presets import BOUND, REFUSED
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Generation, Template
 from mistudio.ui.services import Services
@@ -67,7 +67,8 @@ class SteeringPage(QWidget):
         self.configuration.edited.connect(self._on_configuration_edited)
         self.export = ExportButton(services, presenter, self.form)
         self.features.add_to_header(self.export)
-        self.output = Output()
+        self.configuration.header.addStrut(self.export.sizeHint().height())  # titles in line
+        self.output = Output(services.settings)
         self.history = History(services, presenter)
         self.history.opened.connect(self.reopen)
         self.comparison = QWidget()
@@ -91,9 +92,13 @@ class SteeringPage(QWidget):
         columns.setSpacing(tokens.GAP)
         columns.addWidget(self.features, 1)
         columns.addWidget(self.configuration, 1)
+        advanced = Surface("card", None, 10)
+        advanced.add(self.configuration.advanced)
+        self.configuration.advanced.body.setContentsMargins(14, 0, 14, 14)
         work = column(24)
         work.addWidget(preset_card)
         work.addLayout(columns)
+        work.addWidget(advanced)
         work.addLayout(self._error_place)
         work.addWidget(self.views)
         work.addWidget(self.comparison)
@@ -241,9 +246,10 @@ class SteeringPage(QWidget):
         if not taken:
             toasts.error(
                 UserError(
-                    f"“{template.name}” cannot be used yet",
+                    f"“{template.name}” "
+                    + ("is refused" if binding.result == REFUSED else "cannot be used yet"),
                     binding.message,
-                    "Train or import such an SAE and discover its features.",
+                    binding.next_step,
                 )
             )
             return
@@ -275,15 +281,30 @@ class SteeringPage(QWidget):
         self.views.setCurrentIndex(0)
         self.output.begin(names(form.as_dict()))
         self.configuration.show_progress(None)
-        self.configuration.stop.setEnabled(True)
+        self.configuration.stop.setText("Stop")
         self.configuration.refresh()
+        QTimer.singleShot(0, self._look_at_output)
+
+    def _look_at_output(self) -> None:
+        """Scroll as little as brings the texts into sight."""
+        bar, inside = self._page.verticalScrollBar(), self._page.widget()
+        top = self.views.mapTo(inside, QPoint(0, 0)).y()
+        end = self.output.grid.mapTo(inside, QPoint(0, self.output.grid.height())).y()
+        height = self._page.viewport().height()
+        if end + tokens.GAP > bar.value() + height:
+            bar.setValue(min(end + tokens.GAP - height, top))
+        elif top < bar.value():
+            bar.setValue(top)
 
     def _on_jobs_tick(self) -> None:
-        if not self.busy or not self.isVisible():
+        if not self.isVisible():
+            return
+        self.features.show_calibrating()
+        if not self.busy:
             return
         snapshot = self._services.jobs.snapshot(self.presenter.job_id)
         if snapshot is None:
-            waiting = self.presenter.waiting_for()
+            waiting = self.presenter.waiting_for(self.presenter.job_id)
             if waiting:
                 self.output.say(f"Waits for “{waiting}” to end…")
             return
@@ -322,4 +343,4 @@ class SteeringPage(QWidget):
         clear(self._error_place)
         self.views.setCurrentIndex(0)
         self._show_result(generation)
-        self._page.ensureWidgetVisible(self.output.steered)
+        QTimer.singleShot(0, self._look_at_output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PySide6.QtCore import QRectF, QSize, Qt, QTimer
 from PySide6.QtGui import (
@@ -22,10 +23,19 @@ from mistudio.ui.steering.request import CONTROL
 from mistudio.ui.steering.units import significant
 from mistudio.ui.theme import fonts, tokens
 from mistudio.ui.widgets import IconButton, Surface, Text, row
-from mistudio.ui.widgets.token_strip import SAFE_MAP, heat, heat_colour, ink_on
+from mistudio.ui.widgets.token_strip import EMERALD_MAP, heat, heat_colour, ink_on
 
 PANE_HEIGHT, PANE_MOST = 200, 560
 _COLUMN = 380  # a narrower pane breaks lines too often to be compared
+
+
+@dataclass(frozen=True)
+class Shades:
+    """What lies behind each token: its KL in nats, the largest of all panes, and the map."""
+
+    values: Sequence[float]
+    most: float
+    colours: str
 
 
 class _GrowingText(QTextEdit):
@@ -116,18 +126,16 @@ class TextPane(Surface):
         parts: Sequence[Run],
         caption: str,
         first_difference: int | None,
-        shading: Sequence[float] | None = None,
-        most: float = 0.0,
+        shades: Shades | None = None,
     ) -> None:
         """Show a finished text: what both share in a quiet colour, words of its own underlined,
-        the first token that differs on a raised ground, and behind each token its `shading` where
-        given (nats, `most` the darkest of all panes)."""
+        the first token that differs on a raised ground."""
         self.view.clear()
         cursor = QTextCursor(self.view.document())
         cursor.beginEditBlock()
         for part in parts:
             parting = first_difference is not None and part.token == first_difference
-            look = _format(part, self.mark, parting, shading, most)
+            look = _format(part, self.mark, parting, shades)
             cursor.insertText(part.text, look)
         cursor.endEditBlock()
         self._plain = text
@@ -145,9 +153,7 @@ class TextPane(Surface):
         self.copy.set_icon("copy", f"Copy: {self.title}")
 
 
-def _format(
-    part: Run, mark: str, parting: bool, shading: Sequence[float] | None, most: float
-) -> QTextCharFormat:
+def _format(part: Run, mark: str, parting: bool, shades: Shades | None) -> QTextCharFormat:
     look = QTextCharFormat()
     colour = tokens.HELPER if part.common else tokens.TEXT
     if part.only_here:
@@ -157,9 +163,9 @@ def _format(
         look.setBackground(QColor(tokens.RAISED_HOVER))
         colour = tokens.WHITE
         tip.append("The first token that differs.")
-    if shading and 0 <= part.token < len(shading):
-        value = shading[part.token]
-        behind = heat_colour(heat(value, most), tokens.CARD, SAFE_MAP)
+    if shades is not None and 0 <= part.token < len(shades.values):
+        value = shades.values[part.token]
+        behind = heat_colour(heat(value, shades.most), tokens.CARD, shades.colours)
         look.setBackground(QColor(behind))
         colour = ink_on(behind)
         tip.insert(0, f"Token {part.token + 1}: KL {significant(value)} nats")
@@ -244,13 +250,16 @@ class HeatLegend(QWidget):
             "prefix at temperature 1. The scale is logarithmic and the same in all panes."
         )
 
-    def set_most(self, most: float) -> None:
-        self.most = most
+    def set_scale(self, most: float, colours: str) -> None:
+        self.most, self._bar.colours = most, colours
+        self._bar.update()
         self._high.setText(f"{significant(most)} nats")
         self.setAccessibleName(f"Shades go from 0 to {significant(most)} nats")
 
 
 class _HeatBar(QWidget):
+    colours = EMERALD_MAP
+
     def sizeHint(self) -> QSize:
         return QSize(120, 14)
 
@@ -260,7 +269,8 @@ class _HeatBar(QWidget):
         gradient = QLinearGradient(0, 0, self.width(), 0)
         for step in range(21):
             part = step / 20
-            gradient.setColorAt(part, QColor(heat_colour(heat(part, 1.0), tokens.CARD, SAFE_MAP)))
+            behind = heat_colour(heat(part, 1.0), tokens.CARD, self.colours)
+            gradient.setColorAt(part, QColor(behind))
         painter.setPen(QColor(tokens.EDGE))
         painter.setBrush(gradient)
         painter.drawRoundedRect(QRectF(0.5, 0.5, self.width() - 1, self.height() - 1), 3, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from mistudio.library.records import Generation, Template
 from mistudio.library.steering import Calibration
 from mistudio.ui.services import Services
 from mistudio.ui.steering import presets
+from mistudio.ui.steering.calibrating import Calibrating, calibrating
+from mistudio.ui.steering.directions import Directions, length, read_directions
 from mistudio.ui.steering.feature_index import (
     Descriptions,
     FeatureIndex,
@@ -51,8 +53,8 @@ class SteeringPresenter(QObject):
     suggestions_changed = Signal()
     selection_changed = Signal()
     calibrations_changed = Signal()
-    exported = Signal(object)
-    """the files that were written"""
+    exported = Signal(object, object)
+    """the files that were written; sentences on where they say less than was done here"""
     job_failed = Signal(object)
     """the error in the row of a job that found something out"""
     tokens_read = Signal(object)
@@ -78,8 +80,12 @@ class SteeringPresenter(QObject):
         self._search: str | None = None
         self._searching = False
         self._calibrations: dict[int, dict[tuple[int, str], Calibration]] = {}
-        self._calibrating: dict[int, tuple[int, int]] = {}  # job -> (SAE, feature)
+        self._calibrating: dict[int, Chosen] = {}  # by job
+        self._tried: dict[int, dict[int, list[dict[str, Any]]]] = {}  # by job, then sign
+        self._directions: dict[int, Directions] = {}  # by SAE
+        self._measuring: set[tuple[int, int]] = set()
         self._norms: dict[int, dict[int, float]] = {}  # by model, then layer
+        self._medians: dict[int, float] = {}  # by SAE
         self._scoring: int | None = None
         self._exporting: set[int] = set()
         self.job_id: int | None = None
@@ -122,6 +128,7 @@ class SteeringPresenter(QObject):
             source = self.source_of(sae_id)
             if source is not None and self._index_of(source) is None:
                 self._read(source)
+        self._learn_of_selected()
 
     def _read(self, source: Source) -> None:
         wanted = (source.sae.id, source.run_id)
@@ -137,12 +144,13 @@ class SteeringPresenter(QObject):
     def _on_index_built(self, index: FeatureIndex) -> None:
         self._loading.discard((index.sae_id, index.run_id))
         self._indexes[index.sae_id] = index
-        self._describe_selected()
+        self._learn_of_selected()
         self.index_changed.emit()
         self._next_search()
 
     def _on_index_failed(self, error: Exception) -> None:
         self._loading.clear()
+        self._measuring.clear()
         self.index_failed.emit(problem_of(error))
 
     def _show_source(self) -> None:
@@ -182,9 +190,30 @@ class SteeringPresenter(QObject):
         notes = self._notes.get(index.sae_id, {})
         return index.item(feature, notes, self._descriptions.get(index.sae_id))
 
-    def _describe_selected(self) -> None:
+    def _learn_of_selected(self) -> None:
         for sae_id in {chosen.sae_id for chosen in self.selected}:
-            self._describe(sae_id, [c.feature for c in self.selected if c.sae_id == sae_id])
+            features = [c.feature for c in self.selected if c.sae_id == sae_id]
+            self._describe(sae_id, features)
+            self._measure(sae_id, features)
+
+    def _measure(self, sae_id: int, features: Sequence[int]) -> None:
+        """Read the directions that are not known yet; `index_changed` tells."""
+        known = self._directions[sae_id].rows if sae_id in self._directions else {}
+        missing = [f for f in features if f not in known and (sae_id, f) not in self._measuring]
+        if missing:
+            self._measuring.update((sae_id, feature) for feature in missing)
+            library = self._services.library
+            self._services.background.run(
+                lambda: read_directions(library, sae_id, missing),
+                self._on_directions_read,
+                self._on_index_failed,
+            )
+
+    def _on_directions_read(self, found: Directions) -> None:
+        known = self._directions.setdefault(found.sae_id, found)
+        known.rows.update(found.rows)
+        self._measuring -= {(found.sae_id, feature) for feature in found.rows}
+        self.index_changed.emit()
 
     def _describe(self, sae_id: int, features: Sequence[int]) -> None:
         """Ask the rules for what has no label and was not asked for; `index_changed` tells."""
@@ -269,7 +298,7 @@ class SteeringPresenter(QObject):
             return
         chosen = Chosen(self.sae_id, feature).at(strength)
         self._selections.setdefault(self._model_id, []).append(chosen)
-        self._describe(self.sae_id, [feature])
+        self._learn_of_selected()
         self.selection_changed.emit()
 
     def remove(self, sae_id: int, feature: int) -> None:
@@ -299,7 +328,7 @@ class SteeringPresenter(QObject):
             self._show_source()
             return
         self._selections[self._model_id] = known
-        self._describe_selected()
+        self._learn_of_selected()
         self.selection_changed.emit()
         self.load()
 
@@ -339,14 +368,42 @@ class SteeringPresenter(QObject):
     # --- how strong -----------------------------------------------------------------------------
 
     def percent(self) -> float | None:
-        """What is added in % of the norm at the SAE; None where that is not one added feature
-        (the sum of several depends on the angles between them)."""
-        if len(self.selected) != 1 or self.selected[0].method != "add":
+        """What is added in % of the norm at the SAE; None where that is not the sum of added
+        features of one SAE, or not known yet."""
+        found = {c.sae_id for c in self.selected}
+        if len(found) != 1 or any(c.method != "add" for c in self.selected):
             return None
-        (chosen,) = self.selected
-        source, item = self.source_of(chosen.sae_id), self.item(chosen.feature, chosen.sae_id)
-        raw = coefficient(chosen.strength, item.max_activation if item else None)
-        return percent_of_norm(raw, source.median_norm if source else None)
+        (sae_id,) = found
+        median = self.median_norm(sae_id)
+        added = self._length(sae_id, {c.feature: c.strength for c in self.selected})
+        return percent_of_norm(added, median)
+
+    def median_norm(self, sae_id: int) -> float | None:
+        """Of the activations that the SAE's features are added to: its training measured it, or
+        the first generation."""
+        source = self.source_of(sae_id)
+        return (source.median_norm if source else None) or self._medians.get(sae_id)
+
+    def unit_length(self, sae_id: int, feature: int) -> float | None:
+        """How long raw coefficient 1 of a feature is."""
+        directions = self._directions.get(sae_id)
+        if directions is None or feature not in directions.rows:
+            return None
+        return length(directions.rows[feature], directions.normalised, self.median_norm(sae_id))
+
+    def _length(self, sae_id: int, strengths: Mapping[int, float]) -> float | None:
+        """Of the sum of features; None while one of them is still read."""
+        directions, total = self._directions.get(sae_id), None
+        for feature, strength in strengths.items():
+            item = self.item(feature, sae_id)
+            raw = coefficient(strength, item.max_activation if item else None)
+            if raw is None or directions is None or feature not in directions.rows:
+                return None
+            part = raw * directions.rows[feature]
+            total = part if total is None else total + part
+        if directions is None or total is None:
+            return None
+        return length(total, directions.normalised, self.median_norm(sae_id))
 
     def norms(self) -> dict[int, float]:
         """The median norms of the residual stream after blocks, as far as runs or generations
@@ -365,8 +422,19 @@ class SteeringPresenter(QObject):
             self._calibrations[sae_id] = self._services.library.calibrations.of_sae(sae_id)
         return self._calibrations[sae_id].get((feature, method))
 
-    def is_calibrating(self, sae_id: int, feature: int) -> bool:
-        return (sae_id, feature) in self._calibrating.values()
+    def calibrating(self, sae_id: int, feature: int) -> Calibrating | None:
+        """How far the calibration of a feature is, where one runs or waits."""
+        for job_id, chosen in self._calibrating.items():
+            if chosen.key == (sae_id, feature):
+                snapshot = self._services.jobs.snapshot(job_id)
+                known = self._tried.setdefault(job_id, {})
+                waits_for = "" if snapshot else self.waiting_for(job_id)
+                return calibrating(chosen, snapshot, known, waits_for)
+        return None
+
+    @property
+    def is_calibrating(self) -> bool:
+        return bool(self._calibrating)
 
     def calibrate(self, sae_id: int, feature: int) -> None:
         """Queue the measurement of a selected feature with its method; `calibrations_changed`
@@ -374,11 +442,16 @@ class SteeringPresenter(QObject):
         from mistudio.jobs.kinds import Calibrate
 
         chosen = next((c for c in self.selected if c.key == (sae_id, feature)), None)
-        if chosen is None or self.is_calibrating(sae_id, feature):
+        if chosen is None or any(c.key == chosen.key for c in self._calibrating.values()):
             return
         job = Calibrate(sae_id, [feature], chosen.method, suppress=chosen.strength < 0)
-        self._calibrating[self._services.jobs.submit(job)] = chosen.key
+        self._calibrating[self._services.jobs.submit(job)] = chosen
         self.calibrations_changed.emit()
+
+    def stop_calibrating(self, sae_id: int, feature: int) -> None:
+        for job_id, chosen in list(self._calibrating.items()):
+            if chosen.key == (sae_id, feature):
+                self._services.jobs.cancel(job_id)
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -397,6 +470,13 @@ class SteeringPresenter(QObject):
         if form.scope == "chosen" and not form.positions:
             return "Choose the prompt tokens to steer, under Advanced."
         return "" if form.layers is None else self._reason_against_layers(form.layers)
+
+    def warning(self, form: Form) -> str:
+        """What a generation would be wasted on; empty where there is nothing to say."""
+        still = all(c.method == "add" and c.strength == 0 for c in self.selected)
+        if still or not any(form.scales):
+            return "With a coefficient of 0 both texts will be the same."
+        return ""
 
     def _reason_against_layers(self, layers: Sequence[int]) -> str:
         used = {c.sae_id for c in self.selected}
@@ -425,9 +505,9 @@ class SteeringPresenter(QObject):
         snapshot = self._services.jobs.snapshot(self.job_id) if self.job_id is not None else None
         return list(snapshot.metrics.get("texts", ())) if snapshot else []
 
-    def waiting_for(self) -> str:
-        """The job that a queued generation waits for."""
-        if self.job_id is None or self._services.library.jobs.get(self.job_id).status != "queued":
+    def waiting_for(self, job_id: int | None) -> str:
+        """The job that a queued one waits for."""
+        if job_id is None or self._services.library.jobs.get(job_id).status != "queued":
             return ""
         running = [self._services.library.jobs.get(i) for i in self._services.jobs.running()]
         return next((job.title for job in running if job.lane == "compute"), "")
@@ -438,6 +518,7 @@ class SteeringPresenter(QObject):
             self.job_id = None
             self.ended.emit(status, record)
         elif self._calibrating.pop(job_id, None) is not None:
+            self._tried.pop(job_id, None)
             if status == "failed":
                 error = self._services.library.jobs.get(job_id).error
                 self.job_failed.emit(error)
@@ -446,7 +527,7 @@ class SteeringPresenter(QObject):
             self._exporting.discard(job_id)
             record = self._services.library.jobs.get(job_id)
             if status == "finished":
-                self.exported.emit(record.result["files"])
+                self.exported.emit(record.result["files"], record.result.get("notes", []))
             elif status == "failed":
                 self.job_failed.emit(record.error)
         elif job_id == self._scoring:
@@ -511,6 +592,8 @@ class SteeringPresenter(QObject):
         for generation in found:
             for layer, norm in generation.result.get("layer_norms", {}).items():
                 known.setdefault(int(layer), float(norm))
+            if generation.result.get("median_norm"):
+                self._medians.setdefault(generation.sae_id, generation.result["median_norm"])
         return found
 
     def generation(self, generation_id: int) -> Generation | None:

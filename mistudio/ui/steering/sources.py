@@ -21,12 +21,13 @@ _SITE_MEANINGS = {
 @dataclass(frozen=True)
 class Source:
     """An SAE whose features are known. `title`: `{encoder} SAE • {model} • {dataset}`, as presets
-    show it; `menu_text` says when it began, too."""
+    show it; `menu_text` says when it began, too, as does `trained_on`."""
 
     sae: Sae
     run_id: int
     title: str
     menu_text: str
+    trained_on: str
     model: str
     model_layers: int
     median_norm: float | None
@@ -77,6 +78,7 @@ def _source(library: Library, sae: Sae, run_id: int) -> Source:
         run_id=run_id,
         title=title,
         menu_text=" • ".join([title, *layer, f"{verb} {clock_time(started)}"]),
+        trained_on=" • ".join([*([dataset] if dataset else []), f"{verb} {clock_time(started)}"]),
         model=model.name,
         model_layers=model.n_layers,
         median_norm=float(median) if median else None,

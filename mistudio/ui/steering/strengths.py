@@ -61,6 +61,8 @@ class Multipliers(QWidget):
         box.setAccessibleName(f"Multiplier {number} of all coefficients")
         box.valueChanged.connect(self._on_box_changed)
         holder = QWidget()
+        box.ensurePolished()  # its height is the style's
+        holder.setFixedHeight(box.sizeHint().height())
         holder.setProperty("surface", "clear")
         line = row(box, spacing=2)
         if number > 1:
@@ -76,7 +78,7 @@ class Multipliers(QWidget):
     def _place_add(self) -> None:
         self._flow.removeWidget(self.add)
         self._flow.addWidget(self.add)
-        self.add.setFixedHeight(self._boxes[0].sizeHint().height())  # in line with the fields
+        self.add.setFixedHeight(self._holders[0].height())  # in line with the fields
         self.add.setVisible(len(self._boxes) < MOST_SCALES)
 
     def _remove(self, box: FloatBox) -> None:

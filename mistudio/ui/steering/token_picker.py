@@ -11,7 +11,9 @@ from mistudio.errors import UserError
 from mistudio.ui.steering.prompt_tokens import PromptTokens
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import Text, TokenStrip, column
-from mistudio.ui.widgets.token_strip import SAFE_MAP, shown
+from mistudio.ui.widgets.token_strip import shown
+
+_NEVER = "The first token and special tokens are never steered."
 
 
 class _Strip(TokenStrip):
@@ -40,7 +42,7 @@ class TokenPicker(QWidget):
         super().__init__(parent)
         self._tokens = PromptTokens("", False, 0)
         self._chosen: set[int] = set()
-        self.strip = _Strip(tokens.CARD, SAFE_MAP, chips=True)
+        self.strip = _Strip(tokens.CARD, chips=True)
         self.strip.token_activated.connect(self.toggle)
         self.note = Text("", "helper", wrap=True)
         layout = column(6)
@@ -87,7 +89,7 @@ class TokenPicker(QWidget):
 
     def toggle(self, place: int) -> None:
         if place in self._tokens.special:
-            self.note.setText("The first token and special tokens are never steered.")
+            self.note.setText(_NEVER)
             return
         self._chosen ^= {place}
         self._show()
@@ -102,5 +104,5 @@ class TokenPicker(QWidget):
             count = len(self._chosen)
             self.note.setText(
                 f"{count} of {len(self._tokens.texts)} chosen. Click a token, or use the arrow "
-                "keys and Space."
+                f"keys and Space. {_NEVER}"
             )

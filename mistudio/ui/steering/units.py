@@ -14,11 +14,11 @@ def coefficient(strength: float, max_activation: float | None) -> float | None:
     return None if max_activation is None else strength * max_activation
 
 
-def percent_of_norm(raw: float | None, median_norm: float | None) -> float | None:
-    """|coefficient| in % of the layer's median norm; a decoder row has length 1."""
-    if raw is None or not median_norm:
+def percent_of_norm(length: float | None, median_norm: float | None) -> float | None:
+    """The length of what is added in % of the layer's median norm."""
+    if length is None or not median_norm:
         return None
-    return 100.0 * abs(raw) / median_norm
+    return 100.0 * abs(length) / median_norm
 
 
 def exists(value: float | None) -> bool:
