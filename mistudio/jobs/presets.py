@@ -24,6 +24,7 @@ from mistudio.jobs.templates import find_model, model_of_other_shape
 from mistudio.library.library import Library
 from mistudio.library.records import Model, Sae
 
+IN_MULTIPLES = ("add", "clamp", "clamp_min", "cap")  # methods that read the largest activation
 BOUND, WARNED, UNBOUND, REFUSED = "bound", "bound with a warning", "unbound", "refused"
 
 
@@ -64,6 +65,20 @@ def weights_hash(library: Library, sae_id: int) -> str:
         return ""
 
 
+def largest_activation(library: Library, sae_id: int, feature: int) -> float | None:
+    """What strengths of the feature are multiples of; None where no discovery tells it."""
+    run = library.feature_runs.newest_of_sae(sae_id)
+    if run is None:
+        return None
+    import numpy as np
+
+    try:
+        found = np.load(library.path(run.folder) / "columns" / "max_activation.npy", mmap_mode="r")
+        return float(found[feature])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def bind(library: Library, config: Config) -> Binding:
     """Find model and SAEs of a preset; a handful of small queries and files."""
     reference = config.get("model", {})
@@ -89,8 +104,24 @@ def bind(library: Library, config: Config) -> Binding:
             "It has one feature of two SAEs, of which only one is in this library.",
             next_step="Train or import the other one.",
         )
-    remarks += chosen.remarks
+    remarks += chosen.remarks or _other_units(library, config, found)
     return Binding(WARNED if remarks else BOUND, " ".join(remarks), tuple(found))
+
+
+def _other_units(library: Library, config: Config, sae_ids: Sequence[int]) -> list[str]:
+    """A remark where discovery found another largest activation than where it was saved: the same
+    strength then is another push."""
+    for feature, sae_id in zip(config.get("features", []), sae_ids, strict=True):
+        number, was = feature["feature_id"], feature.get("max_activation")
+        if not was or feature.get("method", "add") not in IN_MULTIPLES:
+            continue
+        now = largest_activation(library, sae_id, number)
+        if now is not None and abs(now - was) > 0.01 * was:
+            return [
+                f"#{number} was saved where its largest activation was {was:.3g}; here it is "
+                f"{now:.3g}, so that the same strength pushes {'more' if now > was else 'less'}."
+            ]
+    return []
 
 
 def _numbers(config: Config) -> list[int]:

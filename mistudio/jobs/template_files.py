@@ -370,6 +370,9 @@ def _feature(raw: Any) -> Config:
         feature["label"] = _text(raw["label"], "A label", 500)
     if "layer" in raw:
         feature["layer"] = _whole(raw["layer"], "A layer", 0, MOST_LAYERS)
+    if raw.get("max_activation") is not None:
+        largest = _number(raw["max_activation"], "A largest activation", 0, 1e9)
+        feature["max_activation"] = largest
     if "method" in raw:
         feature["method"] = _choice(raw["method"], "A method", METHODS)
     if "sae" in raw:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mistudio.errors import InvalidInput, UserError
+from mistudio.jobs.features import newest_run, open_features
 from mistudio.jobs.job import run_job, submit
 from mistudio.jobs.kinds import Discover, Export, ImportSae
 from mistudio.jobs.presets import BOUND, REFUSED, UNBOUND, WARNED, bind, with_bindings
@@ -216,6 +217,7 @@ def test_an_sae_that_travelled_is_known_by_its_weights(
     """Exported, imported again and discovered by itself: as in the library of somebody else."""
     library = trained_library
     config = config_of(library, Chosen(sae_id, 5))
+    del config["features"][0]["max_activation"]  # that of a shorter discovery is another
 
     def run(job: Any) -> Any:
         row = run_job(library, job, submit(library, job))
@@ -228,6 +230,22 @@ def test_an_sae_that_travelled_is_known_by_its_weights(
     library.execute("DELETE FROM feature_runs WHERE sae_id = ?", (sae_id,))
     assert bind(library, config).sae_ids == (copy,)
     assert bind(library, config).result == BOUND
+
+
+def test_a_strength_that_means_another_push_here_is_said(
+    trained_library: Library, sae_id: int
+) -> None:
+    """Discovered with another text, a feature has another largest activation."""
+    config = config_of(trained_library, Chosen(sae_id, 5, 1.5))
+    (feature,) = config["features"]
+    store, _ = open_features(trained_library, newest_run(trained_library, sae_id))
+    assert feature["max_activation"] == float(store.columns["max_activation"][5]) > 0
+    feature["max_activation"] *= 2
+    binding = bind(trained_library, config)
+    assert (binding.result, binding.sae_ids) == (WARNED, (sae_id,))
+    assert binding.message.endswith("so that the same strength pushes less.")
+    feature["method"] = "scale"  # a factor
+    assert bind(trained_library, config).result == BOUND
 
 
 def test_two_saes_that_are_one_here_cannot_have_the_same_feature(

@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from mistudio.errors import InvalidInput
-from mistudio.jobs.presets import BOUND, UNBOUND, WARNED, Binding, bind, sae_reference
+from mistudio.jobs.presets import (
+    BOUND,
+    UNBOUND,
+    WARNED,
+    Binding,
+    bind,
+    largest_activation,
+    sae_reference,
+)
 from mistudio.jobs.template_files import sound_settings
 from mistudio.jobs.templates import model_reference
 from mistudio.library.library import Library
@@ -40,6 +48,7 @@ def to_config(
             "method": c.method,
             "layer": sources[c.sae_id].sae.layer,
             "label": note.label[:500] if note else "",
+            "max_activation": largest_activation(library, c.sae_id, c.feature),
         }
         if c.sae_id != first.sae.id:
             entry["sae"] = sae_reference(library, sources[c.sae_id].sae)
