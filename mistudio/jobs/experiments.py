@@ -12,9 +12,9 @@ the measures of that text alone.
 
 An *estimate* is {"mean", "low", "high", "n", "texts"}: the mean over `n` seeds of the mean over
 prompts, of so many texts, with its 95 % interval (Student's t over seeds; None where there is one
-seed). It is about these prompts: seeds are the only thing that varies. A seed that has not been
-through all prompts does not count, unless it is the first. A *summary* is an estimate, or None
-where it is not known, for each of `MEASURES`:
+seed), cut where no value can lie (`LIMITS`). It is about these prompts: seeds are the only thing
+that varies. A seed that has not been through all prompts does not count, unless it is the first. A
+*summary* is an estimate, or None where it is not known, for each of `MEASURES`:
 
     kl_per_token      nats per token, steered from unsteered predictions
     perplexity_ratio  steered over unsteered text, under the unsteered model (in logarithms)
@@ -63,6 +63,16 @@ MEASURES = (
     "effectiveness",
     "ended_early",
 )
+LIMITS = {
+    "kl_per_token": (0.0, math.inf),
+    "kl_without": (0.0, math.inf),
+    "distinct_ratio": (0.0, math.inf),
+    "similarity": (0.0, 1.0),
+    "word_overlap": (0.0, 1.0),
+    "own_share": (-1.0, 1.0),
+    "effectiveness": (0.0, 1.0),
+    "ended_early": (0.0, 1.0),
+}
 MOST_TEXTS = 5000  # steered ones of one experiment
 ROWS_AT_ONCE = 8  # steered rows of one batch
 PARTS = {"generate": (0.0, 0.8), "measure": (0.8, 1.0)}
@@ -139,9 +149,11 @@ class Continuations:
 @dataclass(frozen=True)
 class Sweep(Continuations):
     """One steering at several `strengths` (each multiplies those of `features` and `others`) and,
-    where `layers` are given, at each of these alone.
+    where `layers` are given, at each of these alone, or at all of them (`together`). With `control`
+    each strength is tried in a random direction too.
 
-    Rows: {"strength", "layer" (None: where the SAE acts), "percent_of_norm", "summary", "texts"}.
+    Rows: {"strength", "layer" (that is alone, or None), "control", "percent_of_norm", "summary",
+    "texts"}.
     """
 
     features: list[list[Any]]
@@ -149,13 +161,16 @@ class Sweep(Continuations):
     layers: tuple[int, ...] = ()
     others: tuple[list[Any], ...] = ()
     keep_norm: bool = False
+    together: bool = False
+    control: bool = False
 
     kind: ClassVar[str] = "sweep"
 
     def title(self, library: Library) -> str:
         over = _counted(len(self.strengths), "strength")
         if self.layers:
-            over += f" and {_counted(len(self.layers), 'layer')}"
+            layers = _counted(len(self.layers), "layer")
+            over += f" at {layers} together" if self.together else f" and {layers}"
         return f"Sweep {_features_text(self)} over {over}"
 
     def cells(self, library: Library, model: HookedDecoder) -> list[Cell]:
@@ -163,15 +178,14 @@ class Sweep(Continuations):
         layers = tuple(dict.fromkeys(self.layers))
         recipe = Recipe(library, self.steer(**_steering(self), layers=layers), model)
         planned = [recipe.at(strength) for strength in self.strengths]
-        return [
-            Cell(
-                {"strength": strength, "layer": layer},
-                recipe,
-                one if layer is None else _at_layer(one, layer),
-            )
-            for layer in layers or (None,)
-            for strength, one in zip(self.strengths, planned, strict=True)
-        ]
+        found = []
+        for layer in (None,) if self.together or not layers else layers:
+            for control in (False, True) if self.control else (False,):
+                for strength, one in zip(self.strengths, planned, strict=True):
+                    label = {"strength": strength, "layer": layer, "control": control}
+                    placed = one if layer is None else _at_layer(one, layer)
+                    found.append(Cell(label, recipe, _random(placed) if control else placed))
+        return found
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,7 @@ class PromptBatch(Continuations):
                 recipes[key] = Recipe(library, self.steer(**given), model)
             planned = recipes[key].at(float(values.get("scale", 1.0)))
             if values.get("control"):
-                planned = replace(planned, variant=replace(planned.variant, control=0))
+                planned = _random(planned)
             label = {"name": str(values.get("name") or f"Steering {number + 1}")}
             found.append(Cell(label, recipes[key], planned))
         return found
@@ -274,6 +288,11 @@ class Cell:
 
 def _steering(job: Sweep | LayerStudy) -> dict[str, Any]:
     return {"features": job.features, "others": job.others, "keep_norm": job.keep_norm}
+
+
+def _random(planned: Planned) -> Planned:
+    """The same size in a random direction, which is the same for all prompts and seeds."""
+    return replace(planned, variant=replace(planned.variant, control=0))
 
 
 def _only(planned: Planned, keep: Callable[[int], bool]) -> Planned:
@@ -429,7 +448,7 @@ class LayerTable(Table):
                 progress=progress,
             )
             kl = sum(found.kl) / len(found.kl) if found.kl else None
-            self._moved[i].append({"seed": seed, "kl": kl})
+            self._moved[i].append({"seed": seed, "kl_without": kl})
         return ids
 
     def _rows(self, most: int | None) -> dict[str, Any]:
@@ -442,7 +461,7 @@ class LayerTable(Table):
                 "layer": self.cells[i].label["layer"],
                 "alone": part(i),
                 "without": part(i + 1),
-                "kl_without": estimate(self._counting(self._moved[i + 1][:most]), "kl"),
+                "kl_without": estimate(self._counting(self._moved[i + 1][:most]), "kl_without"),
             }
             for i in range(1, len(self.cells), 2)
         ]
@@ -512,7 +531,8 @@ def estimate(
     if n > 1:
         spread = math.sqrt(sum((value - mean) ** 2 for value in means) / (n - 1) / n)
         half = _t_quantile(n - 1) * spread
-        found |= {"low": back(mean - half), "high": back(mean + half)}
+        least, most = LIMITS.get(name, (-math.inf, math.inf))
+        found |= {"low": max(least, back(mean - half)), "high": min(most, back(mean + half))}
     return found
 
 
@@ -577,6 +597,10 @@ def lines(
 def _line(
     label: dict[str, Any], row: dict[str, Any], more: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    named = {key: value for key, value in label.items() if key not in ("summary", "texts")}
+    # In this order: kept JSON has its keys sorted.
+    named: dict[str, Any] = {
+        key: label[key] for key in ("name", "layer", "part", "control", "strength") if key in label
+    }
     named["percent_of_norm"] = row.get("percent_of_norm")
-    return named, row["texts"], {**row["summary"], **more}
+    found = {name: row["summary"].get(name) for name in MEASURES}
+    return named, row["texts"], found | more

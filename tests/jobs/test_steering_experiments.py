@@ -218,7 +218,7 @@ def test_stopped_within_the_first_prompt_the_rows_that_were_through_are_kept(
     assert found.result["rows"][8]["summary"] == dict.fromkeys(MEASURES)
     write_experiment(found, tmp_path / "part.csv")
     last = (tmp_path / "part.csv").read_text(encoding="utf-8").splitlines()[-1]
-    assert last.startswith("2.25,,") and last.endswith("," * 45)
+    assert last.startswith(",False,2.25,") and last.endswith("," * 45)
 
 
 def test_an_experiment_repeated_from_its_record_is_the_same(library: Library) -> None:

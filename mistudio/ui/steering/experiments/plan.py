@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mistudio.ui.steering.request import Chosen, Form
+from mistudio.library.steering import Experiment
+from mistudio.ui.steering.request import Chosen, Form, from_request
 
 SWEEP, BY_LAYER, PROMPTS, STUDY = "sweep", "by_layer", "prompts", "study"
 KINDS = (
@@ -17,14 +19,17 @@ KINDS = (
     (STUDY, "Which layers matter?"),
 )
 ABOUT = {
-    SWEEP: "Continues every prompt at every strength. Strengths multiply all coefficients.",
-    BY_LAYER: "The same vector after each of the chosen layers alone, at every strength.",
+    SWEEP: "Continues every prompt at every strength (a factor of all coefficients), and with the "
+    "random control where it is on.",
+    BY_LAYER: "The same vector after each of the chosen layers alone, at every strength, and with "
+    "the random control where it is on.",
     PROMPTS: "Continues every prompt with the strengths of the form side by side, and with the "
     "random control where it is on.",
     STUDY: "All chosen layers together, each of them alone, and all but each.",
 }
 STRENGTHS = "0.25, 0.5, 1, 1.5, 2, 3"
 MOST_STRENGTHS = 16
+MOST_SEEDS = 20
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,23 @@ def read_prompts(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
+def write_prompts(prompts: Sequence[str]) -> str:
+    return "\n".join(prompts)
+
+
 def texts(plan: Plan, form: Form) -> int:
     """How many steered texts it writes."""
+    strengths = len(plan.strengths or ()) * (1 + form.control)
     cells = {
-        SWEEP: len(plan.strengths or ()),
-        BY_LAYER: len(plan.strengths or ()) * len(plan.layers),
+        SWEEP: strengths,
+        BY_LAYER: strengths * len(plan.layers),
         PROMPTS: len(form.scales) + form.control,
         STUDY: 1 + 2 * len(plan.layers),
     }[plan.kind]
     return cells * len(plan.prompts) * plan.seeds
 
 
-def reason(plan: Plan, chosen: Sequence[Chosen]) -> str:
+def reason(plan: Plan, form: Form, chosen: Sequence[Chosen]) -> str:
     """Why it cannot begin; empty where it can."""
     if not chosen:
         return "Add at least one feature."
@@ -77,14 +87,25 @@ def reason(plan: Plan, chosen: Sequence[Chosen]) -> str:
         return "Enter at least one prompt."
     if plan.kind in (SWEEP, BY_LAYER) and plan.strengths is None:
         return f"Strengths must be 1 to {MOST_STRENGTHS} numbers, such as 0.5, 1, 2."
-    if plan.kind == BY_LAYER and not plan.layers:
-        return "Choose at least one layer."
-    if plan.kind == STUDY and len(plan.layers) < 2:
-        return "Choose two or more layers."
+    if form.scope == "chosen" and not form.positions:
+        return "Choose the prompt tokens to steer, under Advanced."
+    if form.scope == "chosen" and len(plan.prompts) > 1:
+        return "Chosen tokens are those of one prompt: take one, or another scope under Advanced."
+    return _reason_against_layers(plan, form, chosen)
+
+
+def _reason_against_layers(plan: Plan, form: Form, chosen: Sequence[Chosen]) -> str:
     if plan.kind in (BY_LAYER, STUDY):
-        one_sae = len({c.sae_id for c in chosen}) == 1
-        if not one_sae or any(c.method != "add" for c in chosen):
-            return "This needs added features of one SAE."
+        layers = plan.layers
+        if len(layers) < (2 if plan.kind == STUDY else 1):
+            return f"Choose {'two or more layers' if plan.kind == STUDY else 'at least one layer'}."
+    elif form.layers is None:
+        return ""
+    elif not form.layers:
+        return "Choose at least one intervention layer, under Advanced."
+    one_sae = len({c.sae_id for c in chosen}) == 1
+    if not one_sae or any(c.method != "add" for c in chosen):
+        return "One vector at several layers needs added features of one SAE."
     return ""
 
 
@@ -106,35 +127,95 @@ def to_job(plan: Plan, form: Form, chosen: Sequence[Chosen], sae_id: int) -> Any
         "scope": form.scope,
         "positions": form.positions if form.scope == "chosen" else (),
     }
+    steering = {**_features(chosen, own), "keep_norm": form.keep_norm}
     if plan.kind == PROMPTS:
-        return PromptBatch(variants=_variants(form, chosen, own), **common)
-    common |= _features(chosen, own, 1.0) | {"keep_norm": form.keep_norm}
+        steering |= {"layers": form.layers or ()}
+        return PromptBatch(variants=_variants(form, steering), **common)
     if plan.kind == STUDY:
-        return LayerStudy(layers=plan.layers, **common)
-    layers = plan.layers if plan.kind == BY_LAYER else ()
-    return Sweep(strengths=plan.strengths or (), layers=layers, **common)
+        return LayerStudy(layers=plan.layers, **steering, **common)
+    layers = (form.layers or ()) if plan.kind == SWEEP else plan.layers
+    return Sweep(
+        strengths=plan.strengths or (),
+        layers=layers,
+        together=plan.kind == SWEEP and bool(layers),
+        control=form.control,
+        **steering,
+        **common,
+    )
 
 
-def _features(chosen: Sequence[Chosen], own: int, scale: float) -> dict[str, Any]:
+def _features(chosen: Sequence[Chosen], own: int) -> dict[str, Any]:
     return {
-        "features": [[c.feature, c.strength * scale, c.method] for c in chosen if c.sae_id == own],
-        "others": tuple(
-            [c.sae_id, c.feature, c.strength * scale, c.method] for c in chosen if c.sae_id != own
-        ),
+        "features": [[c.feature, c.strength, c.method] for c in chosen if c.sae_id == own],
+        "others": tuple(c.as_list() for c in chosen if c.sae_id != own),
     }
 
 
-def _variants(form: Form, chosen: Sequence[Chosen], own: int) -> list[dict[str, Any]]:
+def _variants(form: Form, steering: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [(f"Steered × {scale:g}", scale, False) for scale in form.scales]
     if form.control:
         rows.append(("Random control", form.scales[-1], True))
     return [
-        {
-            "name": name,
-            **_features(chosen, own, scale),
-            "layers": form.layers or (),
-            "keep_norm": form.keep_norm,
-            "control": control,
-        }
+        {"name": name, **steering, "scale": scale, "control": control}
         for name, scale, control in rows
     ]
+
+
+# --- and back -------------------------------------------------------------------------------------
+
+
+def steering_of(experiment: Experiment) -> Mapping[str, Any]:
+    """Its features (of a list of prompts those of its first steering), as a request of one
+    generation has them."""
+    request = experiment.request
+    return {**request, **request.get("variants", [{}])[0]}
+
+
+Asked = tuple[Plan, Form, list[Chosen]]
+
+
+def read_back(experiment: Experiment) -> Asked | None:
+    """What asks for this experiment again; None where the screen cannot, as one that was made
+    elsewhere may be of another kind."""
+    from mistudio.jobs.kinds import job_from_row
+
+    request = experiment.request
+    plan, form, chosen = _read(experiment)
+    several = len(plan.prompts) > 1
+    typed = read_prompts(write_prompts(plan.prompts)) if several else (plan.prompts[0].strip(),)
+    if not chosen or typed != plan.prompts:
+        return None
+    again = to_job(plan, form, chosen, request["sae_id"])
+    asked = job_from_row(experiment.kind, {**request, "name": ""})
+    return (plan, form, chosen) if _plain(again) == _plain(asked) else None
+
+
+def _plain(job: Any) -> str:
+    return json.dumps(asdict(job), sort_keys=True)
+
+
+def _read(experiment: Experiment) -> Asked:
+    request = experiment.request
+    kind = {"prompt_batch": PROMPTS, "layer_study": STUDY}.get(experiment.kind, SWEEP)
+    layers = tuple(request.get("layers", ()))
+    if kind == SWEEP and layers and not request.get("together"):
+        kind = BY_LAYER
+    chosen, form = from_request(steering_of(experiment))
+    form = replace(
+        form,
+        prompt=request["prompts"][0],
+        seed=request["seeds"][0],
+        layers=form.layers if kind in (SWEEP, PROMPTS) else None,
+    )
+    if kind == PROMPTS:
+        variants = request["variants"]
+        form = replace(
+            form,
+            scales=tuple(v.get("scale", 1.0) for v in variants if not v.get("control")) or (1.0,),
+            control=any(v.get("control") for v in variants),
+        )
+    if kind == SWEEP:
+        layers = ()
+    strengths = tuple(request.get("strengths", ())) or None
+    plan = Plan(kind, tuple(request["prompts"]), strengths, layers, len(request["seeds"]))
+    return plan, form, chosen

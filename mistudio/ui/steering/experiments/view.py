@@ -1,56 +1,36 @@
-"""The second view of the Steering tab: strengths, layers, prompts and seeds, with intervals."""
+"""Experiments on the Steering tab: planned with the features and the form above, run, kept."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PySide6.QtCore import QItemSelection
-from PySide6.QtWidgets import (
-    QAbstractItemView,
-    QFileDialog,
-    QLineEdit,
-    QPlainTextEdit,
-    QTableView,
-    QWidget,
-)
+from PySide6.QtCore import QTimer, Signal
+from PySide6.QtWidgets import QFileDialog, QScrollArea, QWidget
 
-from mistudio import formatting
 from mistudio.errors import UserError
 from mistudio.library.steering import Experiment
 from mistudio.ui.services import Services
 from mistudio.ui.steering.experiments import plan as plans
-from mistudio.ui.steering.experiments.plan import ABOUT, KINDS, STRENGTHS, Plan
-from mistudio.ui.steering.experiments.results import about, curves
-from mistudio.ui.steering.experiments.table import ResultsModel
+from mistudio.ui.steering.experiments.planner import PlanCard
+from mistudio.ui.steering.experiments.report import RUNNING, RenameDialog, ReportCard
 from mistudio.ui.steering.presenter import SteeringPresenter, problem_of
 from mistudio.ui.steering.request import Form
 from mistudio.ui.times import clock_time
-from mistudio.ui.widgets import (
-    Button,
-    Card,
-    Choice,
-    ConfirmDialog,
-    ErrorPanel,
-    FormRow,
-    IntBox,
-    LayerGrid,
-    ProgressRow,
-    Text,
-    clear,
-    column,
-    row,
-)
+from mistudio.ui.widgets import ConfirmDialog, ErrorPanel, clear, column
 
-if TYPE_CHECKING:
-    from mistudio.ui.steering.experiments.plot import EstimateChart
-
-_TEXTS_SHOWN = 12
+_CHANGED = -1  # the number of none
+_REDRAWN = 0.25  # seconds between two pictures of an experiment that runs
 
 
 class ExperimentsView(QWidget):
-    """`form()` gives the settings of the tab's form; its features are the presenter's."""
+    """`form()` gives the settings of the tab's form, `form_wanted` one to show there; its features
+    are the presenter's."""
+
+    form_wanted = Signal(object)
 
     def __init__(
         self,
@@ -62,188 +42,163 @@ class ExperimentsView(QWidget):
         super().__init__(parent)
         self._services, self._presenter, self._form = services, presenter, form
         self.job_id: int | None = None
-        self.shown: Experiment | None = None
+        self._job: Any = None
+        self._title = ""
+        self._partial: dict[str, Any] | None = None  # the newest table of the one that runs
+        self._drawn = 0.0
         self._wanted: int | None = None  # shown, or being read
-        self.chart: EstimateChart | None = None
-        layout = column(24)
+        self._asked: plans.Asked | None = None  # what would ask for the shown one again
+        self._measure: str | None = None  # restored, to be chosen with the next one shown
+        self.planner = PlanCard(presenter, form)
+        self.report = ReportCard()
         self._error_place = column(0)
-        layout.addWidget(self._make_plan())
+        layout = column(24)
+        layout.addWidget(self.planner)
         layout.addLayout(self._error_place)
-        layout.addWidget(self._make_result())
+        layout.addWidget(self.report)
         self.setLayout(layout)
+        self.planner.start_wanted.connect(self._on_start_wanted)
+        self.report.which_changed.connect(self._on_which_changed)
+        self.report.stop_wanted.connect(self._on_stop_wanted)
+        self.report.repeat_wanted.connect(self._on_repeat_wanted)
+        self.report.settings_wanted.connect(self._on_settings_wanted)
+        self.report.rename_wanted.connect(self._on_rename_wanted)
+        self.report.export_wanted.connect(self._on_export_wanted)
+        self.report.delete_wanted.connect(self._on_delete_wanted)
         presenter.selection_changed.connect(self.refresh)
         presenter.source_changed.connect(self._on_presenter_source_changed)
         services.jobs.job_finished.connect(self._on_jobs_job_finished)
+        services.jobs.queue_changed.connect(self._show_place)
         services.jobs.tick.connect(self._on_jobs_tick)
         services.changes.changed.connect(self._on_changes_changed)
         self._on_presenter_source_changed()
-        self._show(None)
 
-    # --- building -------------------------------------------------------------------------------
-
-    def _make_plan(self) -> Card:
-        card = Card("New experiment", "flask-conical")
-        self.kind = Choice(KINDS)
-        self.kind.currentIndexChanged.connect(self._on_edited)
-        self.about = Text("", "helper", wrap=True)
-        self.prompts = QPlainTextEdit()
-        self.prompts.setPlaceholderText("One prompt a line; empty: the prompt of the form above")
-        self.prompts.setTabChangesFocus(True)
-        self.prompts.setFixedHeight(4 * self.prompts.fontMetrics().lineSpacing() + 26)
-        self.prompts.textChanged.connect(self._on_edited)
-        self.strengths = QLineEdit(STRENGTHS)
-        self.strengths.setToolTip("Each multiplies all coefficients")
-        self.strengths.textChanged.connect(self._on_edited)
-        self._strengths_row = FormRow("Strengths", self.strengths)
-        self.seeds = IntBox(3, 1, 20)
-        self.seeds.setToolTip("More seeds make the intervals narrower")
-        self.seeds.valueChanged.connect(self._on_edited)
-        self.layers = LayerGrid(label="Layers")
-        self.layers.changed.connect(self._on_edited)
-        self.start = Button("Run Experiment", "primary", "play")
-        self.start.clicked.connect(self._on_start_clicked)
-        self.stop = Button("Stop", "secondary", "square")
-        self.stop.clicked.connect(self._on_stop_clicked)
-        self.stop.hide()
-        self.reason = Text("", "helper", wrap=True)
-        self.progress = ProgressRow("Running")
-        self.progress.hide()
-        left, right = column(12), column(12)
-        left.addWidget(FormRow("What to find out", self.kind))
-        left.addWidget(self.about)
-        left.addWidget(self._strengths_row)
-        left.addWidget(FormRow("Seeds", self.seeds))
-        left.addStretch(1)
-        right.addWidget(FormRow("Prompts", self.prompts))
-        right.addWidget(self.layers)
-        right.addStretch(1)
-        columns = row(spacing=24)
-        columns.addLayout(left, 1)
-        columns.addLayout(right, 1)
-        buttons = row(self.start, self.stop, self.reason)
-        buttons.setStretch(2, 1)
-        card.add(columns, buttons, self.progress)
-        return card
-
-    def _make_result(self) -> Card:
-        card = Card("Results", "chart-line")
-        self.which = Choice()
-        self.which.setAccessibleName("Experiment to show")
-        self.which.currentIndexChanged.connect(self._on_which_changed)
-        self.export = Button("Export", "info", "download", "Table as CSV, or everything as JSON")
-        self.export.clicked.connect(self._on_export_clicked)
-        self.delete = Button("Delete", "secondary", "trash-2")
-        self.delete.clicked.connect(self._on_delete_clicked)
-        head = row(self.which, self.export, self.delete)
-        head.setStretch(0, 1)
-        self.none = Text("No experiments yet.", "helper")
-        self.measure = Choice()
-        self.measure.currentIndexChanged.connect(self._on_measure_changed)
-        self._chart_place = column(0)
-        self.model = ResultsModel(self)
-        self.table = QTableView()
-        self.table.setModel(self.model)
-        self.table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        self.table.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
-        self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
-        self.table.setTabKeyNavigation(False)
-        self.table.setAccessibleName("Results of the experiment")
-        self.table.setMinimumHeight(220)
-        self.table.selectionModel().selectionChanged.connect(self._on_table_selection_changed)
-        self.texts = QPlainTextEdit()
-        self.texts.setReadOnly(True)
-        self.texts.setTabChangesFocus(True)
-        self.texts.setFixedHeight(200)
-        self.texts.setPlaceholderText("Choose a line of the table to read its texts")
-        self.texts.setAccessibleName("Texts of the chosen line")
-        self._found = QWidget()
-        self._found.setProperty("surface", "clear")
-        below = column(16)
-        below.addWidget(FormRow("Measure", self.measure))
-        below.addLayout(self._chart_place)
-        below.addWidget(self.table)
-        below.addWidget(self.texts)
-        self._found.setLayout(below)
-        card.add(head, self.none, self._found)
-        return card
-
-    # --- the plan -------------------------------------------------------------------------------
-
-    def plan(self) -> Plan:
-        own = self._form().prompt.strip()
-        prompts = plans.read_prompts(self.prompts.toPlainText()) or ((own,) if own else ())
-        return Plan(
-            str(self.kind.value),
-            prompts,
-            plans.read_strengths(self.strengths.text()),
-            tuple(self.layers.selected()),
-            self.seeds.value(),
-        )
+    @property
+    def shown(self) -> Experiment | None:
+        return self.report.shown
 
     def refresh(self) -> None:
-        """What depends on plan, form and selection together."""
-        plan, form, busy = self.plan(), self._form(), self.job_id is not None
-        self.about.setText(ABOUT[plan.kind])
-        self._strengths_row.setVisible(plan.kind in (plans.SWEEP, plans.BY_LAYER))
-        self.layers.setVisible(plan.kind in (plans.BY_LAYER, plans.STUDY))
-        reason = plans.reason(plan, self._presenter.selected)
-        count = formatting.count(plans.texts(plan, form))
-        self.start.setEnabled(not busy and not reason)
-        self.start.setText("Running…" if busy else "Run Experiment")
-        self.stop.setVisible(busy)
-        self.progress.setVisible(busy)
-        self.reason.setText(
-            reason or f"{count} steered texts of up to {formatting.count(form.max_tokens)} tokens"
-        )
-
-    def _on_edited(self, *_: object) -> None:
-        self.refresh()
+        self.planner.refresh()
 
     def _on_presenter_source_changed(self) -> None:
         source = self._presenter.source
-        if source is not None and self.layers.n_layers != source.model_layers:
-            self.layers.set_n_layers(source.model_layers)
-            self.layers.set_selected(range(source.model_layers))
+        if source is not None:
+            self.planner.set_n_layers(source.model_layers)
         self._list()
         self.refresh()
 
-    def _on_start_clicked(self, checked: bool = False) -> None:
-        clear(self._error_place)
+    # --- state ----------------------------------------------------------------------------------
+
+    def save_state(self) -> dict[str, Any]:
+        shown = self.shown
+        return {
+            "plan": self.planner.save_state(),
+            "shown": shown.id if shown else None,
+            "measure": self.report.measure,
+        }
+
+    def restore_state(self, state: Any) -> None:
+        given = state if isinstance(state, dict) else {}
+        if isinstance(given.get("plan"), dict):
+            self.planner.restore_state(given["plan"])
+        if isinstance(given.get("shown"), int):
+            self._measure = given.get("measure")
+            self._list(given["shown"])
+
+    # --- running --------------------------------------------------------------------------------
+
+    def _on_start_wanted(self) -> None:
         sae_id = self._presenter.sae_id
-        if sae_id is None:
-            return
-        job = plans.to_job(self.plan(), self._form(), self._presenter.selected, sae_id)
+        if sae_id is not None:
+            plan, chosen = self.planner.plan(), self._presenter.selected
+            self._run(plans.to_job(plan, self._form(), chosen, sae_id))
+
+    def _on_repeat_wanted(self) -> None:
+        from mistudio.jobs.kinds import job_from_row
+
+        if self.shown is not None and self.job_id is None:
+            self._run(job_from_row(self.shown.kind, self.shown.request))
+
+    def _run(self, job: Any) -> None:
+        clear(self._error_place)
         try:
             self.job_id = self._services.jobs.submit(job)
         except UserError as exc:
-            self._error_place.addWidget(ErrorPanel(exc.title, exc.what, exc.next_step))
+            self._show_problem(exc)
             return
-        self.progress.show_snapshot(None)
-        self.stop.setEnabled(True)
-        self.refresh()
+        self._job, self._partial = job, None
+        self._title = job.title(self._services.library)
+        self.planner.set_busy(True)
+        self.report.show_running(self._title)
+        self._list(RUNNING)
+        self._show_place()
+        self.report.which.setFocus()
+        self._bring_into_view(self.report)
 
-    def _on_stop_clicked(self, checked: bool = False) -> None:
-        self.stop.setEnabled(False)
+    def _bring_into_view(self, widget: QWidget) -> None:
+        """Its top to the top, once what has just changed has its place."""
+        QTimer.singleShot(0, self, lambda: self._scroll_to(widget))
+
+    def _scroll_to(self, widget: QWidget) -> None:
+        parent = self.parentWidget()
+        while parent is not None and not isinstance(parent, QScrollArea):
+            parent = parent.parentWidget()
+        if parent is not None:
+            bar, content = parent.verticalScrollBar(), parent.widget()
+            bar.setValue(widget.mapTo(content, widget.rect().topLeft()).y() - 8)
+
+    def _show_place(self) -> None:
+        """What a queued one waits for."""
+        place = self._services.jobs.place(self.job_id) if self.job_id is not None else None
+        before = self._services.library.jobs.find(place.after) if place and place.after else None
+        self.report.say(f"Waits for “{before.title}” to end…" if before else "")
+
+    def _on_stop_wanted(self) -> None:
         if self.job_id is not None:
             self._services.jobs.cancel(self.job_id)
 
     def _on_jobs_tick(self) -> None:
-        if self.job_id is not None and self.isVisible():
-            self.progress.show_snapshot(self._services.jobs.snapshot(self.job_id))
+        if self.job_id is None or not self.isVisible():
+            return
+        snapshot = self._services.jobs.snapshot(self.job_id)
+        if snapshot is None:
+            return
+        self.report.show_progress(snapshot)
+        partial, now = snapshot.metrics.get("partial"), time.monotonic()
+        if partial is not None and partial is not self._partial and now - self._drawn > _REDRAWN:
+            self._partial, self._drawn = partial, now
+            if self._wanted == RUNNING:
+                self._show(self._running())
+
+    def _running(self) -> Experiment | None:
+        """What there is of the one that runs, as an experiment."""
+        if self._partial is None:
+            return None
+        job = self._job
+        return Experiment(RUNNING, self._title, job.kind, asdict(job), self._partial, "")
 
     def _on_jobs_job_finished(self, job_id: int, status: str) -> None:
         if job_id != self.job_id:
             return
         self.job_id = None
+        watched = self._wanted == RUNNING
         record = self._services.library.jobs.get(job_id)
+        self.planner.set_busy(False)
+        self.report.show_running(None)
+        number = None
         if status == "failed":
             clear(self._error_place)
             self._error_place.addWidget(ErrorPanel.of_row(record.error))
         elif status == "finished":
-            self._list(int(record.result["experiment_id"]))
-        self.refresh()
+            number = int(record.result["experiment_id"])
+        else:
+            snapshot = self._services.jobs.snapshot(job_id)
+            number = snapshot.metrics.get("experiment_id") if snapshot else None
+            if number is None:
+                self.report.say("Stopped before its first texts were finished: nothing was kept.")
+        self._list(number if watched else None)
 
-    # --- results --------------------------------------------------------------------------------
+    # --- which one ------------------------------------------------------------------------------
 
     def _list(self, wanted: int | None = None) -> None:
         """The experiments with the model's SAEs, newest first; without their results, which may
@@ -254,84 +209,75 @@ class ExperimentsView(QWidget):
             "IN (SELECT id FROM saes WHERE model_id = ?) ORDER BY id DESC",
             (source.sae.model_id if source else 0,),
         )
-        chosen = wanted if wanted is not None else self.which.value
-        was_blocked = self.which.blockSignals(True)
-        self.which.set_options(
-            [(row["id"], f"{row['name']} • {clock_time(row['created_at'])}") for row in rows]
-        )
-        self.which.set_value(chosen)
-        self.which.blockSignals(was_blocked)
-        self.none.setVisible(not rows)
-        for widget in (self.which, self.export, self.delete):
-            widget.setVisible(bool(rows))
-        self._on_which_changed(0)
+        options = [(row["id"], f"{row['name']} • {clock_time(row['created_at'])}") for row in rows]
+        if self.job_id is not None:
+            options.insert(0, (RUNNING, f"Running: {self._title}"))
+        self.report.show_list(options, wanted)
 
-    def _on_which_changed(self, index: int) -> None:
-        wanted = self.which.value
-        if wanted == self._wanted:
+    def _on_which_changed(self) -> None:
+        wanted = self.report.which.value
+        if wanted == self._wanted and wanted != RUNNING:
             return
         self._wanted = wanted
-        if wanted is None:
-            self._show(None)
-        else:
-            library = self._services.library
-            self._services.background.run(
-                lambda: library.experiments.find(wanted), self._show, self._on_failed
-            )
+        if wanted is None or wanted == RUNNING:
+            self._show(self._running() if wanted == RUNNING else None)
+            return
+        library = self._services.library
 
-    def _show(self, experiment: Experiment | None) -> None:
-        if experiment is not None and experiment.id != self._wanted:
+        def read() -> tuple[Experiment | None, plans.Asked | None]:
+            found = library.experiments.find(wanted)
+            return found, plans.read_back(found) if found else None
+
+        self._services.background.run(read, self._on_read, self._on_failed)
+
+    def _on_read(self, result: tuple[Experiment | None, plans.Asked | None]) -> None:
+        experiment, asked = result
+        if experiment is None or experiment.id != self._wanted:
             return  # another one was chosen meanwhile
-        self.shown = experiment
-        self._found.setVisible(experiment is not None)
-        self.model.show_experiment(experiment)
-        self.texts.clear()
-        if experiment is None:
-            return
-        was_blocked = self.measure.blockSignals(True)
-        self.measure.set_options([(name, about(name)[0]) for name in self.model.measures])
-        self.measure.blockSignals(was_blocked)
-        self.table.resizeColumnsToContents()
-        self._draw()
+        self._show(experiment, asked)
+        if self._measure is not None:
+            self.report.show_measure(self._measure)
+            self._measure = None
 
-    def _draw(self) -> None:
-        if self.shown is None or self.measure.value is None:
-            return
-        if self.chart is None:
-            from mistudio.ui.steering.experiments.plot import EstimateChart
-
-            self.chart = EstimateChart()
-            self._chart_place.addWidget(self.chart)
-        name, unit, _ = about(self.measure.value)
-        x_label, found = curves(self.shown, self.measure.value)
-        self.chart.show_curves(name, unit, x_label, found)
-
-    def _on_measure_changed(self, index: int) -> None:
-        self._draw()
-
-    def _on_table_selection_changed(self, new: QItemSelection, old: QItemSelection) -> None:
-        chosen = self.table.selectionModel().selectedRows()
-        if not chosen or self.shown is None:
-            self.texts.clear()
-            return
-        line = self.model.lines[chosen[0].row()]
-        told = [self._text_of(entry) for entry in line.texts[:_TEXTS_SHOWN]]
-        hidden = len(line.texts) - len(told)
-        if hidden > 0:
-            told.append(f"{formatting.count(hidden)} more: Export as JSON has all.")
-        self.texts.setPlainText("\n\n".join(told))
-
-    def _text_of(self, entry: dict[str, Any]) -> str:
-        assert self.shown is not None
-        prompts, seeds = self.shown.result["prompts"], self.shown.result["seeds"]
-        return f"[seed {seeds[entry['seed']]}] {prompts[entry['prompt']]}▸{entry['text']}"
+    def _show(self, experiment: Experiment | None, asked: plans.Asked | None = None) -> None:
+        there = asked is not None and all(self._presenter.source_of(c.sae_id) for c in asked[2])
+        self._asked = asked if there else None
+        self.report.show_experiment(experiment, there)
 
     def _on_failed(self, error: Exception) -> None:
-        problem = problem_of(error)
-        clear(self._error_place)
-        self._error_place.addWidget(ErrorPanel(problem.title, problem.what, problem.next_step))
+        self._show_problem(problem_of(error))
 
-    def _on_export_clicked(self, checked: bool = False) -> None:
+    def _show_problem(self, problem: UserError) -> None:
+        clear(self._error_place)
+        self._error_place.addWidget(ErrorPanel.of_error(problem))
+
+    # --- what is done with it -------------------------------------------------------------------
+
+    def _on_settings_wanted(self) -> None:
+        if self._asked is None:
+            return
+        plan, form, chosen = self._asked
+        self._presenter.set_selected(chosen)
+        self.form_wanted.emit(form)
+        self.planner.show_plan(plan)
+        self.planner.start.setFocus()
+        self._bring_into_view(self.planner)
+
+    def _on_rename_wanted(self) -> None:
+        if self.shown is not None:
+            dialog = RenameDialog(self.shown.name, self)
+            dialog.named.connect(self._on_named)
+            dialog.exec()
+            dialog.deleteLater()
+
+    def _on_named(self, name: str) -> None:
+        if self.shown is not None:
+            try:
+                self._services.library.experiments.rename(self.shown.id, name)
+            except UserError as exc:
+                self._show_problem(exc)
+
+    def _on_export_wanted(self) -> None:
         chosen, _ = QFileDialog.getSaveFileName(
             self,
             "Export experiment",
@@ -357,7 +303,7 @@ class ExperimentsView(QWidget):
     def _on_exported(self, path: Path) -> None:
         self._services.toasts.success("Experiment exported", str(path))
 
-    def _on_delete_clicked(self, checked: bool = False) -> None:
+    def _on_delete_wanted(self) -> None:
         shown = self.shown
         if shown is not None and ConfirmDialog.ask(
             self, f"Delete the experiment “{shown.name}”?", "It cannot be brought back."
@@ -366,4 +312,6 @@ class ExperimentsView(QWidget):
 
     def _on_changes_changed(self, table: str, ids: frozenset[int]) -> None:
         if table == "experiments":
+            if self._wanted in ids:
+                self._wanted = _CHANGED  # it has another name, or is gone
             self._list()
