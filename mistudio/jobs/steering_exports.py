@@ -205,8 +205,8 @@ def _write_program(
         notes.append("It reads the model from this library's folder.")
     if model.device.type != "cpu":
         notes.append("It runs on the processor, where rounding can change a word.")
-    elif precision != "fp32":
-        notes.append(f"It has one row, not two: in {precision} rounding can change a word.")
+    elif precision != "fp32" and (len(job.scales) > 1 or job.control):
+        notes.append(f"It writes two texts at a time: in {precision} rounding can change a word.")
     return _Written([path, beside], tuple(notes))
 
 

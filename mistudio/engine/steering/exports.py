@@ -219,8 +219,9 @@ def python_program(
     vectors: str = "steering.safetensors",
     precision: str = "float32",
 ) -> Program:
-    """A Python program that continues the prompt as this steered row did, with torch, transformers
-    and safetensors alone. `module_paths` gives the module that carries a hook point.
+    """A Python program that continues the prompt as the unsteered row and this steered one did, and
+    prints both texts, with torch, transformers and safetensors alone. `module_paths` gives the
+    module that carries a hook point.
 
     Raises Incompatible for a random control.
     """
@@ -333,7 +334,8 @@ def _encoder_of(
     }
 
 
-# Kept apart from the engine on purpose: it must run where miStudio is not installed.
+# Kept apart from the engine on purpose: it must run where miStudio is not installed. It writes the
+# unsteered row too: in half precision a batch of two rounds otherwise than one row alone.
 _PROGRAM = '''"""Steered text without miStudio: pip install torch transformers safetensors"""
 
 import math
@@ -374,33 +376,37 @@ def hook(path, at_input, change):
 # CHANGES
 def steer(point):
     def change(hidden):
-        plain = hidden.reshape(-1, hidden.shape[-1])  # [tokens, d]: there is one row
+        unsteered, plain = hidden.reshape(2, -1, hidden.shape[-1])  # [tokens, d] each
         x = plain.float()
         changed = x + delta(point, x) * mask[:, None]
         if KEEP_NORM:
             changed = changed * (x.norm(dim=1) / changed.norm(dim=1).clamp_min(1e-12))[:, None]
-        return torch.where(mask[:, None], changed.to(plain.dtype), plain).reshape(hidden.shape)
+        changed = torch.where(mask[:, None], changed.to(plain.dtype), plain)
+        return torch.stack([unsteered, changed]).reshape(hidden.shape)
 
     return change
 
 
 for point in POINTS:
     hook(point["path"], point["input"], steer(point))
+# Half precision is slow, and rounds otherwise, where the last position is a slice.
+model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
 
 
 def draw(logits, noise):
+    """A token for each row of logits [2, vocabulary]; both rows share the noise."""
     if TEMPERATURE == 0:
-        return int(logits.argmax())
+        return logits.argmax(1)
     scaled = logits / TEMPERATURE
-    if 0 < TOP_K < len(scaled):
-        scaled = scaled.masked_fill(scaled < scaled.topk(TOP_K).values[-1], -math.inf)
+    if 0 < TOP_K < scaled.shape[1]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(TOP_K).values[:, -1:], -math.inf)
     if TOP_P < 1:
-        probabilities, order = scaled.softmax(0).sort(descending=True)
-        beyond = probabilities.cumsum(0) - probabilities >= TOP_P
-        scaled = scaled.masked_fill(beyond[order.argsort()], -math.inf)
-    uniform = torch.rand(len(logits), generator=noise, dtype=torch.float64)
+        probabilities, order = scaled.softmax(1).sort(1, descending=True)
+        beyond = probabilities.cumsum(1) - probabilities >= TOP_P
+        scaled = scaled.masked_fill(beyond.gather(1, order.argsort(1)), -math.inf)
+    uniform = torch.rand(logits.shape[1], generator=noise, dtype=torch.float64)
     gumbel = -(-uniform.clamp(1e-300, 1 - 1e-16).log()).log()
-    return int((scaled + gumbel.to(scaled)).argmax())
+    return (scaled + gumbel.to(scaled)).argmax(1)
 
 
 def steered(fed, first):
@@ -418,25 +424,30 @@ def steered(fed, first):
 
 
 noise = torch.Generator().manual_seed(SEED)
-made, fed, cache, position = [], PROMPT, None, 0
+made, ended = ([], []), [False, False]  # of the unsteered row and of the steered one
+fed, cache, position = torch.tensor([PROMPT, PROMPT]), None, 0
 with torch.inference_mode():
     for step in range(NEW_TOKENS):
-        ids = torch.tensor(fed)
-        mask = steered(ids, position)
-        position += len(fed)
-        out = model(ids[None], past_key_values=cache, use_cache=True)
+        mask = steered(fed[1], position)
+        position += fed.shape[1]
+        out = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
-        logits = out.logits[0, -1].float()
+        logits = out.logits[:, -1].float()
         if PENALTY != 1.0:
-            seen = torch.tensor(sorted({*PROMPT, *made}))
-            values = logits[seen]
-            logits[seen] = torch.where(values > 0, values / PENALTY, values * PENALTY)
-        token = draw(logits, noise)
-        if token in STOP:
+            for row, tokens in enumerate(made):
+                seen = torch.tensor(sorted({*PROMPT, *tokens}))
+                values = logits[row, seen]
+                logits[row, seen] = torch.where(values > 0, values / PENALTY, values * PENALTY)
+        chosen = draw(logits, noise)
+        for row, token in enumerate(chosen.tolist()):
+            ended[row] = ended[row] or token in STOP
+            if not ended[row]:
+                made[row].append(token)
+        fed = chosen[:, None]
+        if all(ended):
             break
-        made.append(token)
-        fed = [token]
-print(tokenizer.decode(made))
+for name, tokens in zip(("Unsteered", "Steered"), made, strict=True):
+    print(f"--- {name}", tokenizer.decode(tokens), sep=chr(10))
 '''
 
 _ADDED = """def delta(point, x):
@@ -504,7 +515,7 @@ read = {}  # what a dictionary reads elsewhere than where it steers
 
 def remember(key):
     def keep(hidden):
-        read[key] = hidden.reshape(-1, hidden.shape[-1]).float()
+        read[key] = hidden.reshape(2, -1, hidden.shape[-1])[1].float()
         return hidden
 
     return keep

@@ -345,7 +345,8 @@ def test_the_program_writes_the_same_text(tiny, tiny_tokenizer, prompt, tmp_path
         )
         save_tensors(tmp_path / f"{name}.safetensors", program.tensors, {})
         save_text(tmp_path / f"{name}.py", program.text)
-        expected[tmp_path / f"{name}.py"] = rows[1].text
+        told = f"--- Unsteered\n{rows[0].text}\n--- Steered\n{rows[1].text}"
+        expected[tmp_path / f"{name}.py"] = told
     done = subprocess.run(
         [sys.executable, "-I", "-c", DRIVER, *map(str, expected)],
         cwd="/" if sys.platform != "win32" else None,  # the vectors are beside the program
