@@ -35,8 +35,11 @@ def add_commands(add: Add, commands: Any) -> None:
     )
     calibrate.add_argument("--method", choices=("add", "clamp", "clamp_min"), default="add")
     calibrate.add_argument("--suppress", action="store_true", help="negative strengths too")
-    calibrate.add_argument("--prompt", action="append", default=[], metavar="TEXT", dest="prompts")
-    calibrate.add_argument("--max-tokens", type=int, default=32)
+    calibrate.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", dest="prompts",
+        help="in place of four neutral ones; can be repeated",
+    )  # fmt: skip
+    calibrate.add_argument("--max-tokens", type=int, default=32, help="so many after each prompt")
     calibrate.add_argument("--seed", type=int, default=0)
     sweep = add("sweep", _sweep, "steer at many strengths and layers, with intervals over seeds")
     add_sae_options(sweep)
@@ -78,17 +81,26 @@ def _add_features(parser: argparse.ArgumentParser, needed: bool = True) -> None:
         "--at-layers", type=layers, default=[], metavar="N,...",
         help="add the same vector after each of these layers instead (a sweep: after one of them)",
     )  # fmt: skip
-    parser.add_argument("--scope", choices=SCOPES, default="all", help="which tokens are steered")
-    parser.add_argument("--positions", type=_whole_numbers, default=[], metavar="N,...")
-    parser.add_argument("--keep-norm", action="store_true")
+    parser.add_argument(
+        "--scope", choices=SCOPES, default="all",
+        help="which tokens are steered: prompt and generated, only generated, from the prompt's "
+        "last on, only that, or --positions",
+    )  # fmt: skip
+    parser.add_argument(
+        "--positions", type=_whole_numbers, default=[], metavar="N,...",
+        help="tokens of the prompt, from 1 on (--scope chosen)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-norm", action="store_true", help="every changed activation keeps its length"
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=tokens)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
+    parser.add_argument("--max-tokens", type=int, default=tokens, help=f"default {tokens}")
     parser.add_argument("--chat", action="store_true", help="use the model's chat format")
 
 
