@@ -146,12 +146,30 @@ def _write(
     if asked.format == "gguf":
         model_type = str(model.model.config.model_type)
         exports.write_control_vector(path, variant, model_type, about)
-        return _Written(
-            [path], (f"Use it with --control-vector {path.name}.", exports.EVERY_POSITION)
-        )
-    name = (record.origin if record.source == "hub" else record.name).rpartition("/")[2]
-    exports.write_neuronpedia_vector(path, variant, name.lower(), about["features"], model.n_layers)
-    return _Written([path], (f"Check that Neuronpedia calls the model “{name.lower()}”.",))
+        how = f"Use it with --control-vector {path.name}."
+    else:
+        name = (record.origin if record.source == "hub" else record.name).rpartition("/")[2].lower()
+        exports.write_neuronpedia_vector(path, variant, name, about["features"], model.n_layers)
+        how = f"Check that Neuronpedia calls the model “{name}”."
+    return _Written([path], (how, exports.EVERY_POSITION, *_cost(job, recipe, variant, model)))
+
+
+def _cost(job: Steer, recipe: Recipe, variant: Variant, model: HookedDecoder) -> list[str]:
+    """How much that matters for this prompt, as a sentence; none without a prompt."""
+    from mistudio.engine.steering import exports
+    from mistudio.engine.steering.generation import encode_prompt
+
+    if not job.prompt.strip():
+        return []
+    tokenizer, special = recipe.tokenizer()
+    prompt_ids = encode_prompt(tokenizer, job.prompt, job.chat)
+    cost = exports.cost_of_every_position(model, variant, prompt_ids, special)
+    if cost is None:
+        return []
+    return [
+        f"For this prompt that changes the next token's probabilities by {cost[0]:.2g} nats a "
+        f"token (KL); the steering itself changes them by {cost[1]:.2g}."
+    ]
 
 
 def _write_program(

@@ -62,6 +62,7 @@ def test_llama_cpps_own_package_reads_the_control_vector(library: Library, tmp_p
     assert row.result["files"] == [str(tmp_path / "v.gguf")]
     told = " ".join(row.result["notes"])
     assert "every position" in told and "--control-vector v.gguf" in told
+    assert "nats a token (KL)" in told
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     found = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
     assert set(found) == {"direction.1", "direction.3"}
@@ -95,6 +96,8 @@ def test_tensors_and_neuronpedias_file_hold_the_sum(library: Library, tmp_path: 
     assert (found["modelId"], found["layerNumber"]) == (road.MODEL.name, 2)
     assert (found["hookType"], found["vectorLabel"]) == ("hook_resid_pre", FEATURES)
     torch.testing.assert_close(torch.tensor(found["vector"]), expected)
+    row = export(library, tmp_path / "v.json", "neuronpedia", prompt="")
+    assert "every position" in (told := " ".join(row.result["notes"])) and "nats" not in told
     assert {p.name for p in tmp_path.glob("v.*")} == {"v.safetensors", "v.json"}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistudio.engine.models.hooks import HookPoint
+from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.sae.activation import Gated, JumpReLU, ReLU, TopK
 from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.generation import Sampling
@@ -25,16 +25,18 @@ from mistudio.engine.steering.interventions import (
     READS_ACTIVATION,
     Scope,
     SiteSteering,
+    Steering,
     Variant,
     steering_vector,
 )
 from mistudio.errors import Incompatible
 
-# What a control vector cannot say; in the file and to the user.
+# What such a file cannot say; in its metadata and to the user.
 EVERY_POSITION = (
-    "llama.cpp adds the vector at every position. miStudio leaves the first position and special "
-    "tokens as they are, so the two can differ a little."
+    "It is added at every position. miStudio leaves the first position and special tokens as they "
+    "are, so the texts can differ, the more the stronger the steering."
 )
+MEASURED_TOKENS = 128
 NEURONPEDIA_WIDEST = 24_576  # numbers in a vector that its API takes
 # Sites that are the input of a module; the others are outputs.
 INPUTS = ("resid_pre", "mlp_in")
@@ -69,6 +71,36 @@ def _vector_of(site: SiteSteering) -> Tensor:
         vector = site.gain * steering_vector(site.dictionary, plain)
         total = vector if total is None else total.to(vector.device) + vector
     return torch.zeros(1) if total is None else total
+
+
+@torch.inference_mode()
+def cost_of_every_position(
+    model: HookedDecoder, variant: Variant, prompt_ids: Sequence[int], special_ids: Sequence[int]
+) -> tuple[float, float] | None:
+    """What it costs to add at every position, as others do: (KL of that, KL of the unsteered model)
+    from steering as here, in nats a token, means over the prompt's first 128 tokens without
+    position 0. None for a prompt of one token."""
+    ids = torch.tensor([list(prompt_ids)[:MEASURED_TOKENS]], device=model.device)
+    if ids.shape[1] < 2:
+        return None
+    vectors = {p: v.to(model.device) for p, v in added_vectors(variant).items()}
+
+    def adder(vector: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: (x.float() + vector).to(x.dtype)
+
+    def logs() -> Tensor:
+        logits: Tensor = model.model(ids).logits
+        return logits[0, 1:].float().log_softmax(1)
+
+    unsteered = logs()
+    with model.intervene({point: adder(vector) for point, vector in vectors.items()}):
+        everywhere = logs()
+    steering = Steering(model, [variant], special_ids, ids.shape[1])
+    steering.expect(ids, 0)
+    with model.intervene(steering.edits()):
+        here = logs()
+    distances = [((here.exp() * (here - other)).sum(1)).mean() for other in (everywhere, unsteered)]
+    return float(distances[0]), float(distances[1])
 
 
 # --- vectors --------------------------------------------------------------------------------------

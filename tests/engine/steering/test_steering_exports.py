@@ -18,6 +18,7 @@ from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.sae.site import Site
 from mistudio.engine.steering.exports import (
     added_vectors,
+    cost_of_every_position,
     python_program,
     save_tensors,
     save_text,
@@ -133,6 +134,12 @@ def as_here(tiny, variant, ids):
         return tiny.model(ids).logits
 
 
+def kl(logits, others):
+    """Mean KL(softmax(logits) || softmax(others)) by torch's own loss."""
+    logs = [x.flatten(0, 1).log_softmax(1) for x in (others, logits)]
+    return float(torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True))
+
+
 def test_a_control_vector_steers_alike_where_others_read_it(tiny, prompt, variant, tmp_path):
     path = tmp_path / "control.gguf"
     write_control_vector(path, variant, "llama", {"features": "#1 × 2"})
@@ -146,10 +153,14 @@ def test_a_control_vector_steers_alike_where_others_read_it(tiny, prompt, varian
     ids = torch.tensor([prompt])
     found = as_here(tiny, variant, ids)
     torch.testing.assert_close(as_llama_cpp(tiny, path, ids, first=1), found, rtol=0, atol=1e-4)
-    # What the file and the screen warn of: from position 0 on it is not quite the same.
-    differences = (as_llama_cpp(tiny, path, ids) - found).abs()
-    assert float(differences.max()) > 1e-3
-    assert float((tiny.model(ids).logits - found).abs().max()) > 0.1
+    # What the file and the screen warn of: from position 0 on it is not the same.
+    wide = as_llama_cpp(tiny, path, ids)
+    assert float((wide - found).abs().max()) > 1e-3
+    cost, effect = cost_of_every_position(tiny, variant, prompt, [])
+    here, unsteered = found[:, 1:], tiny.model(ids).logits[:, 1:]
+    assert cost == pytest.approx(kl(here, wide[:, 1:]), rel=1e-3)
+    assert effect == pytest.approx(kl(here, unsteered), rel=1e-3) and effect > 0.05
+    assert cost_of_every_position(tiny, variant, prompt[:1], []) is None
     assert list(tmp_path.iterdir()) == [path]
 
 
