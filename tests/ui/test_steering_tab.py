@@ -517,6 +517,31 @@ def test_state_survives(qtbot: Any, services: Services) -> None:
         again.restore_state(broken)
 
 
+def test_tab_goes_through_what_was_added_later_in_its_place(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.configuration.advanced.set_expanded(True)
+    page.configuration.advanced.place.set_value("spread")
+    page.configuration.advanced.scales.add.click()
+    page.presenter.add(strongest(services, page), 2.0)
+    page.presenter.add(7, -1.5)
+    page.configuration.prompt.setPlainText(PROMPT)
+    first, second = page.features.cards()
+    qtbot.waitUntil(second.isVisible, timeout=5000)
+    page.features.search.setFocus()
+    walked = [page.focusWidget()]
+    while walked[-1] is not page.output.steered.view and len(walked) < 60:
+        qtbot.keyClick(walked[-1], Qt.Key.Key_Tab)
+        walked.append(page.focusWidget())
+    form, advanced = page.configuration, page.configuration.advanced
+    expected = [
+        first.remove, first.box, first.slider, first.more, second.box, second.more, form.source,
+        form.prompt, form.generate, advanced.seed, *advanced.scales.boxes, advanced.control,
+        advanced.place, advanced.layers.buttons[2], advanced.scope, page.views,
+        page.output.steered.view,
+    ]  # fmt: skip
+    assert [widget for widget in walked if widget in expected] == expected
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_form_can_be_read(qtbot: Any, services: Services, size: tuple[int, int]) -> None:
     page = open_page(qtbot, services, size)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from PySide6.QtCore import QPoint, Qt, QTimer
 from PySide6.QtGui import QKeySequence, QShortcut
-from PySide6.QtWidgets import QHBoxLayout, QTabBar, QVBoxLayout, QWidget
+from PySide6.QtWidgets import (
+    QHBoxLayout,
+    QLayout,
+    QScrollArea,
+    QTabBar,
+    QVBoxLayout,
+    QWidget,
+)
 
 from mistudio.errors import UserError
 from mistudio.jobs.presets import BOUND, REFUSED
@@ -78,7 +87,6 @@ class SteeringPage(QWidget):
         compared.addWidget(self.history)
         self.comparison.setLayout(compared)
         self.experiments = ExperimentsView(services, presenter, self.form)
-        self.experiments.form_wanted.connect(self.configuration.show_form)
         self.views = QTabBar()
         self.views.setAccessibleName("Comparison or experiments")
         self.views.setExpanding(False)
@@ -161,7 +169,6 @@ class SteeringPage(QWidget):
             "presets": self.presets.expanded,
             "advanced": self.configuration.advanced.expanded,
             "view": self.views.currentIndex(),
-            "experiments": self.experiments.save_state(),
             "generation_id": shown.id if shown else None,
         }
 
@@ -174,7 +181,6 @@ class SteeringPage(QWidget):
         self.presets.set_expanded(bool(state.get("presets")))
         self.configuration.advanced.set_expanded(bool(state.get("advanced")))
         self.views.setCurrentIndex(1 if state.get("view") == 1 else 0)
-        self.experiments.restore_state(state.get("experiments"))
         generation_id = state.get("generation_id")
         generation = (
             self.presenter.generation(generation_id) if isinstance(generation_id, int) else None
@@ -288,6 +294,12 @@ class SteeringPage(QWidget):
         self.configuration.refresh()
         QTimer.singleShot(0, self._look_at_output)
 
+    def focusNextPrevChild(self, forward: bool) -> bool:
+        """Tab goes in the order of the layouts, whenever cards, rows and panes were made."""
+        for before, after in pairwise(_in_order(self._page.widget())):
+            QWidget.setTabOrder(before, after)
+        return super().focusNextPrevChild(forward)
+
     def _look_at_output(self) -> None:
         """Scroll as little as brings the texts into sight."""
         bar, inside = self._page.verticalScrollBar(), self._page.widget()
@@ -319,6 +331,8 @@ class SteeringPage(QWidget):
         if status == "finished":
             generation = self.presenter.generation(int(record.result["generation_id"]))
             if generation is not None and self.presenter.of_this_model(generation):
+                if not self.output.grid.visibleRegion().isEmpty():  # the user is there
+                    QTimer.singleShot(0, self._look_at_output)
                 self._show_result(generation)
             return
         self.output.say("No generation yet")
@@ -347,3 +361,17 @@ class SteeringPage(QWidget):
         self.views.setCurrentIndex(0)
         self._show_result(generation)
         QTimer.singleShot(0, self._look_at_output)
+
+
+def _in_order(place: QWidget | QLayout) -> Iterator[QWidget]:
+    """All that takes the focus by Tab, in the order of the layouts."""
+    layout: QLayout | None = place if isinstance(place, QLayout) else None
+    if isinstance(place, QWidget):
+        if place.focusPolicy() & Qt.FocusPolicy.TabFocus:
+            yield place
+        layout = (place.widget() if isinstance(place, QScrollArea) else place).layout()
+    for number in range(layout.count() if layout is not None else 0):
+        item = layout.itemAt(number)
+        inner = item.widget() or item.layout()
+        if inner is not None:
+            yield from _in_order(inner)
