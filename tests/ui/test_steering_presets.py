@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PySide6.QtCore import QRect, Qt
+from PySide6.QtWidgets import QApplication
 
 from mistudio.errors import InvalidInput, UserError
 from mistudio.jobs.features import newest_run, open_features
@@ -27,6 +29,8 @@ from mistudio.ui.steering.page import SteeringPage
 from mistudio.ui.steering.presenter import SteeringPresenter
 from mistudio.ui.steering.request import Chosen, Form
 from mistudio.ui.steering.sources import sources
+from mistudio.ui.templates.import_dialog import ImportDialog
+from mistudio.ui.templates.section import TemplateSection
 from mistudio.ui.widgets import ConfirmDialog
 
 from .checks import cut_off, nameless, squeezed, too_small
@@ -466,6 +470,60 @@ def test_saved_starred_loaded_and_deleted(
     undo._on_action_clicked()
     qtbot.waitUntil(lambda: len(section.rows()) == 1, timeout=5000)
     assert page._services.library.templates.named("steering", "mine") == kept
+
+
+def test_the_import_tells_what_becomes_of_each(
+    trained_library: Library,
+    sae_id: int,
+    services_of: Callable[[Library], Services],
+    qtbot: Any,
+    tmp_path: Path,
+) -> None:
+    kinds = ["the same", "another run's", "another layer's", "wider"]
+    entries = []
+    for name in kinds:
+        config = config_of(trained_library, Chosen(sae_id, 5, 1.5))
+        SAES[name][0](config)
+        entries.append({"name": name, "config": config})
+    entries.append({"name": "damaged", "config": {"features": 3}})
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"version": "1.1", "steering_presets": entries}), encoding="utf-8")
+    section = TemplateSection(
+        services_of(trained_library), "steering", "Steering Presets", dict, presets.meta
+    )
+    qtbot.addWidget(section)
+    section.import_from(path)
+
+    def dialogs() -> list[ImportDialog]:
+        return [w for w in QApplication.topLevelWidgets() if isinstance(w, ImportDialog)]
+
+    qtbot.waitUntil(lambda: bool(dialogs()), timeout=5000)
+    (dialog,) = dialogs()
+    model = dialog.model
+    told = [[model.index(row, column).data() for column in range(4)] for row in range(len(entries))]
+    assert [row[2] for row in told] == ["Can be added"] * 3 + ["Refused"] * 2
+    beginnings = ["Bound.", "Bound with a warning: Another SAE", "Unbound: No SAE at", "The SAE at"]
+    for row, beginning in zip(told, [*beginnings, "The features must be"], strict=True):
+        assert row[3].startswith(beginning), row
+    assert dialog._summary.text() == (
+        "3 of 5 entries can be added. 2 refused; the table says why. "
+        "What is damaged must be exported again."
+    )
+    table = dialog.table
+    qtbot.waitUntil(lambda: not dialog._fit.isActive() and table.columnWidth(3) > 400)
+    shot(dialog, "steering_presets-import")
+    for row in range(5):  # what is to be done is at the end of a note: it must be seen
+        space = QRect(0, 0, table.columnWidth(3) - 20, 1000)
+        words = Qt.TextFlag.TextWordWrap
+        needed = table.fontMetrics().boundingRect(space, words, told[row][3]).height()
+        assert needed <= table.rowHeight(row) < 3 * needed, told[row]
+    assert nameless(dialog) == [] and too_small(dialog) == []
+    dialog.accept_button.click()
+    qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close", timeout=5000)
+    assert dialog._summary.text() == "3 added, 2 refused."
+    assert len(trained_library.templates.of_kind("steering")) == 3
+    dialog.accept_button.click()
+    qtbot.waitUntil(lambda: not dialogs(), timeout=5000)
 
 
 def test_a_preset_of_an_sae_that_is_not_here_changes_nothing_and_says_so(

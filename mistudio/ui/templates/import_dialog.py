@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PySide6.QtCore import QAbstractTableModel, QModelIndex, QPersistentModelIndex, Qt
+from PySide6.QtCore import (
+    QAbstractTableModel,
+    QModelIndex,
+    QPersistentModelIndex,
+    QSize,
+    Qt,
+    QTimer,
+)
 from PySide6.QtGui import QColor
 from PySide6.QtWidgets import (
     QAbstractItemView,
     QCheckBox,
     QDialog,
     QHeaderView,
+    QStyledItemDelegate,
+    QStyleOptionViewItem,
     QTableView,
     QWidget,
 )
@@ -23,7 +32,7 @@ from mistudio.ui.services import Services
 from mistudio.ui.theme import tokens
 from mistudio.ui.widgets import Button, Text, column, row
 
-KINDS = {"training": "Training", "extraction": "Extraction", "steering": "Steering preset"}
+KINDS = {"training": "Training", "extraction": "Extraction", "steering": "Preset"}
 RESULTS = {
     "added": "Added",
     "replaced": "Replaced",
@@ -81,6 +90,15 @@ class EntriesModel(QAbstractTableModel):
         return RESULTS["refused"] if self._entries[number].problem else "Can be added"
 
 
+class NoteDelegate(QStyledItemDelegate):
+    """Room above and below notes of several lines."""
+
+    def sizeHint(
+        self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> QSize:
+        return super().sizeHint(option, index) + QSize(0, 14)
+
+
 class ImportDialog(QDialog):
     """Nothing is changed before Import is pressed."""
 
@@ -98,12 +116,17 @@ class ImportDialog(QDialog):
         self.table.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         self.table.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.table.verticalHeader().hide()
+        self.table.setItemDelegateForColumn(3, NoteDelegate(self.table))
         self.table.setAccessibleName("Entries of the file")
         header = self.table.horizontalHeader()
         header.setDefaultAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter)
-        for section, width in enumerate((240, 120, 170)):
+        for section, width in enumerate((200, 110, 150)):
             header.resizeSection(section, width)
         header.setSectionResizeMode(3, QHeaderView.ResizeMode.Stretch)
+        header.sectionResized.connect(self._on_header_section_resized)
+        self._fit = QTimer(self)
+        self._fit.setSingleShot(True)
+        self._fit.timeout.connect(self.table.resizeRowsToContents)
         self.replace = QCheckBox("Replace templates that have the same name")
         self.cancel = Button("Cancel")
         self.cancel.clicked.connect(self.reject)
@@ -120,8 +143,17 @@ class ImportDialog(QDialog):
         bad = len(entries) - usable
         self._summary.setText(
             f"{formatting.count(usable)} of {formatting.count(len(entries))} entries can be added."
-            + (f" {formatting.count(bad)} refused; the table says why." if bad else "")
+            + (
+                f" {formatting.count(bad)} refused; the table says why. What is damaged must be "
+                "exported again."
+                if bad
+                else ""
+            )
         )
+
+    def _on_header_section_resized(self, *_: int) -> None:
+        """Notes are shown whole: what is to be done is at their end."""
+        self._fit.start(0)
 
     def _on_accept_clicked(self, checked: bool = False) -> None:
         if self.accept_button.text() == "Close":
@@ -140,6 +172,7 @@ class ImportDialog(QDialog):
 
     def _on_imported(self, outcomes: list[Outcome]) -> None:
         self.model.set_outcomes(outcomes)
+        self.table.resizeRowsToContents()
         counts = {name: sum(o.result == name for o in outcomes) for name in RESULTS}
         told = [f"{counts[name]} {text.lower()}" for name, text in RESULTS.items() if counts[name]]
         self._summary.setText(f"{', '.join(told)}.")

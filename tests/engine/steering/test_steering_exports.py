@@ -280,43 +280,44 @@ MLP = Site.across_mlp(HookPoint("mlp_in", 2))
 
 
 def cases(tiny, prompt):
-    """Name: (variant, sampling, scope), each with something of its own."""
+    """Name: (variant, sampling, scope, a variant that must not be mistaken for it)."""
     at = Site.at(POINTS[0])
-    largest = tiny.capture(torch.tensor([prompt]), [POINTS[0]])[POINTS[0]][0, 1:].norm(dim=1)
-    top = float(largest.median()) * 0.5
+    norms = tiny.capture(torch.tensor([prompt]), [POINTS[0]])[POINTS[0]][0, 1:].norm(dim=1)
+    top = float(norms.median()) * 0.5
 
-    def edits(dictionary, *methods, site=at, **more):
-        strengths = {"cap": -0.5, "orthogonal": 6.0, "scale": 3.0}
-        found = tuple(FeatureEdit(i, strengths.get(m, 1.5), top, m) for i, m in enumerate(methods))
+    def edits(dictionary, method, strength, n=6, site=at, **more):
+        found = tuple(FeatureEdit(i, strength, top, method) for i in range(n))
         return Variant((SiteSteering(site, dictionary, found),), **more)
 
-    jump = dictionary_of(JumpReLU(torch.full((24,), 0.2)))
-    gated = dictionary_of(Gated(torch.full((24,), 1.3), torch.full((24,), 0.1)))
+    jump, relu = dictionary_of(JumpReLU(torch.full((24,), 5.0))), dictionary_of(ReLU())
+    gated = dictionary_of(Gated(torch.full((24,), 1.6), torch.full((24,), 0.5)))
+    normed = dictionary_of(ReLU(), norm="layer_norm", centre=torch.zeros(128))
     vector = vector_at(tiny, prompt, POINTS[1])
-    plain = adding(POINTS[1], vector)
+    first, last = adding(POINTS[0], vector), adding(POINTS[1], vector)
+    both = edits(jump, "clamp", 1.5, 2, MLP).sites
+    turned = Variant((*last.sites, *edits(jump, "orthogonal", 6.0).sites))
     return {
-        "two layers": (Variant((*plain.sites, *adding(POINTS[0], vector).sites)), DRAWN, Scope()),
-        "generated": (plain, DRAWN, Scope("generated")),
-        "from last": (plain, GREEDY, Scope("from_last")),
-        "last": (plain, DRAWN, Scope("last")),
-        "chosen": (adding(POINTS[0], vector), DRAWN, Scope("chosen", (1, 2))),
-        "keep norm": (Variant(plain.sites, keep_norm=True), DRAWN, Scope()),
-        "before a block": (adding(HookPoint("resid_pre", 2), vector), DRAWN, Scope()),
-        "mlp's input": (adding(HookPoint("mlp_in", 2), vector * 2), DRAWN, Scope()),
-        "clamp": (edits(jump, "clamp", "add", "clamp_min"), DRAWN, Scope()),
-        "scale": (edits(dictionary_of(ReLU()), "scale", "scale"), DRAWN, Scope()),
-        "ablate": (edits(dictionary_of(ReLU()), *["ablate"] * 6), DRAWN, Scope()),
-        "orthogonal": (edits(jump, *["orthogonal"] * 6), DRAWN, Scope()),
-        "cap": (edits(jump, "cap", "cap"), DRAWN, Scope()),
-        "topk": (edits(dictionary_of(TopK(5)), "clamp", "scale"), DRAWN, Scope()),
-        "gated": (edits(gated, "scale", "clamp_min", keep_norm=True), GREEDY, Scope("generated")),
-        "norm": (
-            edits(dictionary_of(ReLU(), norm="layer_norm", centre=torch.zeros(128)), "clamp"),
-            DRAWN, Scope(),
-        ),
-        "transcoder": (
-            Variant((*edits(jump, "clamp", "add", site=MLP).sites, *plain.sites)), DRAWN, Scope(),
-        ),
+        "two layers": (Variant((*first.sites, *last.sites)), DRAWN, Scope(), last),
+        "generated": (last, DRAWN, Scope("generated"), None),
+        "from last": (last, GREEDY, Scope("from_last"), None),
+        "last": (last, DRAWN, Scope("last"), None),
+        "chosen": (first, DRAWN, Scope("chosen", (1, 2)), None),
+        "keep norm": (Variant(adding(POINTS[0], 3 * vector).sites, keep_norm=True), DRAWN, Scope(),
+                      adding(POINTS[0], 3 * vector)),
+        "before a block": (adding(HookPoint("resid_pre", 2), vector), DRAWN, Scope(), None),
+        "mlp's input": (adding(HookPoint("mlp_in", 2), vector * 2), DRAWN, Scope(), None),
+        "clamp": (edits(jump, "clamp", 1.5), DRAWN, Scope(), edits(jump, "add", 1.5)),
+        "clamp_min": (edits(relu, "clamp_min", 0.5), DRAWN, Scope(), edits(relu, "clamp", 0.5)),
+        "scale": (edits(relu, "scale", 3.0), DRAWN, Scope(), edits(jump, "scale", 3.0)),
+        "ablate": (edits(relu, "ablate", 0.0), DRAWN, Scope(), edits(jump, "ablate", 0.0)),
+        "jump": (edits(jump, "scale", 3.0), DRAWN, Scope(), edits(relu, "scale", 3.0)),
+        "orthogonal": (turned, DRAWN, Scope(), last),
+        "cap": (edits(jump, "cap", -0.5), DRAWN, Scope(), None),
+        "topk": (edits(dictionary_of(TopK(5)), "scale", 4.0), DRAWN, Scope(),
+                 edits(relu, "scale", 4.0)),
+        "gated": (edits(gated, "scale", 3.0), DRAWN, Scope(), edits(relu, "scale", 3.0)),
+        "norm": (edits(normed, "clamp", 1.5), DRAWN, Scope(), edits(relu, "clamp", 1.5)),
+        "transcoder": (Variant((*both, *last.sites)), DRAWN, Scope(), last),
     }  # fmt: skip
 
 
@@ -335,14 +336,19 @@ for path in sys.argv[1:]:
 
 def test_the_program_writes_the_same_text(tiny, tiny_tokenizer, prompt, tmp_path):
     """Every intervention, scope and setting, where neither miStudio nor its folder is at hand;
-    each text differs from the unsteered one, so that an edit that is left out is seen."""
+    each text differs from the unsteered one and from that of something like it, so that what is
+    left out is seen."""
     expected = {}
-    for name, (variant, sampling, scope) in cases(tiny, prompt).items():
-        rows = generate(
-            tiny, tiny_tokenizer, prompt, [variant], sampling, special_ids=SPECIAL,
-            stop_ids={0}, scope=scope,
-        ).rows  # fmt: skip
+    for name, (variant, sampling, scope, other) in cases(tiny, prompt).items():
+        rows, others = (
+            generate(
+                tiny, tiny_tokenizer, prompt, [one], sampling, special_ids=SPECIAL,
+                stop_ids={0}, scope=scope,
+            ).rows
+            for one in (variant, other or variant)
+        )  # fmt: skip
         assert rows[0].ids != rows[1].ids, name
+        assert other is None or others[1].ids != rows[1].ids, name
         program = python_program(
             variant,
             model=str(MODEL),
