@@ -289,7 +289,7 @@ def _export_vector(options: argparse.Namespace, library: Library) -> dict[str, A
             **_common(options),
         }
     job = ExportVector(request, str(options.to.absolute()), options.format)
-    files = run_here(library, job)["files"]
-    for file in files:
-        print(file)
-    return {"format": options.format, "files": files}
+    written = run_here(library, job)
+    for line in (*written["files"], *written["notes"]):
+        print(line)
+    return {"format": options.format, **written}

@@ -70,7 +70,10 @@ class ExportVector:
         model = loaded_model(library, sae.model_id, Stage(context, "load model"))
         context.report(0, 1, phase="export")
         done = _write(library, job, self, path, model, library.models.get(sae.model_id))
-        return {"files": [str(file) for file in done.files], "notes": list(done.notes)}
+        notes = list(done.notes)
+        if len(job.scales) > 1:
+            notes.append(f"Of the strengths side by side it holds × {self.scale:g}.")
+        return {"files": [str(file) for file in done.files], "notes": notes}
 
 
 @dataclass(frozen=True)

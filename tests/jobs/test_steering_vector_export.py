@@ -58,11 +58,11 @@ def vector_of(library: Library) -> torch.Tensor:
 
 def test_llama_cpps_own_package_reads_the_control_vector(library: Library, tmp_path: Path) -> None:
     """That its directions give the same logits is tested where they are written."""
-    row = export(library, tmp_path / "v.gguf", "gguf", layers=(1, 3))
+    row = export(library, tmp_path / "v.gguf", "gguf", layers=(1, 3), scales=(0.5, 1.0))
     assert row.result["files"] == [str(tmp_path / "v.gguf")]
     told = " ".join(row.result["notes"])
     assert "every position" in told and "--control-vector v.gguf" in told
-    assert "nats a token (KL)" in told
+    assert "nats a token (KL)" in told and "it holds × 1." in told
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     found = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
     assert set(found) == {"direction.1", "direction.3"}
