@@ -109,7 +109,7 @@ def generate(
     alone. `progress.report` gets `texts`, the continuations so far. Where memory is short (or
     without `together`) rows follow one another, with the same noise and the same text. Raises
     RuntimeError where a variant that acts on the prompt leaves the first logits as they were:
-    silent non-steering is worse than none.
+    silent non-steering is worse than none; InvalidInput where it could not be otherwise.
     """
     sampling.check()
     made = _Making(model, tokenizer, list(prompt_ids), sampling, special_ids, stop_ids, scope)
@@ -235,9 +235,23 @@ class _Making:
             if variant is None or not variant.always_acts:
                 continue
             if float((logits[row] - self.reference).abs().max()) <= limit:
+                if self._ends_before_the_text(variant):
+                    raise InvalidInput(
+                        "Steering these tokens cannot change the text",
+                        "After the last layer a token is not read again by later ones.",
+                        "Steer the prompt's last token too, or an earlier layer.",
+                        field="positions",
+                    )
                 raise RuntimeError(
                     "Steering changed nothing: the hook point's edit does not reach the logits"
                 )
+
+    def _ends_before_the_text(self, variant: Variant) -> bool:
+        """Whether it acts only on earlier tokens, and only where nothing reads them any more."""
+        scope, last = self.scope or Scope(), self.model.n_layers - 1
+        earlier = scope.kind == "chosen" and len(self.prompt_ids) - 1 not in scope.positions
+        points = [site.site.output for site in variant.sites]
+        return earlier and all(p.layer == last and p.site != "resid_pre" for p in points)
 
     def result(self, rows: _Rows, together: bool) -> Generated:
         continuations = [

@@ -13,6 +13,7 @@ from mistudio.engine.sae.dictionary import Dictionary
 from mistudio.engine.steering.generation import Sampling, draw, encode_prompt, generate
 from mistudio.engine.steering.interventions import (
     FeatureEdit,
+    Scope,
     Steering,
     adding,
     steering_vector,
@@ -110,6 +111,22 @@ def test_an_edit_that_does_not_reach_the_logits_is_an_error(
     monkeypatch.setattr(Steering, "_delta", lambda self, point, x: torch.zeros_like(x))
     with pytest.raises(RuntimeError, match="changed nothing"):
         run(tiny, tiny_tokenizer, prompt, vector[None])
+
+
+def test_tokens_that_nothing_reads_any_more_are_refused_in_words(
+    tiny, tiny_tokenizer, prompt, vector
+):
+    def chosen(point, *positions):
+        return generate(
+            tiny, tiny_tokenizer, prompt, [adding(point, vector)], Sampling(max_new_tokens=2),
+            special_ids=SPECIAL, stop_ids={0}, scope=Scope("chosen", positions),
+        )  # fmt: skip
+
+    last = HookPoint("resid_post", tiny.n_layers - 1)
+    with pytest.raises(InvalidInput, match="cannot change the text"):
+        chosen(last, 1, 2)
+    chosen(last, 1, len(prompt) - 1)
+    chosen(HookPoint("resid_pre", tiny.n_layers - 1), 1)
 
 
 def test_stopping_leaves_no_hook_behind(tiny, tiny_tokenizer, prompt, vector):
