@@ -26,6 +26,7 @@ from mistudio.ui.steering.advanced import SPREAD
 from mistudio.ui.steering.calibrating import Calibrating, calibrating, range_text, recommended
 from mistudio.ui.steering.comparison import token_spans
 from mistudio.ui.steering.directions import length
+from mistudio.ui.steering.feature_card import NOT_CALIBRATED
 from mistudio.ui.steering.feature_index import OLD_DISCOVERY
 from mistudio.ui.steering.layer_strengths import shares
 from mistudio.ui.steering.measures import repetition_warning
@@ -118,6 +119,10 @@ def test_a_method_changes_what_the_card_says_and_what_is_asked(
     assert not card.calibrate.isEnabled()
     card.method.set_value("scale")
     assert "1 changes nothing" in card.units.text() and card.box.suffix() == " ×"
+    assert card.range.text() == NOT_CALIBRATED
+    for button, value in zip(card.quick, (0.0, 1.0, 2.0), strict=True):  # Reset changes nothing
+        button.click()
+        assert card.strength == value and f"{value:.1f}" in button.toolTip()
     card.method.set_value("clamp")
     assert "raw" in card.units.text() and card.calibrate.isEnabled()
     generation = generate(qtbot, page)
@@ -364,10 +369,10 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
         assert card.badge.text() == word
     card.box.setValue(-1.0)
     assert not card.badge.isVisible()  # suppression was not measured
-    told = "Recommended: +1 × max (its own tokens 2 times as likely) • breaks from +3 on"
+    told = "Recommended: +1 × max (its own tokens 2.0 times as likely) • breaks from +3 on"
     assert card.range.text() == told
     assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
-    assert "+2 × max: Strong • KL 0.5 • own tokens 4 % (unsteered 1 %)" in card.range.toolTip()
+    assert "+2 × max: Strong • KL 0.5 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
     card.box.setValue(1.5)
@@ -380,12 +385,18 @@ def test_calibrate_measures_the_feature(
     qtbot: Any, page: SteeringPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "STRENGTHS", (1.0, 3.0))
-    monkeypatch.setattr(calibration, "PROMPTS", ("Yesterday I",))
-    page.presenter.add(strongest(page), 1.0)
+    monkeypatch.setattr(calibration, "PROMPTS", ("Yesterday I", "In this", "From the first of"))
+    feature, calibrations = strongest(page), page._services.library.calibrations
+    page.presenter.add(feature, 1.0)
     (card,) = page.features.cards()
     card.more.click()
     seen = []
-    page._services.jobs.tick.connect(lambda: seen.append((card.range.text(), card.slider.zones)))
+
+    def look() -> None:
+        if calibrations.of_feature(card.key[0], feature) is None:
+            seen.append((card.range.text(), card.slider.zones))
+
+    page._services.jobs.tick.connect(look)
     with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
         card.calibrate.click()
         assert card.calibrate.text() == "Stop" and card.badge.text() == "Calibrating 0 %"

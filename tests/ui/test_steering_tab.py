@@ -178,6 +178,13 @@ def test_search_ranks_number_label_top_token_promoted() -> None:
     assert found("#4") == []  # never fired
     assert found("PEACE") == [1]
     assert found("nothing like it") == []
+    deeper = search_index(index, notes, "battles of old", [2])
+    assert deeper.features == (2,) and deeper.inside == {2: "in its examples"}
+    noted = {1: FeatureNote(1, 1, "", "About battles", False)}
+    assert search_index(index, noted, "about", [1]).inside == {1: "in its note"}
+    promotes = {1: "promotes “war”", 0: "promotes “ships”"}
+    assert search_index(index, notes, "war", [1, 2]).inside == {1: promotes[1]}
+    assert search_index(index, notes, "hip").inside == {0: promotes[0]}
     assert index.item(3, notes).text == "Civil War battles"
     assert index.item(1, notes).text == ("fires on “the” • promotes “war”, “peace”")
 

@@ -42,6 +42,12 @@ SCORE_TIP = (
     "largest probability × (1 − best rank ÷ vocabulary), after one prompt. Features with a high "
     "score steer best (Arad et al. 2025)."
 )
+NOT_CALIBRATED = "Its strengths are no multiples of the maximum: they are not calibrated."
+# What Suppress, Reset and Amplify set, and what stands below the slider.
+_QUICK = (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0))
+_QUICK_FACTORS = (("Suppress", 0.0), ("Reset", 1.0), ("Amplify", 2.0))
+_TICKS = ("-5.0 (suppress)", "0.0", "+5.0 (amplify)")
+_TICKS_FACTORS = ("-5.0 (opposite)", "0.0 (none)", "+5.0 (amplify)")
 _STEPS = 100  # slider positions per unit of strength
 _SNAP = _STEPS // 10
 _ZONE_COLOURS = {"green": tokens.EMERALD, "amber": tokens.YELLOW, "red": tokens.RED}
@@ -49,12 +55,13 @@ _ZONE_HEIGHTS = {"green": 2, "amber": 4, "red": 6}
 
 
 class StrengthSlider(QSlider):
-    """From -5 to +5 in steps of 0.1; filled from the middle, as 0 is where nothing happens. Below
-    it run the zones of a calibration: the higher the band, the riskier."""
+    """From -5 to +5 in steps of 0.1; filled from where nothing happens: the middle, or 1 for a
+    factor. Below it run the zones of a calibration: the higher the band, the riskier."""
 
     def __init__(self, name: str, parent: QWidget | None = None) -> None:
         super().__init__(Qt.Orientation.Horizontal, parent)
         self.zones: list[tuple[float, float, str]] = []
+        self.neutral = 0.0
         self.setRange(round(-STRONGEST * _STEPS), round(STRONGEST * _STEPS))
         self.setSingleStep(_SNAP)
         self.setPageStep(5 * _SNAP)
@@ -81,7 +88,7 @@ class StrengthSlider(QSlider):
             QStyle.ComplexControl.CC_Slider, option, QStyle.SubControl.SC_SliderHandle, self
         )
         x, y = handle.center().x() + 0.5, 9.0
-        middle = self.width() / 2
+        middle = self._place(self.neutral)
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         painter.setPen(Qt.PenStyle.NoPen)
@@ -157,12 +164,13 @@ class FeatureCard(Surface):
         self.slider.setValue(round(strength * _STEPS))
         self.slider.valueChanged.connect(self._on_slider_value_changed)
         ticks = row(spacing=0)
-        for tick, side in (
-            ("-5.0 (suppress)", Qt.AlignmentFlag.AlignLeft),
-            ("0.0", Qt.AlignmentFlag.AlignHCenter),
-            ("+5.0 (amplify)", Qt.AlignmentFlag.AlignRight),
-        ):
-            text = Text(tick, "helper")
+        self.ticks = [Text(tick, "helper") for tick in _TICKS]
+        sides = (
+            Qt.AlignmentFlag.AlignLeft,
+            Qt.AlignmentFlag.AlignHCenter,
+            Qt.AlignmentFlag.AlignRight,
+        )
+        for text, side in zip(self.ticks, sides, strict=True):
             text.setAlignment(side)
             ticks.addWidget(text, 1)
         scale = column(2)
@@ -170,10 +178,10 @@ class FeatureCard(Surface):
         scale.addLayout(ticks)
         self.quick: list[Button] = []
         buttons = row(spacing=8)
-        for name, value in (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0)):
-            button = Button(name, "small", tooltip=f"Coefficient {value:+.1f}" if value else "0.0")
+        for place, (name, _) in enumerate(_QUICK):
+            button = Button(name, "small")
             button.setAccessibleName(f"{name} feature {feature}")
-            button.clicked.connect(lambda checked=False, value=value: self.box.setValue(value))
+            button.clicked.connect(lambda checked=False, place=place: self._on_quick(place))
             self.quick.append(button)
             buttons.addWidget(button, 1)
         self.best = Button("Recommended", "small")
@@ -263,7 +271,9 @@ class FeatureCard(Surface):
     def _show_running(self) -> None:
         running, calibration = self._running, self._calibration
         feature = self.feature
-        self.range.setText(running.text if running else range_text(calibration))
+        can_be = self.method.value in CALIBRATED
+        told = range_text(calibration) if can_be else NOT_CALIBRATED
+        self.range.setText(running.text if running else told)
         if running:
             self.calibrate.setText("Stop")
             self.calibrate.set_icon("square")
@@ -278,7 +288,7 @@ class FeatureCard(Surface):
                 "text changes and where it breaks; also at falling ones where its coefficient is "
                 "below 0. Takes seconds to minutes."
             )
-        self.calibrate.setEnabled(running is not None or self.method.value in CALIBRATED)
+        self.calibrate.setEnabled(running is not None or can_be)
         zones = self._zones
         self.slider.set_zones(zones.zones() if zones else [])
         self._show_zone()
@@ -311,6 +321,13 @@ class FeatureCard(Surface):
         uses = method != "ablate"
         for widget in (self.box, self.slider, *self.quick):
             widget.setEnabled(uses)
+        for button, (_, value) in zip(self.quick, self._quick_values, strict=True):
+            button.setToolTip(f"Coefficient {value:+.1f}" if value else "Coefficient 0.0")
+        self.slider.neutral = self._quick_values[1][1]
+        self.slider.update()
+        ticks = _TICKS_FACTORS if method in FACTORS else _TICKS
+        for text, tick in zip(self.ticks, ticks, strict=True):
+            text.setText(tick)
         self.box.setSuffix(" ×" if method in FACTORS else " × max")
         self.box.setToolTip(
             "A factor: 1 leaves everything as it is"
@@ -386,6 +403,13 @@ class FeatureCard(Surface):
         self.details.setVisible(checked)
         self.more.setText("Less" if checked else "More")
         self.more.set_icon("chevron-up" if checked else "chevron-down")
+
+    @property
+    def _quick_values(self) -> tuple[tuple[str, float], ...]:
+        return _QUICK_FACTORS if self.method.value in FACTORS else _QUICK
+
+    def _on_quick(self, place: int) -> None:
+        self.box.setValue(self._quick_values[place][1])
 
     def _on_best_clicked(self, checked: bool = False) -> None:
         self.box.setValue(recommended(self._calibration, self.strength))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from mistudio.library.library import Library
 
 RESULTS = 8
 _PROMOTED_SHOWN = 3
-_NOT_FOUND = 99
+_PROMOTES, _INSIDE, _NOT_FOUND = (4, 6), 7, 99  # ranks
 OLD_DISCOVERY = (
     "Descriptions and examples are not searched: an earlier version made this discovery. "
     "Discover the features again to search them too."
@@ -121,12 +121,14 @@ def output_scores(library: Library, run_id: int) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Found:
-    """The first of `total` features that a search matches; `note`: what could not be searched."""
+    """The first of `total` features that a search matches; `note`: what could not be searched;
+    `inside`: where it was found of those that do not show it."""
 
     search: str
     total: int
     features: tuple[int, ...] = ()
     note: str = ""
+    inside: Mapping[int, str] = field(default_factory=dict)
 
 
 def find(
@@ -142,7 +144,7 @@ def find(
         deeper = [int(feature) for feature in search_features(library, run, search)]
     except Incompatible:
         found = search_index(index, notes, search)
-        return Found(search, found.total, found.features, OLD_DISCOVERY)
+        return replace(found, note=OLD_DISCOVERY)
     return search_index(index, notes, search, deeper)
 
 
@@ -162,7 +164,7 @@ def search_index(
     else:
         same = np.array([text.strip().lower() == wanted for text in index.tokens], dtype=bool)
         within = np.array([wanted in text.lower() for text in index.tokens], dtype=bool)
-        rank[[feature for feature in deeper if feature < len(index)]] = 7
+        rank[[feature for feature in deeper if feature < len(index)]] = _INSIDE
         rank[within[index.promoted].any(1)] = 6
         rank[within[index.top]] = 5
         rank[same[index.promoted].any(1)] = 4
@@ -175,7 +177,16 @@ def search_index(
     rank[strongest <= 0] = _NOT_FOUND
     total = int((rank < _NOT_FOUND).sum())
     best = np.lexsort((-strongest, rank))[: min(total, RESULTS)]
-    return Found(search, total, tuple(best.tolist()))
+    inside = {}
+    for feature in best.tolist():
+        if rank[feature] in _PROMOTES:
+            tokens = (index.tokens[place] for place in index.promoted[feature])
+            token = min((t for t in tokens if wanted in t.lower()), key=len)
+            inside[feature] = f"promotes {_quoted(token)}"
+        elif rank[feature] == _INSIDE:
+            noted = feature in notes and wanted in notes[feature].note.lower()
+            inside[feature] = "in its note" if noted else "in its examples"
+    return Found(search, total, tuple(best.tolist()), inside=inside)
 
 
 # --- what features are about ----------------------------------------------------------------------

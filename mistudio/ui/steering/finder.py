@@ -55,17 +55,25 @@ class FoundRow(Surface):
         self.feature = feature
         number = Text(f"#{feature}", "mono", "emerald")
         number.setMinimumWidth(52)
-        self.text = ElidedLabel(text, "small")
+        self.text = ElidedLabel("", "small")
         self.button = Button("Added" if there else "Add", "small", "check" if there else "plus")
         self.button.setEnabled(not there)
-        self.button.setAccessibleName(f"Add feature {feature}, {text}")
         self.button.clicked.connect(self._on_button_clicked)
         self.score = Text(f"score {significant(score, 2)}", "helper")
         self.score.setToolTip(SCORE_TIP)
         self.score.setVisible(score is not None)
-        line = row(number, self.text, self.score, self.button, spacing=8)
+        self.inside = Text("", "helper")
+        line = row(number, self.text, self.inside, self.score, self.button, spacing=8)
         line.setStretch(1, 1)
         self.add(line)
+        self.show_text(text)
+
+    def show_text(self, text: str, inside: str = "") -> None:
+        """What the feature is about, and where it was found if the text does not show it."""
+        self.text.setText(text)
+        self.button.setAccessibleName(f"Add feature {self.feature}, {text}")
+        self.inside.setText(inside)
+        self.inside.setVisible(bool(inside))
 
     def _on_button_clicked(self, checked: bool = False) -> None:
         self.chosen.emit(self.feature)
@@ -169,16 +177,17 @@ class FeatureFinder(Card):
         rows = self.found_rows()
         texts = {f: item.text for f in found.features if (item := self.presenter.item(f))}
         states = [(f, self.presenter.is_selected(f)) for f in found.features]
-        if states == [(line.feature, not line.button.isEnabled()) for line in rows]:
-            for line in rows:
-                line.text.setText(texts.get(line.feature, ""))
-        else:
+        if states != [(line.feature, not line.button.isEnabled()) for line in rows]:
             clear(self._found_place)
             for feature, there in states:
-                score = self.presenter.score(feature)
-                line = FoundRow(feature, texts.get(feature, ""), there, score)
+                line = FoundRow(feature, "", there, self.presenter.score(feature))
                 line.chosen.connect(self._on_found_chosen)
                 self._found_place.addWidget(line)
+        words = found.search.lower().split()
+        for line in self.found_rows():
+            text = texts.get(line.feature, "")
+            shows = all(word in text.lower() for word in words)
+            line.show_text(text, "" if shows else found.inside.get(line.feature, ""))
         self.note.setText(" ".join(part for part in (_count_text(found), found.note) if part))
         self.note.setVisible(bool(self.note.text()))
 

@@ -300,6 +300,10 @@ class SteeringPage(QWidget):
             QWidget.setTabOrder(before, after)
         return super().focusNextPrevChild(forward)
 
+    def _look_at_error(self) -> None:
+        if self._error_place.count():
+            self._page.ensureWidgetVisible(self._error_place.itemAt(0).widget(), 0, tokens.GAP)
+
     def _look_at_output(self) -> None:
         """Scroll as little as brings the texts into sight."""
         bar, inside = self._page.verticalScrollBar(), self._page.widget()
@@ -341,6 +345,7 @@ class SteeringPage(QWidget):
             panel.retry.connect(self._start)
             clear(self._error_place)
             self._error_place.addWidget(panel)
+            QTimer.singleShot(0, self._look_at_error)
         else:
             self.output.measures.say("Stopped: the texts so far are shown, nothing was measured.")
 
