@@ -45,6 +45,7 @@ def sae_reference(library: Library, sae: Sae) -> Config:
     return {
         "name": sae.name or sae.architecture,
         "hook_point": sae.hook_point,
+        "hook_point_out": sae.hook_point_out,
         "layer": sae.layer,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
@@ -177,7 +178,10 @@ class _Choice:
 
     def _find(self, reference: Mapping[str, Any]) -> Sae | Binding:
         place = reference.get("hook_point") or f"layer {reference.get('layer', '?')}"
-        at_place = [sae for sae in self._there if _agrees(sae, reference, "hook_point", "layer")]
+        if reference.get("hook_point_out", place) != place:  # a transcoder
+            place = f"{place} to {reference['hook_point_out']}"
+        where = ("hook_point", "hook_point_out", "layer")
+        at_place = [sae for sae in self._there if _agrees(sae, reference, *where)]
         if not at_place:
             return Binding(
                 UNBOUND,

@@ -188,7 +188,8 @@ def _reference(value: Any, what: str) -> Config:
     if not isinstance(value, dict):
         raise _Refused(f"{what} must be an object.")
     kept: Config = {}
-    for key in ("name", "source", "repository", "revision", "sha256", "hook_point", "created"):
+    texts = ("name", "source", "repository", "revision", "sha256", "created")
+    for key in (*texts, "hook_point", "hook_point_out"):
         if key in value:
             kept[key] = _text(value[key], f"{what}'s {key}", 300)
     for key in ("d_model", "n_layers", "d_in", "d_sae", "layer"):

@@ -140,6 +140,10 @@ SAES: dict[str, tuple[Change, str, str]] = {
     "another site's": (
         change("sae", hook_point="blocks.2.hook_mlp_out"), UNBOUND, "No SAE at blocks.2.hook_mlp",
     ),
+    "a transcoder's": (
+        change("sae", hook_point_out="blocks.2.hook_mlp_out"), UNBOUND,
+        "No SAE at blocks.2.hook_resid_post to blocks.2.hook_mlp_out",
+    ),
     "wider": (change("sae", d_sae=9999), REFUSED, "has 256 features, not 9,999"),
     "narrower": (change("sae", d_sae=16), REFUSED, "has 256 features, not 16"),
 }  # fmt: skip

@@ -48,8 +48,10 @@ def to_config(
             "method": c.method,
             "layer": sources[c.sae_id].sae.layer,
             "label": note.label[:500] if note else "",
-            "max_activation": largest_activation(library, c.sae_id, c.feature),
         }
+        largest = largest_activation(library, c.sae_id, c.feature)
+        if largest is not None:
+            entry["max_activation"] = largest
         if c.sae_id != first.sae.id:
             entry["sae"] = sae_reference(library, sources[c.sae_id].sae)
         features.append(entry)
