@@ -216,6 +216,9 @@ def test_stopped_within_the_first_prompt_the_rows_that_were_through_are_kept(
     assert found is not None and found.result["continued"] == 0
     assert [len(row["texts"]) for row in found.result["rows"]] == [1] * 8 + [0]
     assert found.result["rows"][8]["summary"] == dict.fromkeys(MEASURES)
+    later, control = stopped(library, job, 3)  # within the second prompt
+    assert later is not None and len(control.seen[-1]["rows"][0]["texts"]) == 2
+    assert [len(row["texts"]) for row in later.result["rows"]] == [1] * 9
     write_experiment(found, tmp_path / "part.csv")
     last = (tmp_path / "part.csv").read_text(encoding="utf-8").splitlines()[-1]
     assert last.startswith(",False,2.25,") and last.endswith("," * 45)
@@ -240,6 +243,9 @@ def test_ratios_are_averaged_as_logarithms_and_unknown_ones_left_out() -> None:
     half = stats.t.ppf(0.975, 1) * stats.sem([math.log(4), math.log(16)])
     assert found["high"] == pytest.approx(8 * math.exp(half))
     assert estimate([{"seed": 0, "r": None}], "r") is None
+    # No interval reaches where no value can lie.
+    apart = estimate([{"seed": n, "similarity": float(n)} for n in (0, 1)], "similarity")
+    assert apart is not None and (apart["low"], apart["high"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])

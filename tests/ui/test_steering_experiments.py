@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mistudio.jobs.experiments import write_experiment
-from mistudio.jobs.job import run_job, submit
+from mistudio.jobs.job import device_turn, run_job, submit
 from mistudio.jobs.kinds import PromptBatch, Sweep
 from mistudio.library.library import Library
 from mistudio.library.steering import Experiment
@@ -251,7 +251,7 @@ def test_values_carry_their_interval() -> None:
     [
         (6, 6, ""),
         (4, 4, "4 of 6 continuations (prompts × seeds) of every row; 2 of 3 seeds went"),
-        (1, 1, "no seed has gone through all prompts yet"),
+        (1, 1, "no seed has gone through all prompts"),
         (0, 1, "1 of 1 row went through the first continuation"),
     ],
 )
@@ -372,3 +372,13 @@ def test_a_table_fills_while_it_runs_and_a_stopped_one_is_kept(
     qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING, timeout=5000)
     assert view.shown.name.endswith("(stopped)") and 2 < view.shown.result["continued"] < 40
     assert report.incomplete.text().startswith("⚠ Stopped: ") and report.repeat.isVisible()
+    assert report.note.text() == ""
+    # Stopped before there is anything, nothing is kept: so it says.
+    with device_turn:
+        page.presenter.generate(page.form())
+        report.repeat.click()
+        assert "Waits for “Steer with" in report.note.text()
+        report.stop.click()
+        with qtbot.waitSignal(page._services.jobs.job_finished, timeout=30_000):
+            page.presenter.stop()
+    assert "nothing was kept" in report.note.text() and report.which.count() == 1

@@ -23,6 +23,7 @@ _SYMBOLS = ("o", "s", "t", "d", "star", "+", "p", "h")
 _SIGNS = ("●", "■", "▼", "◆", "★", "✚", "⬟", "⬢")
 
 
+_HEIGHT = 290
 _ASIDE = 0.06  # between curves, in shares of the least distance between two places
 _MOST_TICKS, _TICK_ROOM = 16, 110  # names, and their letters together, along the bottom
 
@@ -39,7 +40,7 @@ class EstimateChart(ExportedChart):
         self._names: list[str] = []
         self._plot = pg.PlotWidget(background=tokens.CARD)
         self._plot.setFocusPolicy(Qt.FocusPolicy.NoFocus)
-        self._plot.setMinimumHeight(260)
+        self._plot.setFixedHeight(_HEIGHT)
         self._plot.setMenuEnabled(False)
         self._plot.hideButtons()
         self._plot.setMouseEnabled(x=False, y=False)
@@ -86,6 +87,7 @@ class EstimateChart(ExportedChart):
         tried = sorted({x for curve in found for x in curve.x})
         ticks = _ticks(names) if names else _numbers(tried)
         self._plot.getAxis("bottom").setTicks([ticks] if ticks else None)
+        self._plot.setXRange(*_range(tried, len(names)), padding=0)
         for number, curve in enumerate(found):
             # Beside each other: intervals at one place would hide each other.
             aside = (number - (len(found) - 1) / 2) * _ASIDE * _gap(tried)
@@ -161,3 +163,12 @@ def _numbers(places: Sequence[float]) -> list[tuple[float, str]]:
 
 def _gap(places: Sequence[float]) -> float:
     return min((b - a for a, b in pairwise(places)), default=1.0)
+
+
+def _range(places: Sequence[float], names: int) -> tuple[float, float]:
+    """With room for the labels of the first and the last."""
+    if names:
+        return -0.5, names - 0.5
+    least, most = (places[0], places[-1]) if places else (0.0, 1.0)
+    room = 0.06 * (most - least) or 0.5
+    return least - room, most + room

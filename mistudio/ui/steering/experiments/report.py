@@ -68,7 +68,9 @@ class ReportCard(Card):
             helper="Run one above: its table and its plot fill while it runs, and it is kept here "
             "with all of its texts.",
         )
-        self.add(self.empty, self._make_head(), self._make_running(), self._make_found())
+        self.note = Text("", "helper", wrap=True)
+        self.add(self.empty, self._make_head(), self._make_running(), self.note)
+        self.add(self._make_found())
         self.show_list([])
         self.show_running(None)
         self.show_experiment(None)
@@ -101,19 +103,12 @@ class ReportCard(Card):
         self.progress = ProgressRow("Running")
         self.stop = Button("Stop", "secondary", "square", "Keeps what is finished")
         self.stop.clicked.connect(self._on_stop_clicked)
-        self.note = Text("", "helper", wrap=True)
         self._running = QWidget()
         self._running.setProperty("surface", "clear")
         line = row(self.progress, self.stop, spacing=16)
         line.setStretch(0, 1)
         self._running.setLayout(line)
-        place = QWidget()
-        place.setProperty("surface", "clear")
-        both = column(8)
-        both.addWidget(self._running)
-        both.addWidget(self.note)
-        place.setLayout(both)
-        return place
+        return self._running
 
     def _make_found(self) -> QWidget:
         self.setting = Text("", "helper", wrap=True, selectable=True)
@@ -165,6 +160,7 @@ class ReportCard(Card):
         """`readable`: whether the screen can ask for it again."""
         another = experiment is None or self.shown is None or experiment.id != self.shown.id
         self.shown = experiment
+        self.which.setToolTip(self.which.currentText())  # may be longer than it is wide
         self._found.setVisible(experiment is not None)
         if another:
             self.table.clearSelection()

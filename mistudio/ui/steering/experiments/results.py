@@ -166,15 +166,13 @@ def setting(experiment: Experiment) -> str:
     """`#5 × +1 • 2 prompts × 3 seeds • temperature 0.7 • …`."""
     request, result = experiment.request, experiment.result
     seeds = request["seeds"]
-    random = (
-        "temperature 0"
-        if not request["temperature"]
-        else (f"temperature {request['temperature']:g}, seeds {', '.join(map(str, seeds))}")
-    )
+    drawn = f"temperature {request['temperature']:g}"
+    if request["temperature"]:
+        drawn += f", seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
     parts = [
         features_text(steering_of(experiment)),
         f"{_many(len(request['prompts']), 'prompt')} × {_many(len(seeds), 'seed')}",
-        random,
+        drawn,
         f"up to {_many(request['max_new_tokens'], 'token')}",
         *_where(steering_of(experiment)),
     ]
@@ -216,7 +214,7 @@ def incomplete(experiment: Experiment) -> str:
         return told
     seeds, of = done // prompts, len(experiment.request["seeds"])
     if seeds == 0:
-        return f"{told}; no seed has gone through all prompts yet, so these prompts count"
+        return f"{told}; no seed has gone through all prompts, so what there is counts"
     return f"{told}; {seeds} of {_many(of, 'seed')} went through all prompts and count"
 
 

@@ -46,6 +46,7 @@ class ExperimentsView(QWidget):
         self._title = ""
         self._partial: dict[str, Any] | None = None  # the newest table of the one that runs
         self._drawn = 0.0
+        self._scrolled = -1  # where the page stood when a card was brought into view
         self._wanted: int | None = None  # shown, or being read
         self._asked: plans.Asked | None = None  # what would ask for the shown one again
         self._measure: str | None = None  # restored, to be chosen with the next one shown
@@ -140,16 +141,23 @@ class ExperimentsView(QWidget):
         QTimer.singleShot(0, self, lambda: self._scroll_to(widget))
 
     def _scroll_to(self, widget: QWidget) -> None:
+        area = self._area()
+        if area is not None:
+            top = widget.mapTo(area.widget(), widget.rect().topLeft()).y()
+            area.verticalScrollBar().setValue(top - 8)
+            self._scrolled = area.verticalScrollBar().value()
+
+    def _area(self) -> QScrollArea | None:
         parent = self.parentWidget()
         while parent is not None and not isinstance(parent, QScrollArea):
             parent = parent.parentWidget()
-        if parent is not None:
-            bar, content = parent.verticalScrollBar(), parent.widget()
-            bar.setValue(widget.mapTo(content, widget.rect().topLeft()).y() - 8)
+        return parent
 
     def _show_place(self) -> None:
         """What a queued one waits for."""
-        place = self._services.jobs.place(self.job_id) if self.job_id is not None else None
+        if self.job_id is None:
+            return
+        place = self._services.jobs.place(self.job_id)
         before = self._services.library.jobs.find(place.after) if place and place.after else None
         self.report.say(f"Waits for “{before.title}” to end…" if before else "")
 
@@ -166,9 +174,14 @@ class ExperimentsView(QWidget):
         self.report.show_progress(snapshot)
         partial, now = snapshot.metrics.get("partial"), time.monotonic()
         if partial is not None and partial is not self._partial and now - self._drawn > _REDRAWN:
+            first = self._partial is None
             self._partial, self._drawn = partial, now
             if self._wanted == RUNNING:
                 self._show(self._running())
+                area = self._area()
+                # The card has grown: it goes to the top, unless one looked elsewhere meanwhile.
+                if first and area and area.verticalScrollBar().value() == self._scrolled:
+                    self._bring_into_view(self.report)
 
     def _running(self) -> Experiment | None:
         """What there is of the one that runs, as an experiment."""
