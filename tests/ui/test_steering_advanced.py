@@ -376,6 +376,7 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
     card.box.setValue(1.5)
+    assert cut_off(page) == [] and squeezed(page) == [] and nameless(page) == []
     shot(page, "steering_calibrated-1280")
     card.method.set_value("clamp")  # which has a calibration of its own
     assert not card.badge.isVisible()

@@ -438,7 +438,10 @@ def test_generation_that_waits_says_for_what(qtbot: Any, services: Services) -> 
     Stubborn.release.clear()
     services.jobs.submit(Stubborn())
     try:
+        page.configuration.generate.setFocus()
         page.configuration.generate.click()
+        assert page.focusWidget() is page.configuration.stop
+        page.features.search.setFocus()
         qtbot.waitUntil(
             lambda: "Waits for “Stubborn”" in page.output.steered.view.placeholderText(),
             timeout=5000,
@@ -447,6 +450,7 @@ def test_generation_that_waits_says_for_what(qtbot: Any, services: Services) -> 
         Stubborn.release.set()
     qtbot.waitUntil(lambda: services.library.generations.count() == 1, timeout=60_000)
     qtbot.waitUntil(lambda: not page.busy)
+    assert page.focusWidget() is page.features.search  # the end does not take the focus away
 
 
 def test_failure_is_said_with_its_next_step(qtbot: Any, services: Services) -> None:

@@ -160,7 +160,7 @@ class GenerationForm(Card):
     def refresh(self) -> None:
         """What depends on form and selection together."""
         form, busy = self.form(), self.presenter.job_id is not None
-        focused = self.focusWidget()
+        focused = self.window().focusWidget()
         self.advanced.show_chat(self.presenter.has_chat_format)
         reason = self.presenter.reason(form)
         self.generate.setEnabled(not busy and not reason)

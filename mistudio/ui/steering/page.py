@@ -87,6 +87,7 @@ class SteeringPage(QWidget):
         compared.addWidget(self.history)
         self.comparison.setLayout(compared)
         self.experiments = ExperimentsView(services, presenter, self.form)
+        self.experiments.form_wanted.connect(self.configuration.show_form)
         self.views = QTabBar()
         self.views.setAccessibleName("Comparison or experiments")
         self.views.setExpanding(False)
@@ -169,6 +170,7 @@ class SteeringPage(QWidget):
             "presets": self.presets.expanded,
             "advanced": self.configuration.advanced.expanded,
             "view": self.views.currentIndex(),
+            "experiments": self.experiments.save_state(),
             "generation_id": shown.id if shown else None,
         }
 
@@ -181,6 +183,7 @@ class SteeringPage(QWidget):
         self.presets.set_expanded(bool(state.get("presets")))
         self.configuration.advanced.set_expanded(bool(state.get("advanced")))
         self.views.setCurrentIndex(1 if state.get("view") == 1 else 0)
+        self.experiments.restore_state(state.get("experiments"))
         generation_id = state.get("generation_id")
         generation = (
             self.presenter.generation(generation_id) if isinstance(generation_id, int) else None
