@@ -67,9 +67,16 @@ class ExportVector:
         path = _checked(self)
         job = _steer(self.request)
         sae = library.saes.get(job.sae_id)
+        record = library.models.get(sae.model_id)
+        if self.format == "python" and record.provenance.get("code"):
+            raise Incompatible(
+                "This model brings its own program",
+                "A Python program would have to run that without asking.",
+                "Export the vectors alone, or the preset.",
+            )
         model = loaded_model(library, sae.model_id, Stage(context, "load model"))
         context.report(0, 1, phase="export")
-        done = _write(library, job, self, path, model, library.models.get(sae.model_id))
+        done = _write(library, job, self, path, model, record)
         notes = list(done.notes)
         if len(job.scales) > 1:
             notes.append(f"Of the strengths side by side it holds × {self.scale:g}.")

@@ -168,6 +168,14 @@ def test_what_has_no_place_in_a_file_is_refused(
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_program_never_runs_the_code_of_a_model(library: Library, tmp_path: Path) -> None:
+    provenance = library.models.get(1).provenance
+    library.models.update(1, provenance={**provenance, "code": {"hash": "1" * 64}})
+    row = export(library, tmp_path / "a.py", "python")
+    assert row.error["title"] == "This model brings its own program"
+    assert not (tmp_path / "a.py").exists()
+
+
 def test_a_file_in_no_folder_is_refused(library: Library, tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "v.gguf", tmp_path, Path("v.gguf")):
         row = export(library, path, "gguf")
