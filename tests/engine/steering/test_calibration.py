@@ -44,9 +44,11 @@ def steered(direction):
 
 
 def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, steered):
+    # A token of a prompt is among those that are never steered.
+    special = [*SPECIAL, tiny_tokenizer(PROMPTS[0])["input_ids"][1]]
     own = {5, 9, 30, 41, 17, 260, 13, 15}
     found = calibrate(
-        tiny, tiny_tokenizer, steered, special_ids=SPECIAL, own=own, strengths=(1.0, 0.2),
+        tiny, tiny_tokenizer, steered, special_ids=special, own=own, strengths=(1.0, 0.2),
         prompts=PROMPTS, new_tokens=10, seed=3,
     )  # fmt: skip
     assert [row.strength for row in found.tried] == [0.2, 1.0]
@@ -59,10 +61,10 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
             sampling = Sampling(temperature=0.7, max_new_tokens=10, seed=3 + number)
             made = generate(
                 tiny, tiny_tokenizer, ids, [steered(row.strength)], sampling,
-                special_ids=SPECIAL, stop_ids=(),
+                special_ids=special, stop_ids=(),
             ).rows  # fmt: skip
             effect = steering_effect(
-                tiny, steered(row.strength), ids, made[0].ids, made[1].ids, "", "", SPECIAL
+                tiny, steered(row.strength), ids, made[0].ids, made[1].ids, "", "", special
             )
             kl += effect.kl_by_token
             means.append(effect.kl_per_token)
@@ -73,7 +75,7 @@ def test_figures_are_those_of_each_text_measured_alone(tiny, tiny_tokenizer, ste
             mine += [token in own for token in made[1].ids]
             whole = torch.tensor([[*ids, *made[1].ids]])
             for found_there, variant in ((before, None), (after, steered(row.strength))):
-                steering = Steering(tiny, [variant], SPECIAL, len(ids))
+                steering = Steering(tiny, [variant], special, len(ids))
                 steering.expect(whole, 0)
                 with tiny.intervene(steering.edits()):
                     logits = tiny.model(whole).logits[0, len(ids) - 1 : -1].detach()
