@@ -50,6 +50,10 @@ PROMPTS = (
     "The results of the study show",
     "When they arrived at the station",
     "One of the best ways to learn",
+    "The city council decided on Monday",
+    "It is often said that music",
+    "Before the war, the family",
+    "A good teacher knows how",
 )
 NEW_TOKENS, SEED = 32, 1000
 
