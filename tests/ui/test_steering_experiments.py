@@ -188,6 +188,10 @@ def test_single_layers_and_lists_of_prompts_are_read(trained_library: Library) -
     found = ran(trained_library, Plan(plans.BY_LAYER, ("The sea",), (1.0, 2.0), (1, 2), seeds=1))
     assert [line.label for line in lines(found)][1:3] == ["× 2 at layer 1", "× 1 at layer 2"]
     assert [c.name for c in curves(found, "kl_per_token")[1]] == ["Layer 1", "Layer 2"]
+    # Of more layers than strengths, layers run along the bottom.
+    found = ran(trained_library, Plan(plans.BY_LAYER, ("The sea",), (2.0,), (1, 2), seeds=1))
+    _, (curve,), names = curves(found, "kl_per_token")
+    assert (curve.name, curve.x, names) == ("× 2", [0.0, 1.0], ["L1", "L2"])
     form = Form(max_tokens=3, control=True)
     found = ran(trained_library, Plan(plans.PROMPTS, ("The sea", "A"), None, (), seeds=1), form)
     assert [line.label for line in lines(found)] == ["Steered × 1", "Random control"]

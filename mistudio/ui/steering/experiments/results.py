@@ -251,16 +251,34 @@ def curves(experiment: Experiment, measure: str) -> tuple[str, list[EstimateCurv
     if experiment.kind == "prompt_batch":
         curve = replace(_curve("", [row["summary"].get(measure) for row in rows]), joined=False)
         return "Steering", _with_points([curve]), [row["name"] for row in rows]
-    kinds = dict.fromkeys((row.get("layer"), bool(row.get("control"))) for row in rows)
+    return _of_sweep(rows, measure)
+
+
+def _of_sweep(
+    rows: list[dict[str, Any]], measure: str
+) -> tuple[str, list[EstimateCurve], list[str]]:
+    """Strengths along the bottom; layers, where there are more of these: few curves can be told
+    apart."""
+    layers = list(dict.fromkeys(row.get("layer") for row in rows))
+    strengths = sorted({row["strength"] for row in rows})
+    by_layer = len(layers) > len(strengths)
+    curves: dict[tuple[Any, bool], list[tuple[float, Estimate]]] = {}
+    for row in rows:
+        layer, strength, control = row.get("layer"), row["strength"], bool(row.get("control"))
+        place = float(layers.index(layer)) if by_layer else strength
+        points = curves.setdefault((strength if by_layer else layer, control), [])
+        points.append((place, row["summary"].get(measure)))
     found = []
-    for layer, control in kinds:
-        mine = [r for r in rows if (r.get("layer"), bool(r.get("control"))) == (layer, control)]
-        mine.sort(key=lambda row: row["strength"])
-        name = "" if layer is None else f"Layer {layer}"
-        if len(kinds) > 1:
-            name = f"{name} random".strip().capitalize() if control else name or "Features"
-        estimates = [row["summary"].get(measure) for row in mine]
-        found.append(_curve(name, estimates, [row["strength"] for row in mine]))
+    for (key, control), points in curves.items():
+        points.sort(key=lambda point: point[0])
+        name = f"× {key:g}" if by_layer else "" if key is None else f"Layer {key}"
+        if control:
+            name = f"{name} random".strip().capitalize()
+        elif not name and len(curves) > 1:
+            name = "Features"
+        found.append(_curve(name, [e for _, e in points], [x for x, _ in points]))
+    if by_layer:
+        return "Layer", _with_points(found), [f"L{layer}" for layer in layers]
     return "Strength (× all coefficients)", _with_points(found), []
 
 
@@ -279,7 +297,7 @@ def _curve(
     name: str, estimates: Sequence[Estimate], x: Sequence[float] | None = None
 ) -> EstimateCurve:
     places = x or range(len(estimates))
-    known = [(x, e) for x, e in zip(places, estimates, strict=True) if e is not None]
+    known = [(place, e) for place, e in zip(places, estimates, strict=True) if e is not None]
     return EstimateCurve(
         name,
         [float(x) for x, _ in known],
