@@ -238,7 +238,7 @@ def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None
     assert "not chosen" in picker.strip.describe(1) and "chosen" in picker.strip.describe(2)
     shot(page._page.widget(), "steering_tokens-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
-    assert squeezed(page) == []
+    qtbot.waitUntil(lambda: squeezed(page) == [], timeout=5000)
     assert generate(qtbot, page).request["positions"] == [2]
     read = picker.read
     page.configuration.prompt.setPlainText("The histories of " + PROMPT)
@@ -332,7 +332,7 @@ def test_repetition_is_called_out(now: float, before: float, run: int, told: str
 TRIED = [(0.5, "green"), (1.0, "green"), (2.0, "amber"), (3.0, "red")]
 
 
-def calibrate(library: Library, sae_id: int, feature: int) -> None:
+def calibrate(library: Library, sae_id: int, feature: int, recommended: float = 1.0) -> None:
     rows = [
         {
             "strength": s,
@@ -348,7 +348,7 @@ def calibrate(library: Library, sae_id: int, feature: int) -> None:
         feature,
         "add",
         site={"hook_point": "blocks.2.hook_resid_post", "layer": 2},
-        recommended=1.0,
+        recommended=recommended,
         s_max=3.0,
         curve={"tried": rows, "prompts": ["a", "b"], "new_tokens": 32},
     )
@@ -362,6 +362,7 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     qtbot.waitUntil(card.isVisible, timeout=5000)
     assert not card.badge.isVisible() and card.range.text() == "Safe strength: — (not measured)"
     assert card.score.text() == "Output score: —"
+    assert card.best.text() == "Calibrate"
     calibrate(page._services.library, sae_id or 0, feature)
     qtbot.waitUntil(card.badge.isVisible, timeout=5000)
     for strength, word in ((0.75, "Safe"), (1.5, "Strong"), (2.5, "Breaks"), (4.0, "Breaks")):
@@ -373,10 +374,15 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     assert card.range.text() == told
     assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
     assert "+2 × max: Strong • KL 0.5 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
+    assert card.best.text() == "Recommended" and "+1" in card.best.toolTip()
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
+    calibrate(page._services.library, sae_id or 0, feature, 0.0)
+    qtbot.waitUntil(lambda: not card.best.isEnabled(), timeout=5000)
+    assert card.best.toolTip().startswith("No strength that was tried is safe")
     card.box.setValue(1.5)
-    assert cut_off(page) == [] and squeezed(page) == [] and nameless(page) == []
+    qtbot.waitUntil(lambda: cut_off(page) == squeezed(page) == [], timeout=5000)
+    assert nameless(page) == []
     shot(page, "steering_calibrated-1280")
     card.method.set_value("clamp")  # which has a calibration of its own
     assert not card.badge.isVisible()
@@ -417,7 +423,8 @@ def test_a_calibration_says_what_it_waits_for_and_can_be_stopped(
     Stubborn.release.clear()
     page._services.jobs.submit(Stubborn())
     try:
-        card.calibrate.click()
+        card.best.click()
+        assert not card.best.isVisible()
         qtbot.waitUntil(lambda: "Waits for “Stubborn”" in card.range.text(), timeout=5000)
         card.calibrate.click()
         assert not page.presenter.is_calibrating

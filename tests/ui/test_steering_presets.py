@@ -459,9 +459,9 @@ def test_saved_starred_loaded_and_deleted(
     assert [c.as_list()[1:] for c in page.presenter.selected] == [[5, 1.5, "add"]]
     assert (form.form().prompt, form.form().seed) == ("The history", 7)
     assert form.advanced.expanded  # a seed of its own would else be out of sight
+    qtbot.waitUntil(lambda: squeezed(page) == [], timeout=5000)  # layouts settle one by one
     shot(page._page.widget(), "steering_presets-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
-    assert squeezed(page) == []
     kept = page._services.library.templates.named("steering", "mine")
     monkeypatch.setattr(ConfirmDialog, "ask", classmethod(lambda cls, *_: False))
     section.rows()[0].delete.click()

@@ -42,6 +42,11 @@ SCORE_TIP = (
     "largest probability × (1 − best rank ÷ vocabulary), after one prompt. Features with a high "
     "score steer best (Arad et al. 2025)."
 )
+CALIBRATE_TIP = (
+    "Tries this feature at rising strengths on neutral prompts and measures where the text changes "
+    "and where it breaks; also at falling ones where its coefficient is below 0. Takes seconds to "
+    "minutes."
+)
 NOT_CALIBRATED = "Its strengths are no multiples of the maximum: they are not calibrated."
 # What Suppress, Reset and Amplify set, and what stands below the slider.
 _QUICK = (("Suppress", -2.0), ("Reset", 0.0), ("Amplify", 2.0))
@@ -184,10 +189,8 @@ class FeatureCard(Surface):
             button.clicked.connect(lambda checked=False, place=place: self._on_quick(place))
             self.quick.append(button)
             buttons.addWidget(button, 1)
-        self.best = Button("Recommended", "small")
-        self.best.setAccessibleName(f"Recommended strength of feature {feature}")
+        self.best = Button("Calibrate", "small")
         self.best.clicked.connect(self._on_best_clicked)
-        self.best.hide()
         buttons.addWidget(self.best)
         self.more = Button("More", "small", "chevron-down")
         self.more.setCheckable(True)
@@ -259,7 +262,6 @@ class FeatureCard(Surface):
         known = measured.get("score") if score is None else score
         self.score.setText(f"Output score: {significant(known, 2)}")
         self.score.setToolTip(SCORE_TIP)
-        self.best.setVisible(bool(recommended(calibration, 1.0)))
         self._show_running()
 
     def show_running(self, running: Calibrating | None) -> None:
@@ -283,15 +285,27 @@ class FeatureCard(Surface):
             self.calibrate.setText("Calibrate again" if calibration else "Calibrate")
             self.calibrate.set_icon("gauge")
             self.calibrate.setAccessibleName(f"Calibrate feature {feature}")
-            self.calibrate.setToolTip(
-                "Tries this feature at rising strengths on neutral prompts and measures where the "
-                "text changes and where it breaks; also at falling ones where its coefficient is "
-                "below 0. Takes seconds to minutes."
-            )
+            self.calibrate.setToolTip(CALIBRATE_TIP)
         self.calibrate.setEnabled(running is not None or can_be)
         zones = self._zones
         self.slider.set_zones(zones.zones() if zones else [])
         self._show_zone()
+
+    def _show_best(self) -> None:
+        """One click finds the recommended strength, one more sets it."""
+        best = recommended(self._calibration, self.strength)
+        possible = self.method.value in CALIBRATED and self._running is None
+        self.best.setVisible(possible)
+        self.best.setEnabled(self._calibration is None or best != 0)
+        if self._calibration is None:
+            self.best.setText("Calibrate")
+            self.best.setToolTip(CALIBRATE_TIP)
+            self.best.setAccessibleName(f"Find the recommended strength of feature {self.feature}")
+        else:
+            self.best.setText("Recommended")
+            found = f"Coefficient {best:+g}, as the calibration found"
+            self.best.setToolTip(found if best else range_text(self._calibration))
+            self.best.setAccessibleName(f"Recommended strength of feature {self.feature}")
 
     @property
     def _zones(self) -> Calibration | None:
@@ -371,8 +385,7 @@ class FeatureCard(Surface):
     def _show_zone(self) -> None:
         """The zone of the strength as a word beside the name; nothing where it is not known."""
         self.range.setToolTip(range_tip(self._calibration, self.strength))
-        best = recommended(self._calibration, self.strength)
-        self.best.setToolTip(f"Coefficient {best:+g}, as the calibration found")
+        self._show_best()
         if self._running is not None:
             self.badge.set_status("running", f"Calibrating {self._running.percent} %", "blue")
             self.badge.setToolTip(self._running.text)
@@ -412,7 +425,10 @@ class FeatureCard(Surface):
         self.box.setValue(self._quick_values[place][1])
 
     def _on_best_clicked(self, checked: bool = False) -> None:
-        self.box.setValue(recommended(self._calibration, self.strength))
+        if self._calibration is None:
+            self.calibrate_wanted.emit(*self.key)
+        else:
+            self.box.setValue(recommended(self._calibration, self.strength))
 
     def _on_calibrate_clicked(self, checked: bool = False) -> None:
         (self.stop_wanted if self._running else self.calibrate_wanted).emit(*self.key)

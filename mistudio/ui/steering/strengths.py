@@ -78,6 +78,7 @@ class Multipliers(QWidget):
     def _place_add(self) -> None:
         self._flow.removeWidget(self.add)
         self._flow.addWidget(self.add)
+        self.add.ensurePolished()  # the style sets a height of its own
         self.add.setFixedHeight(self._holders[0].height())  # in line with the fields
         self.add.setVisible(len(self._boxes) < MOST_SCALES)
 
