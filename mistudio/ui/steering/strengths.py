@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from PySide6.QtCore import Signal
+from PySide6.QtGui import QShowEvent
 from PySide6.QtWidgets import QWidget
 
 from mistudio.ui.steering.request import MOST_SCALES
@@ -78,9 +79,12 @@ class Multipliers(QWidget):
     def _place_add(self) -> None:
         self._flow.removeWidget(self.add)
         self._flow.addWidget(self.add)
-        self.add.ensurePolished()  # the style sets a height of its own
         self.add.setFixedHeight(self._holders[0].height())  # in line with the fields
         self.add.setVisible(len(self._boxes) < MOST_SCALES)
+
+    def showEvent(self, event: QShowEvent) -> None:
+        super().showEvent(event)
+        self._place_add()  # the style set a height of its own since
 
     def _remove(self, box: FloatBox) -> None:
         self.set_values([round(b.value(), 2) for b in self._boxes if b is not box])
