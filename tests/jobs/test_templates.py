@@ -210,7 +210,8 @@ def fill(library: Library) -> None:
     library.templates.save(
         "steering", "calm", "",
         {"features": [{"feature_id": 3, "coefficient": -1.5, "label": "anger", "layer": 4}],
-         "layers": [4], "temperature": 0.7, "model": model, "sae": {"name": "s", "d_sae": 99, "layer": 4},
+         "layers": [4], "temperature": 0.7, "model": model,
+         "sae": {"name": "s", "d_sae": 99, "layer": 4},
          "title": "SAE • m • d", "settings": {"seed": 1, "prompt": "Hello", "cache": True}},
     )  # fmt: skip
 
