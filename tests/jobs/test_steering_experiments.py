@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -18,7 +19,15 @@ from mistudio.engine.progress import Cancelled
 from mistudio.jobs.control import Control, Snapshot
 from mistudio.jobs.experiments import MEASURES, estimate, write_experiment
 from mistudio.jobs.job import JobContext, run_job, submit
-from mistudio.jobs.kinds import LayerStudy, PromptBatch, Steer, Sweep, job_from_row
+from mistudio.jobs.kinds import (
+    Discover,
+    ImportSae,
+    LayerStudy,
+    PromptBatch,
+    Steer,
+    Sweep,
+    job_from_row,
+)
 from mistudio.library.jobs import JobRecord
 from mistudio.library.library import Library
 from mistudio.library.steering import Experiment
@@ -134,6 +143,26 @@ def test_a_study_of_layers_says_what_each_does_alone_and_what_is_lost_without(
         assert row["alone"]["percent_of_norm"] == row["without"]["percent_of_norm"] == share > 0
         assert row["kl_without"]["mean"] > 0 and row["kl_without"]["texts"] == 4
         assert row["alone"]["summary"]["kl_per_token"]["mean"] > 0
+
+
+def test_each_layers_own_feature_is_studied_where_its_sae_acts(
+    library: Library, tmp_path: Path
+) -> None:
+    """The same dictionary, said to be of the next layer, stands in for that of another layer."""
+    shutil.copytree(library.path(library.saes.get(1).folder), tmp_path / "next")
+    for file in (tmp_path / "next").glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("blocks.1.hook", "blocks.2.hook"), encoding="utf-8")
+    (other,) = run(library, ImportSae(str(tmp_path / "next"), 1)).result["sae_ids"]
+    assert library.saes.get(other).layer == 2
+    assert run(library, Discover(other, 2000, dataset_id=1)).status == "finished"
+    job = LayerStudy(1, [[3, 2.0]], (), ([other, 5, 2.0, "clamp"],), **QUICK)
+    found = experiment(library, job).result
+    assert [row["layer"] for row in found["rows"]] == [1, 2]
+    assert found["all"]["percent_of_norm"] is None
+    single = alone(library, PROMPTS[1], 7)
+    assert found["rows"][0]["alone"]["texts"][3]["text"] == single["variants"][0]["text"]
+    assert found["rows"][1]["without"]["texts"] == found["rows"][0]["alone"]["texts"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from mistudio.jobs.experiments import write_experiment
 from mistudio.jobs.job import device_turn, run_job, submit
-from mistudio.jobs.kinds import PromptBatch, Sweep
+from mistudio.jobs.kinds import Discover, ImportSae, PromptBatch, Sweep
 from mistudio.library.library import Library
 from mistudio.library.steering import Experiment
 from mistudio.ui.services import Services
@@ -99,6 +100,14 @@ def test_what_stands_in_the_way_is_said() -> None:
     assert "one SAE" in told(plans.STUDY, [Chosen(1, 5, 1.0, "clamp")])
     assert "two or more layers" in told(plans.STUDY, [one], (1,))
     assert "one layer" in told(plans.BY_LAYER, [one], ())
+    # Features of several SAEs are studied where these act.
+    clamped = Chosen(2, 6, 1.0, "clamp")
+    assert told(plans.STUDY, [one, clamped], (1, 2)) == ""
+    assert "SAEs of two or more layers" in told(plans.STUDY, [one, clamped], (1,))
+    study = Plan(plans.STUDY, ("x",), None, (1, 2))
+    job = plans.to_job(study, FORM, [one, clamped], 1)
+    assert (job.layers, job.others) == ((), ([2, 6, 1.0, "clamp"],))
+    assert read_back(kept(job)) is not None
     assert "prompt" in plans.reason(Plan(plans.SWEEP, (), (1.0,), ()), FORM, [one])
     assert "numbers" in plans.reason(Plan(plans.SWEEP, ("x",), None, ()), FORM, [one])
     assert "one SAE" in told(plans.SWEEP, [one, other], form=Form(layers=(1, 2)))
@@ -269,6 +278,32 @@ def test_what_a_stopped_experiment_lacks_is_said(done: int, texts: int, words: s
 # --- on the screen --------------------------------------------------------------------------------
 
 
+def test_features_of_several_saes_are_studied_where_these_act(
+    qtbot: Any, services_of: Callable[[Library], Services], trained_library: Library, tmp_path: Path
+) -> None:
+    """The same dictionary, said to be of the next layer, stands in for that of another layer."""
+    first = trained_library.saes.get(1)
+    shutil.copytree(trained_library.path(first.folder), tmp_path / "next")
+    for file in (tmp_path / "next").glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        moved = text.replace(f"blocks.{first.layer}.", f"blocks.{first.layer + 1}.")
+        file.write_text(moved, encoding="utf-8")
+    job: Any = ImportSae(str(tmp_path / "next"), 1)
+    (other,) = run_job(trained_library, job, submit(trained_library, job)).result["sae_ids"]
+    job = Discover(other, 1000, dataset_id=1)
+    assert run_job(trained_library, job, submit(trained_library, job)).status == "finished"
+    made = SteeringPage(services_of(trained_library))
+    qtbot.addWidget(made)
+    made.presenter.set_selected([Chosen(1, 5, 1.0), Chosen(other, 6, 1.0, "clamp")])
+    made.configuration.prompt.setPlainText("The sea")
+    planner = made.experiments.planner
+    planner.kind.set_value(plans.STUDY)
+    assert planner.plan().layers == (first.layer, first.layer + 1)
+    assert planner.layers.isHidden() and planner.reason.text().startswith("15 steered texts")
+    made.presenter.remove(other, 6)
+    assert not planner.layers.isHidden()
+
+
 def plan_sweep(page: SteeringPage, seeds: int, tokens: int) -> ExperimentsView:
     view = page.experiments
     page.views.setCurrentIndex(1)
@@ -358,23 +393,24 @@ def type_and_take(name: str) -> Callable[[RenameDialog], None]:
 def test_a_table_fills_while_it_runs_and_a_stopped_one_is_kept(
     qtbot: Any, page: SteeringPage
 ) -> None:
-    view = plan_sweep(page, 20, 24)
-    view.planner.prompts.setPlainText("The history of the\nThe sea")
+    view = plan_sweep(page, 20, 100)  # far longer than this test looks at it
+    view.planner.prompts.setPlainText("\n".join(["The history of the", "The sea"] * 5))
     view.planner.start.click()
     report = view.report
     qtbot.waitUntil(lambda: view.shown is not None, timeout=30_000)
     assert view.shown is not None and view.shown.id == RUNNING
-    assert "of 40 continuations" in report.incomplete.text() and report.progress.isVisible()
+    assert "of 200 continuations" in report.incomplete.text() and report.progress.isVisible()
     report.table.selectRow(1)
     qtbot.waitUntil(lambda: view.shown.result["continued"] > 2, timeout=30_000)  # type: ignore[union-attr]
     assert report.table.selectionModel().selectedRows()[0].row() == 1  # stays chosen
     assert report.texts.toPlainText().count("Steered ▸") >= 3
+    shot(page._page.widget(), "steering_experiment-live-1280")  # also gives texts their room
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     with qtbot.waitSignal(page._services.jobs.job_finished, timeout=30_000) as ended:
         report.stop.click()
     assert ended.args[1] == "cancelled"
     qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING, timeout=5000)
-    assert view.shown.name.endswith("(stopped)") and 2 < view.shown.result["continued"] < 40
+    assert view.shown.name.endswith("(stopped)") and 2 < view.shown.result["continued"] < 200
     assert report.incomplete.text().startswith("⚠ Stopped: ") and report.repeat.isVisible()
     assert report.note.text() == ""
     # Stopped before there is anything, nothing is kept: so it says.

@@ -27,6 +27,9 @@ ABOUT = {
     "random control where it is on.",
     STUDY: "All chosen layers together, each of them alone, and all but each.",
 }
+ABOUT_OWN = (
+    "Each feature where its SAE acts: all layers together, each of them alone, and all but each."
+)
 STRENGTHS = "0.25, 0.5, 1, 1.5, 2, 3"
 MOST_STRENGTHS = 16
 MOST_SEEDS = 20
@@ -34,7 +37,8 @@ MOST_SEEDS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """`strengths` None: what was typed is no list of numbers."""
+    """`strengths` None: what was typed is no list of numbers. `layers` are those that were chosen;
+    of a study of features of several SAEs, the ones of these."""
 
     kind: str
     prompts: tuple[str, ...]
@@ -94,7 +98,15 @@ def reason(plan: Plan, form: Form, chosen: Sequence[Chosen]) -> str:
     return _reason_against_layers(plan, form, chosen)
 
 
+def at_own_layers(kind: str, chosen: Sequence[Chosen]) -> bool:
+    """Whether it is a study in which each feature stays where its SAE acts."""
+    return kind == STUDY and len({c.sae_id for c in chosen}) > 1
+
+
 def _reason_against_layers(plan: Plan, form: Form, chosen: Sequence[Chosen]) -> str:
+    if at_own_layers(plan.kind, chosen):
+        several = len(plan.layers) > 1
+        return "" if several else "Add features of SAEs of two or more layers, or of one SAE only."
     if plan.kind in (BY_LAYER, STUDY):
         layers = plan.layers
         if len(layers) < (2 if plan.kind == STUDY else 1):
@@ -132,7 +144,8 @@ def to_job(plan: Plan, form: Form, chosen: Sequence[Chosen], sae_id: int) -> Any
         steering |= {"layers": form.layers or ()}
         return PromptBatch(variants=_variants(form, steering), **common)
     if plan.kind == STUDY:
-        return LayerStudy(layers=plan.layers, **steering, **common)
+        layers = () if at_own_layers(plan.kind, chosen) else plan.layers
+        return LayerStudy(layers=layers, **steering, **common)
     layers = (form.layers or ()) if plan.kind == SWEEP else plan.layers
     return Sweep(
         strengths=plan.strengths or (),

@@ -11,7 +11,14 @@ from PySide6.QtWidgets import QLineEdit, QPlainTextEdit, QWidget
 
 from mistudio import formatting
 from mistudio.ui.steering.experiments import plan as plans
-from mistudio.ui.steering.experiments.plan import ABOUT, KINDS, MOST_SEEDS, STRENGTHS, Plan
+from mistudio.ui.steering.experiments.plan import (
+    ABOUT,
+    ABOUT_OWN,
+    KINDS,
+    MOST_SEEDS,
+    STRENGTHS,
+    Plan,
+)
 from mistudio.ui.steering.presenter import SteeringPresenter
 from mistudio.ui.steering.request import Form
 from mistudio.ui.widgets import Button, Card, Choice, FormRow, IntBox, LayerGrid, Text, column, row
@@ -79,9 +86,16 @@ class PlanCard(Card):
             str(self.kind.value),
             prompts,
             plans.read_strengths(self.strengths.text()),
-            tuple(self.layers.selected()),
+            self._layers(),
             self.seeds.value(),
         )
+
+    def _layers(self) -> tuple[int, ...]:
+        chosen = self._presenter.selected
+        if not plans.at_own_layers(str(self.kind.value), chosen):
+            return tuple(self.layers.selected())
+        found = [self._presenter.source_of(c.sae_id) for c in chosen]
+        return tuple(sorted({source.sae.layer for source in found if source is not None}))
 
     def show_plan(self, plan: Plan) -> None:
         """A single prompt is left to the form."""
@@ -136,9 +150,10 @@ class PlanCard(Card):
     def refresh(self) -> None:
         """What depends on plan, form and selection together."""
         plan, form = self.plan(), self._form()
-        self.about.setText(ABOUT[plan.kind])
+        own = plans.at_own_layers(plan.kind, self._presenter.selected)
+        self.about.setText(ABOUT_OWN if own else ABOUT[plan.kind])
         self._strengths_row.setVisible(plan.kind in (plans.SWEEP, plans.BY_LAYER))
-        self.layers.setVisible(plan.kind in (plans.BY_LAYER, plans.STUDY))
+        self.layers.setVisible(plan.kind in (plans.BY_LAYER, plans.STUDY) and not own)
         reason = plans.reason(plan, form, self._presenter.selected)
         self.start.setEnabled(not self._busy and not reason)
         self.reason.setText(reason or _amount(plan, form))
