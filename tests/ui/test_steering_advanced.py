@@ -373,7 +373,7 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     told = "Recommended: +1 × max (its own tokens 2.0 times as likely) • breaks from +3 on"
     assert card.range.text() == told
     assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
-    assert "+2 × max: Strong • KL 0.5 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
+    assert "+2 × max: Strong • KL 0.500 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
     assert card.best.text() == "Recommended" and "+1" in card.best.toolTip()
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
@@ -469,7 +469,7 @@ def test_what_is_recommended_and_why_not() -> None:
     }
     both = told(0.0, 2.0, down)
     assert range_text(both) == (
-        f"Amplified • {still}\nSuppressed • Recommended: -1 × max (its own tokens 0.5 times as "
+        f"Amplified • {still}\nSuppressed • Recommended: -1 × max (its own tokens 0.50 times as "
         "likely) • breaks from -3 on"
     )
     assert recommended(both, 1.0) == recommended(both, -1.0) == -1.0
@@ -488,7 +488,7 @@ def test_output_scores_lead_to_features_that_steer(qtbot: Any, page: SteeringPag
     qtbot.waitUntil(
         lambda: [row.feature for row in page.features.suggestion_rows()] == [9, 5], timeout=10_000
     )
-    assert page.features.suggestion_rows()[0].score.text() == "score 0.9"
+    assert page.features.suggestion_rows()[0].score.text() == "score 0.90"
     assert not page.features.best.isVisible()
 
 

@@ -37,7 +37,7 @@ def significant(value: float | None, digits: int = 3) -> str:
         return formatting.number(value, max(0, digits - whole))
     if abs(value) < 0.0001:
         return f"{'-' if value < 0 else ''}<0.0001"
-    return f"{value:.{digits}g}" if abs(value) >= 0.001 else f"{value:.4f}"
+    return f"{value:#.{digits}g}" if abs(value) >= 0.001 else f"{value:.4f}"
 
 
 def signed(value: float | None) -> str:
