@@ -373,7 +373,9 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     told = "Recommended: +1 × max (its own tokens 2.0 times as likely) • breaks from +3 on"
     assert card.range.text() == told
     assert "2 neutral prompts, 32 tokens each" in card.range.toolTip()
-    assert "+2 × max: Strong • KL 0.500 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
+    assert (
+        "+2 × max: Strong • KL 0.500 • own tokens 4.0 % (unsteered 1.0 %)" in card.range.toolTip()
+    )
     assert card.best.text() == "Recommended" and "+1" in card.best.toolTip()
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
