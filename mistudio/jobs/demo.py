@@ -290,6 +290,8 @@ def _readable(variants: list[dict[str, Any]]) -> dict[str, Any]:
     good = [
         row
         for row in variants
-        if row["distinct_2"] >= 0.85 * row["distinct_2_unsteered"] and row["perplexity_ratio"] <= 6
+        if None not in (row["distinct_2"], row["distinct_2_unsteered"], row["perplexity_ratio"])
+        and row["distinct_2"] >= 0.85 * row["distinct_2_unsteered"]
+        and row["perplexity_ratio"] <= 6
     ]
     return good[-1] if good else variants[0]

@@ -45,7 +45,7 @@ from mistudio.jobs.control import Phase
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model, precision_of
 from mistudio.jobs.stages import Stage, Within
-from mistudio.jobs.steering import Planned, Recipe, Steer, compare, known
+from mistudio.jobs.steering import Planned, Recipe, Steer, compare
 from mistudio.library.library import Library
 from mistudio.library.steering import Experiment
 
@@ -493,13 +493,13 @@ def _measures(one: dict[str, Any]) -> dict[str, float | None]:
         for f in one["features"]
         if f["own_share"] is not None and f["own_share_unsteered"] is not None
     ]
-    unsteered = one["distinct_2_unsteered"]
+    diverse, usual = one["distinct_2"], one["distinct_2_unsteered"]
     return {
-        "kl_per_token": known(one["kl_per_token"]),
-        "perplexity_ratio": known(one["perplexity_ratio"]),
-        "distinct_ratio": known(one["distinct_2"] / unsteered) if unsteered else None,
-        "similarity": known(one["similarity"]),
-        "word_overlap": known(one["word_overlap"]),
+        "kl_per_token": one["kl_per_token"],
+        "perplexity_ratio": one["perplexity_ratio"],
+        "distinct_ratio": None if diverse is None or not usual else diverse / usual,
+        "similarity": one["similarity"],
+        "word_overlap": one["word_overlap"],
         "reactivation": sum(gains) / len(gains) if gains else None,
         "own_share": sum(shares) / len(shares) if shares else None,
         "effectiveness": one["effectiveness"],

@@ -89,6 +89,7 @@ def steer(library: Library, job: Steer, model: HookedDecoder, progress: Progress
     control) a `variants` entry with `text`, `coefficients`, `percent_of_norm`, the effect's
     measures (`metrics.SteeringEffect`), and
 
+        ...             those measures, None where there is no such number (a text of no tokens)
         ended           whether the text ended by itself; `unsteered_ended` of the unsteered one
         ended_early     it did, and with fewer tokens than the unsteered text
         features        what became of each steered feature: `Expressed`
@@ -206,7 +207,7 @@ def compare(
             {
                 "text": row.text,
                 "ids": row.ids,
-                **effect.as_dict(),
+                **_as_json(effect),
                 "ended": row.ended,
                 "ended_early": row.ended and len(row.ids) < len(unsteered.ids),
                 "features": [asdict(feature) for feature in features],
@@ -276,6 +277,13 @@ def effectiveness_of(features: Sequence[Expressed], effect: SteeringEffect) -> f
         return None
     ratio = effect.distinct_2 / effect.distinct_2_unsteered
     return known(effectiveness(sum(gains) / len(gains), ratio, effect.perplexity_ratio))
+
+
+def _as_json(effect: SteeringEffect) -> dict[str, Any]:
+    return {
+        name: known(value) if isinstance(value, float) else value
+        for name, value in effect.as_dict().items()
+    }
 
 
 def known(value: float) -> float | None:
@@ -433,6 +441,16 @@ class Part:
         return all(edit.method == "add" for edit in self._edits)
 
     def add(self, feature: int, strength: float, method: str) -> None:
+        """Raises InvalidInput where the feature has another wish already and one of the two reads
+        how active it is: clamping to two values at once means nothing."""
+        others = [edit.method for edit in self._edits if edit.feature == feature]
+        if others and {*others, method} != {"add"}:
+            raise InvalidInput(
+                "A feature is steered in two ways at once",
+                f"Feature {feature} stands there with “{others[0]}” and with “{method}”.",
+                "Keep one of them; only “add” can be given more than once.",
+                field="features",
+            )
         self._edits.append(self.edit(feature, strength, method))
 
     def edit(self, feature: int, strength: float, method: str) -> FeatureEdit:
@@ -512,7 +530,9 @@ class Part:
 
     def percent(self, scale: float) -> float | None:
         """Of what is added in the median norm; None where that depends on the text."""
-        return 100.0 * float(self.vector(scale).norm()) / self.median if self.adds else None
+        return (
+            100.0 * float(self.vector(scale).double().norm()) / self.median if self.adds else None
+        )
 
 
 def _gain(edit: FeatureEdit, difference: float) -> float:

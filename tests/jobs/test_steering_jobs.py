@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -108,7 +109,26 @@ def test_features_of_another_sae_act_at_their_own_site(library: Library) -> None
         ({"layers": (0,), "features": [[3, 1.0, "clamp"]]}, "must be added features"),
         ({"repetition_penalty": 9.0}, "repetition penalty must be between"),
         ({"top_k": -1}, "top k must be between"),
+        ({"features": [[3, float("nan")]]}, "strength cannot be used"),
+        ({"features": [[3, 1.0, "clamp"], [3, 2.0, "clamp"]]}, "in two ways at once"),
+        ({"features": [[3, 1.0], [3, 0.0, "ablate"]]}, "in two ways at once"),
+        ({"seed": 10**30}, "seed is too large"),
+        ({"prompt": "sea " * 300}, "too long for this model"),
     ],
 )
 def test_what_cannot_be_done_is_refused(library: Library, change: dict, words: str) -> None:
     assert words in refusal(library, **change)
+
+
+def test_where_there_is_no_number_there_is_none(library: Library) -> None:
+    """Of one token there is no bigram, and JSON knows no NaN."""
+    result = steered(library, max_new_tokens=1)
+    json.dumps(result, allow_nan=False)
+    assert result["variants"][0]["distinct_2"] is None
+
+
+def test_a_feature_added_twice_is_added_with_the_sum(library: Library) -> None:
+    twice, once = steered(library, features=[[3, 1.0], [3, 1.0]]), steered(library)
+    assert twice["variants"][0]["ids"] == once["variants"][0]["ids"]
+    nothing = steered(library, features=[[3, 1.0], [3, -1.0]])["variants"][0]
+    assert nothing["kl_per_token"] < 1e-6

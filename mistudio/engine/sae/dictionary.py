@@ -163,6 +163,11 @@ class Dictionary:
             out = out + (normalised * self.scale) @ self.skip.T
         return out / out_scale * spread + mean
 
+    def spread(self, x: Tensor) -> Tensor:
+        """[n]: what decoding multiplies a row of raw inputs [n, d_in] by, beside `out_scale`."""
+        size = self._normalised(x.float())[2]
+        return size[:, 0] if isinstance(size, Tensor) else torch.ones(len(x), device=x.device)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x), x)
 

@@ -20,7 +20,13 @@ from mistudio.engine.models.hf import DynamicCache
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.steering.generation import Sampling, draw
+from mistudio.engine.steering.generation import (
+    Sampling,
+    check_room,
+    check_seed,
+    draw,
+    encode_prompt,
+)
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
 from mistudio.engine.steering.metrics import distinct, share_among
 from mistudio.errors import is_out_of_memory
@@ -46,7 +52,7 @@ BROKEN_DISTINCT = 0.70
 # this factor.
 MARGIN = 0.75
 LEAST_RISE = 1.05
-ROUNDING = 1e-6  # nats per token: less is none
+ROUNDING = 1e-4  # of a log probability: no token's moved by more is no change
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,10 @@ def calibrate(
     if not strengths or any(s * strengths[0] <= 0 for s in strengths):
         raise ValueError("strengths must be of one sign, and none 0")
     variants = [steered(strength) for strength in strengths]
-    encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt, False) for prompt in prompts]
+    check_seed(seed)
+    for ids in encoded:
+        check_room(model, len(ids), new_tokens)
     trial = _Trial(model, special_ids, sorted(own), new_tokens, seed, progress)
     done: dict[int, list[_Text]] = {}
 
@@ -164,8 +173,10 @@ def calibrate(
         for number, texts in trial.write(together, variants, tell):
             done[number] = texts
     tried = _curve(strengths, list(done.values()))
-    for row, variant in zip(tried, variants, strict=True):
-        if row.kl < ROUNDING and variant.always_acts:
+    for i, variant in enumerate(variants, 1):
+        texts = [texts[i] for texts in done.values()]
+        still = all(max(text.moved) < ROUNDING and not text.lost for text in texts)
+        if still and variant.always_acts:
             raise RuntimeError("Steering changed nothing: its edit does not reach the logits")
     base = [texts[0] for texts in done.values()]
     return Calibration(
@@ -182,8 +193,9 @@ def calibrate(
 @dataclass
 class _Text:
     """One continuation, by token: its ids, KL(steered || unsteered) and its negative log
-    probability under the unsteered model, in nats on its own prefix, and the probability of the
-    feature's own tokens with and without steering."""
+    probability under the unsteered model, in nats on its own prefix, the probability of the
+    feature's own tokens with and without steering, and the most that any token's log probability
+    moved. `lost`: what is added is too little for the model's precision."""
 
     own: frozenset[int]
     ids: list[int] = field(default_factory=list)
@@ -191,6 +203,8 @@ class _Text:
     nll: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,7 +263,7 @@ class _Trial:
             [list(ids) for ids in prompts.values() for _ in block], device=self.model.device
         )
         steering = Steering(self.model, block * len(prompts), self.special_ids, fed.shape[1])
-        noise = [torch.Generator().manual_seed(self.seed + number) for number in prompts]
+        noise = [torch.Generator().manual_seed((self.seed + number) % 2**64) for number in prompts]
         written = {i: [_Text(frozenset(self.own)) for _ in range(n + 1)] for i in prompts}
         cache, position = DynamicCache(config=self.model.model.config), 0
         for step in range(self.new_tokens):
@@ -266,6 +280,9 @@ class _Trial:
             ]
             fed = torch.cat([token for row in chosen for token in (row, row[1:])])[:, None]
             tell(written, (step + 1) / self.new_tokens)
+        for place, texts in enumerate(written.values()):
+            for row, text in enumerate(texts):
+                text.lost = steering.is_lost(place * len(block) + row)
         return written
 
     def _extend(
@@ -285,6 +302,7 @@ class _Trial:
             (nll, "nll"),
             (after[:, mine].exp().sum(-1), "after"),
             (before[:, mine].exp().sum(-1), "before"),
+            ((after - before).abs().amax(-1), "moved"),
         ):
             for text, value in zip(texts, values.tolist(), strict=True):
                 getattr(text, name).append(value)

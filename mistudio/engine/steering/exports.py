@@ -328,6 +328,7 @@ def _edits_of(
     }
     if any(edit.method in READS_ACTIVATION for edit in edits):
         found |= _encoder_of(key, site.dictionary, chosen, tensors)
+        found["gain"] = site.gain
         if site.site.is_transcoder:
             found["reads"] = _place(site.site.input, path)
     return found
@@ -538,6 +539,12 @@ def delta(point, x):
             amount(what, active[:, i], along[:, i], norms[i])
             for i, what in enumerate(site["does"])
         ]
+        if site.get("norm") == "layer_norm":  # decoding gives a token its own deviation back
+            size = read.get(site["key"], x).std(dim=1) / site["gain"]
+            amounts = [
+                part * size if what[0] in ("clamp", "clamp_min", "scale", "ablate") else part
+                for part, what in zip(amounts, site["does"], strict=True)
+            ]
         total = total + torch.stack(amounts, dim=1) @ rows
     return total
 

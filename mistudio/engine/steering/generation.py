@@ -49,6 +49,42 @@ class Sampling:
                     f"it is {value:g}.",
                     field=name,
                 )
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raises InvalidInput where torch's generators cannot start from it."""
+    if not -(2**63) <= seed < 2**63:
+        raise InvalidInput(
+            "This seed is too large",
+            f"{seed} does not fit into 64 bits.",
+            "Choose a whole number of up to 18 digits.",
+            field="seed",
+        )
+
+
+def check_room(model: HookedDecoder, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises InvalidInput where the model has no positions for that many tokens: beyond what it was
+    trained on it fails or writes nonsense."""
+    config: Any = model.model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if not longest or prompt_tokens + new_tokens <= longest:
+        return
+    told = f"The prompt has {prompt_tokens:,} tokens; the model reads {longest:,} at most"
+    if prompt_tokens >= longest:
+        raise InvalidInput(
+            "The prompt is too long for this model",
+            f"{told}, with what it writes.",
+            "Shorten the prompt.",
+            field="prompt",
+        )
+    raise InvalidInput(
+        "Prompt and new tokens are too long for this model",
+        f"{told}, and {new_tokens:,} new ones were asked for.",
+        f"Ask for at most {longest - prompt_tokens:,} new tokens, or shorten the prompt.",
+        field="max_new_tokens",
+    )
 
 
 @dataclass(frozen=True)
@@ -70,9 +106,19 @@ class Generated:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, through the model's chat template where asked."""
+    """Token ids of a prompt, through the model's chat template where asked. Raises InvalidInput
+    where there is none."""
     if not prompt.strip():
         raise InvalidInput("The prompt is empty", next_step="Type some text.", field="prompt")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInput(
+            "The prompt is no readable text",
+            f"Its character {exc.start + 1} is half of one.",
+            "Type the prompt anew.",
+            field="prompt",
+        ) from exc
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise InvalidInput(
@@ -86,6 +132,13 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise InvalidInput(
+            "The prompt has no tokens",
+            "The model's tokenizer knows none of its characters.",
+            "Type other text.",
+            field="prompt",
+        )
     return list(ids)
 
 
@@ -109,9 +162,12 @@ def generate(
     alone. `progress.report` gets `texts`, the continuations so far. Where memory is short (or
     without `together`) rows follow one another, with the same noise and the same text. Raises
     RuntimeError where a variant that acts on the prompt leaves the first logits as they were:
-    silent non-steering is worse than none; InvalidInput where it could not be otherwise.
+    silent non-steering is worse than none; InvalidInput where it could not be otherwise, where the
+    text does not fit into the model's positions, and where its predictions are no numbers any more.
     """
     sampling.check()
+    check_room(model, len(prompt_ids), sampling.max_new_tokens)
+    _check_scope(scope or Scope(), prompt_ids, special_ids)
     made = _Making(model, tokenizer, list(prompt_ids), sampling, special_ids, stop_ids, scope)
     rows: list[Variant | None] = [None, *variants]
     if together:
@@ -126,6 +182,49 @@ def generate(
         before = [tokens for part in parts for tokens in part.ids]
         parts.append(made.run([variant], progress, before, len(rows) - number - 1))
     return made.result(_Rows.joined(parts), together=False)
+
+
+def _check_scope(scope: Scope, prompt_ids: Sequence[int], special_ids: Sequence[int]) -> None:
+    """Raises InvalidInput where a scope within the prompt holds nothing that may be steered."""
+    if scope.kind not in ("last", "chosen"):
+        return
+    scope.check(len(prompt_ids))
+    last = len(prompt_ids) - 1
+    places = scope.positions if scope.kind == "chosen" else (last,)
+    if not any(place > 0 and prompt_ids[place] not in special_ids for place in places):
+        raise InvalidInput(
+            "There is no token to steer",
+            "The first token of a prompt and special tokens are never steered, and this scope "
+            "holds no other.",
+            "Write a longer prompt, or choose other tokens.",
+            field="scope",
+        )
+
+
+def check_numbers(logits: Tensor, variants: Sequence[Variant | None]) -> None:
+    """Raises InvalidInput where the logits [rows, ..., vocab] of a row are no numbers: an edit, or
+    the model itself, went beyond what its precision holds."""
+    likeliest = logits.flatten(1).amax(1)
+    if bool(likeliest.isfinite().all()):
+        return
+    broken = [variant for variant, fine in zip(variants, likeliest.isfinite(), strict=True)
+              if not fine]  # fmt: skip
+    if None in broken:
+        raise InvalidInput(
+            "The model's predictions are no numbers",
+            f"Without any steering it leaves the range of {_short(logits)}.",
+            "Use the model in another precision.",
+        )
+    raise InvalidInput(
+        "This steering is too strong",
+        f"The model's predictions leave the range of {_short(logits)}.",
+        "Use less strength.",
+        field="strength",
+    )
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @dataclass
@@ -183,13 +282,14 @@ class _Making:
             with self.model.intervene(steering.edits()):
                 kept = last_logits(self.model, fed, 1, cache)
             position += fed.shape[1]
+            check_numbers(kept[:, -1], variants)
             logits = kept[:, -1].float()
             if variants[0] is None and still:
                 # Equal rows of one batch may differ in their last bits, which can tip a near tie.
                 logits[still] = logits[0].clone()
             if step == 0:
                 first = logits.clone()
-                self._check_effect(variants, logits, kept.dtype, steering.acts)
+                self._check_effect(variants, logits, kept.dtype, steering)
             penalised = penalise(logits, sampling.repetition_penalty, self.prompt_ids, made)
             chosen = draw(penalised, sampling, noise)
             for row, token in enumerate(chosen.tolist()):
@@ -222,19 +322,21 @@ class _Making:
         variants: Sequence[Variant | None],
         logits: Tensor,
         dtype: torch.dtype,
-        acts: bool,
+        steering: Steering,
     ) -> None:
-        """Fail where a row that is steered in the prompt differs by rounding at most."""
+        """Fail where a row that is steered in the prompt, by more than what is lost in rounding,
+        differs by rounding at most."""
         if variants[0] is None:
             self.reference = logits[0].clone()
-        if self.reference is None or not acts:
+        if self.reference is None or not steering.acts:
             return
         rounding = 16 * torch.finfo(torch.float32).eps * float(self.reference.abs().max())
         limit = rounding if dtype == torch.float32 else 0.0
         for row, variant in enumerate(variants):
             if variant is None or not variant.always_acts:
                 continue
-            if float((logits[row] - self.reference).abs().max()) <= limit:
+            moved = float((logits[row] - self.reference).abs().max())
+            if moved <= limit and not steering.is_lost(row):
                 if self._ends_before_the_text(variant):
                     raise InvalidInput(
                         "Steering these tokens cannot change the text",

@@ -16,6 +16,7 @@ c = s * max_activation:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ METHODS = ("add", "clamp", "clamp_min", "scale", "ablate", "orthogonal", "cap")
 # Those that read how much the feature is active.
 READS_ACTIVATION = ("clamp", "clamp_min", "scale", "ablate")
 SCOPES = ("all", "generated", "from_last", "last", "chosen")
+# More than any text survives; far beyond it float32 overflows.
+MOST_STRENGTH = 1e6
 # The strength at which a method leaves everything as it is; the others have none.
 NEUTRAL = {"add": 0.0, "scale": 1.0, "orthogonal": 1.0}
 
@@ -70,7 +73,8 @@ def wanted(edit: FeatureEdit) -> int:
 @dataclass(frozen=True)
 class SiteSteering:
     """What is done at one site: `edits` by features of `dictionary`, and `vector` [d] added as it
-    is. `gain` multiplies decoder rows (dictionaries of normalised activations)."""
+    is. `gain` multiplies decoder rows (dictionaries of normalised activations); the edits that read
+    an activation take the token's own standard deviation there, as decoding does."""
 
     site: Site
     dictionary: Dictionary | None = None
@@ -84,7 +88,8 @@ class SiteSteering:
         return still and all(edit.is_neutral for edit in self.edits)
 
     def check(self) -> None:
-        """Raises InvalidInput where a feature or method does not exist, or has no unit."""
+        """Raises InvalidInput where a feature or method does not exist, a strength is no number,
+        or has no unit."""
         for edit in self.edits:
             if edit.method not in METHODS:
                 raise InvalidInput(
@@ -100,6 +105,14 @@ class SiteSteering:
                     f"Feature {edit.feature} was asked for; this SAE has 0 to {known - 1}.",
                     "Choose one from the feature list.",
                     field="feature",
+                )
+            if not math.isfinite(edit.strength) or abs(edit.strength) > MOST_STRENGTH:
+                raise InvalidInput(
+                    "This strength cannot be used",
+                    f"Feature {edit.feature} was given the strength {edit.strength:g}.",
+                    f"Choose a number between -{MOST_STRENGTH:,.0f} and {MOST_STRENGTH:,.0f}; "
+                    "most features need less than 5.",
+                    field="strength",
                 )
             in_multiples = edit.method in ("add", "clamp", "clamp_min", "cap")
             if in_multiples and edit.max_activation <= 0 and edit.strength:
@@ -189,6 +202,9 @@ _ANYWHERE = Site.at(HookPoint("resid_post", 0))
 
 # -------------------------------------------------------------------- in a forward pass
 
+# Of the stream's length: with less, float32 logits may move by their rounding alone.
+LEAST_SHARE = 1e-4
+
 
 class Steering:
     """The edits of a batch whose row r does `variants[r]` (None: nothing).
@@ -215,6 +231,8 @@ class Steering:
         self.acts = False  # whether any position of the announced pass is steered
         self._points: dict[HookPoint, list[_Part]] = {}
         self._read: dict[HookPoint, Tensor] = {}
+        # What is added below this length is lost in rounding, by point; known once it acted there.
+        self._least: dict[HookPoint, float] = {}
         self._reads: set[HookPoint] = set()
         keeping = [v is not None and v.keep_norm for v in variants]
         self._keep_norm = torch.tensor(keeping, device=model.device) if any(keeping) else None
@@ -264,6 +282,9 @@ class Steering:
             if not self.acts:
                 return x
             wide = x.float()
+            if point not in self._least:
+                usual = float(wide.detach()[self._mask].norm(dim=1).median())
+                self._least[point] = usual * max(LEAST_SHARE, 4 * torch.finfo(x.dtype).eps)
             delta = self._delta(point, wide) * self._mask[:, :, None]
             changed = wide + delta
             if self._keep_norm is not None:
@@ -273,6 +294,21 @@ class Steering:
             return torch.where(self._mask[:, :, None], changed.to(x.dtype), x)
 
         return change
+
+    def is_lost(self, row: int) -> bool:
+        """Whether what is added to a row is too little for the model's precision: whatever it
+        changes is lost in rounding, and unchanged logits are no sign of a hook that failed. False
+        before it acted."""
+        added = [
+            (point, part.added)
+            for point, parts in self._points.items()
+            for part in parts
+            if part.row == row and part.added is not None
+        ]
+        return bool(added) and all(
+            point in self._least and float(vector.norm()) < self._least[point]
+            for point, vector in added
+        )
 
     def _delta(self, point: HookPoint, x: Tensor) -> Tensor:
         """[rows, seq, d], from the unchanged `x`."""
@@ -290,7 +326,7 @@ class Steering:
         """Unit vector [d], the same at every position and pass."""
         key = (point, seed)
         if key not in self._random:
-            generator = torch.Generator().manual_seed(seed * 1009 + point.layer)
+            generator = torch.Generator().manual_seed((seed * 1009 + point.layer) % 2**64)
             direction = torch.randn(width, generator=generator)
             self._random[key] = (direction / direction.norm()).to(self._device)
         return self._random[key]
@@ -309,6 +345,7 @@ class _Part:
     chosen: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]: features of `edits`
     rows: Tensor = field(default_factory=lambda: torch.empty(0))  # [n, d]: gain * W_dec[feature]
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
+    gain: float = 1.0
 
     @classmethod
     def of(cls, row: int, steering: SiteSteering, device: torch.device) -> _Part:
@@ -326,7 +363,9 @@ class _Part:
         chosen = torch.tensor([edit.feature for edit in other], device=dictionary.device)
         rows = steering.gain * dictionary.decoder[chosen].float().to(device)
         norms = rows.norm(dim=1).clamp_min(1e-12)
-        return cls(row, steering.site.input, dictionary, added, other, chosen, rows, norms)
+        return cls(
+            row, steering.site.input, dictionary, added, other, chosen, rows, norms, steering.gain
+        )
 
     @property
     def reads_activation(self) -> bool:
@@ -338,12 +377,20 @@ class _Part:
         total = torch.zeros_like(x) if self.added is None else self.added.expand_as(x)
         if not self.edits:
             return total
-        active = None
+        active, size = None, None
         if self.reads_activation:
             assert self.dictionary is not None
             active = self.dictionary.activations(read.float(), self.chosen)
+            if self.dictionary.norm == "layer_norm":
+                # Decoding multiplies by the token's own deviation; `rows` hold the usual one.
+                size = self.dictionary.spread(read.float()) / self.gain
         along = (x @ self.rows.T) / self.norms  # [seq, n]: x . v
         amounts = [self._amount(i, edit, active, along) for i, edit in enumerate(self.edits)]
+        if size is not None:
+            amounts = [
+                amount * size if edit.method in READS_ACTIVATION else amount
+                for amount, edit in zip(amounts, self.edits, strict=True)
+            ]
         return total + torch.stack(amounts, dim=1) @ self.rows
 
     def _amount(self, i: int, edit: FeatureEdit, active: Tensor | None, along: Tensor) -> Tensor:

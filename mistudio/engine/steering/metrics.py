@@ -15,6 +15,7 @@ from mistudio.engine.models.hooks import HookedDecoder, HookPoint
 from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.engine.sae.dictionary import Dictionary
+from mistudio.engine.steering.generation import check_numbers
 from mistudio.engine.steering.interventions import Scope, Steering, Variant
 
 
@@ -23,7 +24,8 @@ class SteeringEffect:
     """One steered continuation against the unsteered one, over `tokens` generated tokens.
 
     kl_per_token: mean over positions of KL(p_steered || p_unsteered) on the steered text's own
-    prefix, nats, temperature 1; `kl_by_token` are its terms.
+    prefix, nats, temperature 1; `kl_by_token` are its terms. NaN where there is no such number: of
+    no tokens, or of fewer than an n-gram has.
     perplexity: exp(mean NLL) of the continuation's tokens under the unsteered model.
     perplexity_ratio: steered over unsteered. similarity: cosine of word counts.
     word_overlap: Jaccard of word sets. distinct_n: share of n-grams that are different;
@@ -72,9 +74,9 @@ def steering_effect(
         tokens=len(steered_ids),
         kl_per_token=_mean(steered.kl),
         kl_by_token=steered.kl,
-        perplexity=math.exp(nll_steered),
-        perplexity_unsteered=math.exp(nll_unsteered),
-        perplexity_ratio=math.exp(nll_steered - nll_unsteered),
+        perplexity=_exp(nll_steered),
+        perplexity_unsteered=_exp(nll_unsteered),
+        perplexity_ratio=_exp(nll_steered - nll_unsteered),
         similarity=word_cosine(unsteered_text, steered_text),
         word_overlap=word_jaccard(unsteered_text, steered_text),
         distinct_1=distinct(steered_ids, 1),
@@ -137,12 +139,21 @@ def _divergence(
     with model.intervene(steering.edits()):
         # Position p predicts token p + 1.
         kept = last_logits(model, fed, len(ids) + 1)
-    logits = kept[:, :-1].float().log_softmax(-1)
-    base, steered = logits[0], logits[-1]
-    chosen = torch.tensor(list(ids), device=base.device)
-    nll = -base.gather(1, chosen[:, None])[:, 0]
-    kl = (steered.exp() * (steered - base)).sum(-1).clamp_min(0.0)
-    return Divergence(kl.tolist(), nll.tolist())
+    check_numbers(kept[:, :-1], rows)
+    chosen = torch.tensor(list(ids), device=kept.device)
+    found = Divergence([], [])
+    for start in range(0, len(ids), POSITIONS_AT_ONCE):
+        some = slice(start, min(start + POSITIONS_AT_ONCE, len(ids)))
+        logits = kept[:, some].float().log_softmax(-1)
+        base, steered = logits[0], logits[-1]
+        found.nll.extend((-base.gather(1, chosen[some, None])[:, 0]).tolist())
+        # Tokens that a model rules out have log probability -inf, and no part in the sum.
+        terms = torch.where(steered.isneginf(), 0.0, steered.exp() * (steered - base))
+        found.kl.extend(terms.sum(-1).clamp_min(0.0).tolist())
+    return found
+
+
+POSITIONS_AT_ONCE = 64  # of 49,152 tokens in float32: 25 MB for two rows
 
 
 # -------------------------------------------------------------------- does the text say it
@@ -196,6 +207,11 @@ def effectiveness(gain: float, distinct_ratio: float, perplexity_ratio: float) -
     if min(parts) <= 0:
         return 0.0
     return len(parts) / sum(1 / part for part in parts)
+
+
+def _exp(nats: float) -> float:
+    """Within what a float holds, so that its logarithm exists too."""
+    return math.exp(max(min(nats, 700.0), -700.0)) if not math.isnan(nats) else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
