@@ -405,7 +405,7 @@ def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Se
     page = open_page(qtbot, services)
     page.presenter.add(strongest(services, page), 2.0)
     page.configuration.prompt.setPlainText(PROMPT)
-    page.configuration.max_tokens.setValue(2000)
+    page.configuration.max_tokens.setValue(480)
     page.activateWindow()
     page.configuration.generate.setFocus()
     page.configuration.generate.click()
@@ -504,6 +504,41 @@ def test_earlier_generation_comes_back_whole(qtbot: Any, services: Services) -> 
         first.result["variants"][0]["kl_per_token"]
     )
     assert [row.button.text() for row in page.history.rows()] == ["Load again", "Shown"]
+
+
+def test_list_of_earlier_generations_grows_without_being_made_anew(
+    qtbot: Any, services: Services
+) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    first = generate(qtbot, services, page)
+    (old,) = page.history.rows()
+    broken = {"variants": [{"kl_per_token": float("nan")}]}  # of a library from elsewhere
+    services.library.generations.add(sae_id=first.sae_id, request=first.request, result=broken)
+    generate(qtbot, services, page)
+    assert page.history.rows()[2] is old and len(page.history.rows()) == 3
+    kl = significant(first.result["variants"][0]["kl_per_token"])
+    assert f"KL {kl} nats per token" in old._facts.text()
+    assert "KL — nats per token" in page.history.rows()[1]._facts.text()
+    services.library.generations.remove(first.id)
+    qtbot.waitUntil(lambda: len(page.history.rows()) == 2)
+    assert old not in page.history.rows()
+
+
+def test_cells_of_the_table_are_made_once(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    page.configuration.advanced.scales.set_values((1.0, 2.0, 3.0))
+    generate(qtbot, services, page)
+    measures = page.output.measures
+    cells = dict(measures._cells)
+    page.configuration.advanced.scales.set_values((1.0, 2.0))
+    generation = generate(qtbot, services, page)
+    assert measures._cells == cells
+    shown = {line for (line, _), cell in cells.items() if not cell.isHidden()}
+    assert shown == {0, 1, 2}
+    kl = significant(generation.result["variants"][1]["kl_per_token"])
+    assert cells[2, 1].text() == kl
 
 
 def test_state_survives(qtbot: Any, services: Services) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from PySide6.QtCore import Signal
 from PySide6.QtWidgets import QFileDialog, QWidget
 
-from mistudio.library.records import Generation
 from mistudio.ui.services import Services
+from mistudio.ui.steering.earlier import Earlier
 from mistudio.ui.steering.presenter import HISTORY, SteeringPresenter
 from mistudio.ui.steering.request import features_text
-from mistudio.ui.steering.units import significant
-from mistudio.ui.theme import set_look
+from mistudio.ui.steering.units import NOTHING, significant
 from mistudio.ui.times import clock_time
 from mistudio.ui.widgets import (
     Button,
@@ -20,7 +19,6 @@ from mistudio.ui.widgets import (
     ElidedLabel,
     Surface,
     Text,
-    clear,
     column,
     row,
 )
@@ -31,30 +29,36 @@ class HistoryRow(Surface):
 
     opened = Signal(int)
 
-    def __init__(
-        self, generation: Generation, current: bool, parent: QWidget | None = None
-    ) -> None:
+    def __init__(self, earlier: Earlier, parent: QWidget | None = None) -> None:
         super().__init__("tile", None, 10, parent)
-        self.generation_id = generation.id
+        self.generation_id = earlier.id
         self.body.setSpacing(2)
-        request = generation.request
-        variants = generation.result.get("variants") or [{}]
-        kl = ", ".join(significant(v.get("kl_per_token")) for v in variants)
-        told = f"{clock_time(generation.created_at)} • {features_text(request)} • KL {kl} nats"
+        kl = ", ".join(significant(value) for value in earlier.kl) or NOTHING
+        self._earlier = earlier
+        prompt = " ".join(str(earlier.request.get("prompt", "")).split())
+        self._told = f"{features_text(earlier.request)} • KL {kl} nats per token"
         texts = column(2)
-        texts.addWidget(ElidedLabel(str(request.get("prompt", "")), "small"))
-        texts.addWidget(ElidedLabel(told, "helper"))
-        self.button = Button("Shown" if current else "Load again", "small")
-        self.button.setEnabled(not current)
-        self.button.setAccessibleName(
-            f"Load the generation of {clock_time(generation.created_at)} again"
-        )
+        self._facts = ElidedLabel("", "helper")
+        texts.addWidget(ElidedLabel(prompt, "small"))
+        texts.addWidget(self._facts)
+        self.button = Button("Load again", "small")
         self.button.clicked.connect(self._on_button_clicked)
         line = row(texts, self.button)
         line.setStretch(0, 1)
         self.add(line)
-        if current:
-            set_look(self, current="true")
+        self.show_time()
+
+    def show_time(self) -> None:
+        """When it was, as it is said today."""
+        when = clock_time(self._earlier.created_at)
+        self._facts.setText(f"{when} • {self._told}")
+        self.button.setAccessibleName(f"Load the generation of {when} again")
+
+    def show_current(self, current: bool) -> None:
+        """Whether it is the one that is shown above."""
+        if current == self.button.isEnabled():
+            self.button.setText("Shown" if current else "Load again")
+            self.button.setEnabled(not current)
 
     def _on_button_clicked(self, checked: bool = False) -> None:
         self.opened.emit(self.generation_id)
@@ -87,15 +91,27 @@ class History(Collapsible):
 
     def show_current(self, generation_id: int | None) -> None:
         self._current = generation_id
-        self.refresh()
+        for line in self.rows():
+            line.show_current(line.generation_id == generation_id)
 
     def refresh(self) -> None:
+        """Rows that stay are left as they are: a result must not wait for twenty new ones."""
         generations = self._presenter.history()
-        clear(self._place)
-        for generation in generations:
-            line = HistoryRow(generation, generation.id == self._current)
-            line.opened.connect(self.opened)
-            self._place.addWidget(line)
+        wanted = {earlier.id for earlier in generations}
+        for line in self.rows():
+            if line.generation_id not in wanted:
+                self._place.removeWidget(line)
+                line.hide()
+                line.deleteLater()
+        there = {line.generation_id for line in self.rows()}
+        for place, earlier in enumerate(generations):
+            if earlier.id not in there:
+                line = HistoryRow(earlier)
+                line.opened.connect(self.opened)
+                self._place.insertWidget(place, line)
+        for line in self.rows():
+            line.show_time()
+        self.show_current(self._current)
         self.set_count(len(generations))
         self.setVisible(bool(generations))
         self._note.setText(

@@ -13,7 +13,7 @@ from mistudio.library.records import Generation
 from mistudio.ui.steering.request import features_text
 from mistudio.ui.steering.units import NOTHING, exists, share, signed, significant
 from mistudio.ui.theme import tokens
-from mistudio.ui.widgets import Card, Choice, StatTile, Surface, Text, clear
+from mistudio.ui.widgets import Card, Choice, StatTile, Surface, Text
 
 KL_TIP = (
     "Mean of KL(steered ‖ unsteered) over {n} generated tokens: both distributions on the steered "
@@ -101,6 +101,7 @@ class Measures(Card):
             tiles.addWidget(tile, 0, place)
             tiles.setColumnStretch(place, 1)
         self.warning = Text("", "small", "yellow", wrap=True)
+        self._cells: dict[tuple[int, int], Text] = {}  # by line and place, the headings in line 0
         self._table_place = QGridLayout()
         self._table_place.setHorizontalSpacing(24)
         self._table_place.setVerticalSpacing(6)
@@ -170,15 +171,13 @@ class Measures(Card):
             self.tiles[name].set_value(share(measured.get(measure)), None, tip.format(n=n))
 
     def _show_table(self, variants: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-        clear(self._table_place)
+        """Cells are made once and then only told what to say: new ones would take longer to style
+        than a frame of the window lasts."""
         self.table.setVisible(len(variants) > 1)
         if len(variants) <= 1:
             return
         for place, (heading, tip) in enumerate(_COLUMNS):
-            label = Text(heading, "helper")
-            label.setToolTip(tip.format(n="all"))
-            self._put(label, 0, place)
-            self._table_place.setColumnStretch(place, 2 if place == 0 else 1)
+            self._put(0, place, heading, tip.format(n="all"))
         for line, (name, variant) in enumerate(zip(names, variants, strict=True), 1):
             values = (
                 significant(variant.get("kl_per_token")),
@@ -188,16 +187,22 @@ class Measures(Card):
                 share(variant.get("distinct_2")),
                 share(variant.get("repetition_4")),
             )
-            warned = bool(repetition_warning(variant))
-            self._put(Text(f"⚠ {name}" if warned else name, "small"), line, 0)
+            warned = repetition_warning(variant)
+            self._put(line, 0, f"⚠ {name}" if warned else name, warned)
             for place, value in enumerate(values, 1):
-                cell = Text(value, "small")
-                cell.setToolTip(_COLUMNS[place][1].format(n=variant["tokens"]))
-                self._put(cell, line, place)
+                self._put(line, place, value, _COLUMNS[place][1].format(n=variant["tokens"]))
+        for (line, _), cell in self._cells.items():
+            cell.setVisible(line <= len(variants))
 
-    def _put(self, label: Text, line: int, place: int) -> None:
-        side = Qt.AlignmentFlag.AlignLeft if place == 0 else Qt.AlignmentFlag.AlignRight
-        self._table_place.addWidget(label, line, place, side)
+    def _put(self, line: int, place: int, text: str, tip: str) -> None:
+        cell = self._cells.get((line, place))
+        if cell is None:
+            cell = self._cells[line, place] = Text("", "small" if line else "helper")
+            side = Qt.AlignmentFlag.AlignLeft if place == 0 else Qt.AlignmentFlag.AlignRight
+            self._table_place.addWidget(cell, line, place, side)
+            self._table_place.setColumnStretch(place, 2 if place == 0 else 1)
+        cell.setText(text)
+        cell.setToolTip(tip)
 
 
 def _details(generation: Generation, variant: Mapping[str, Any]) -> str:

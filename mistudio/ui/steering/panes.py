@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 
 from PySide6.QtCore import QRectF, QSize, Qt, QTimer
 from PySide6.QtGui import (
@@ -133,10 +135,8 @@ class TextPane(Surface):
         self.view.clear()
         cursor = QTextCursor(self.view.document())
         cursor.beginEditBlock()
-        for part in parts:
-            parting = first_difference is not None and part.token == first_difference
-            look = _format(part, self.mark, parting, shades)
-            cursor.insertText(part.text, look)
+        for text_of, look in _looks(parts, self.mark, first_difference, shades):
+            cursor.insertText(text_of, look)
         cursor.endEditBlock()
         self._plain = text
         self.view.setPlaceholderText("It ended at once: no text")
@@ -153,8 +153,29 @@ class TextPane(Surface):
         self.copy.set_icon("copy", f"Copy: {self.title}")
 
 
+def _looks(
+    parts: Sequence[Run], mark: str, first_difference: int | None, shades: Shades | None
+) -> Iterator[tuple[str, QTextCharFormat]]:
+    """Texts and how they look. Without shades few looks are needed and neighbours share one."""
+    known: dict[tuple[bool, bool, bool], QTextCharFormat] = {}
+    for key, found in groupby(parts, lambda part: _key(part, first_difference, shades)):
+        alike = list(found)
+        look = known.get(key[:3])
+        if look is None or shades is not None:
+            look = known[key[:3]] = _format(alike[0], mark, key[2], shades)
+        yield "".join(part.text for part in alike), look
+
+
+def _key(
+    part: Run, first_difference: int | None, shades: Shades | None
+) -> tuple[bool, bool, bool, int]:
+    """The same for parts that look alike; with shades each token has a colour and a tip."""
+    parting = first_difference is not None and part.token == first_difference
+    return part.common, part.only_here, parting, part.token if shades is not None else 0
+
+
 def _format(part: Run, mark: str, parting: bool, shades: Shades | None) -> QTextCharFormat:
-    look = QTextCharFormat()
+    look = QTextCharFormat(_words(part.only_here))
     colour = tokens.HELPER if part.common else tokens.TEXT
     if part.only_here:
         colour = mark
@@ -165,20 +186,30 @@ def _format(part: Run, mark: str, parting: bool, shades: Shades | None) -> QText
         tip.append("The first token that differs.")
     if shades is not None and 0 <= part.token < len(shades.values):
         value = shades.values[part.token]
-        behind = heat_colour(heat(value, shades.most), tokens.CARD, shades.colours)
+        behind, colour = _shade(heat(value, shades.most), shades.colours)
         look.setBackground(QColor(behind))
-        colour = ink_on(behind)
         tip.insert(0, f"Token {part.token + 1}: KL {significant(value)} nats")
     look.setToolTip("\n".join(tip))
     look.setForeground(QColor(colour))
-    look.setFont(
-        fonts.sans(weight=QFont.Weight.Medium if part.only_here else QFont.Weight.Normal),
-        QTextCharFormat.FontPropertiesInheritanceBehavior.FontPropertiesSpecifiedOnly,
-    )
-    if part.only_here:
-        look.setFontUnderline(True)
     if parting:
         look.setFontOverline(True)
+    return look
+
+
+@lru_cache(maxsize=512)
+def _shade(opacity: float, colours: str) -> tuple[str, str]:
+    """The ground of a shaded token and what is read on it."""
+    behind = heat_colour(opacity, tokens.CARD, colours)
+    return behind, ink_on(behind)
+
+
+def _words(only_here: bool) -> QTextCharFormat:
+    look = QTextCharFormat()
+    look.setFont(
+        fonts.sans(weight=QFont.Weight.Medium if only_here else QFont.Weight.Normal),
+        QTextCharFormat.FontPropertiesInheritanceBehavior.FontPropertiesSpecifiedOnly,
+    )
+    look.setFontUnderline(only_here)
     return look
 
 

@@ -19,6 +19,7 @@ from mistudio.ui.services import Services
 from mistudio.ui.steering import presets
 from mistudio.ui.steering.calibrating import Calibrating, calibrating
 from mistudio.ui.steering.directions import Directions, length, read_directions
+from mistudio.ui.steering.earlier import Earlier, earlier_generations
 from mistudio.ui.steering.feature_index import (
     Descriptions,
     FeatureIndex,
@@ -86,6 +87,7 @@ class SteeringPresenter(QObject):
         self._measuring: set[tuple[int, int]] = set()
         self._norms: dict[int, dict[int, float]] = {}  # by model, then layer
         self._medians: dict[int, float] = {}  # by SAE
+        self._earlier: dict[int, Earlier] = {}  # by generation; none ever changes
         self._scoring: int | None = None
         self._exporting: set[int] = set()
         self.job_id: int | None = None
@@ -581,20 +583,24 @@ class SteeringPresenter(QObject):
 
     # --- history --------------------------------------------------------------------------------
 
-    def history(self) -> list[Generation]:
+    def history(self) -> list[Earlier]:
         """The newest generations with the model's SAEs."""
-        found = self._services.library.generations.all(
-            "id IN (SELECT g.id FROM generations g JOIN saes s ON s.id = g.sae_id "
-            f"WHERE s.model_id = ? ORDER BY g.id DESC LIMIT {HISTORY})",
+        found = self._services.library.rows(
+            "SELECT g.id FROM generations g JOIN saes s ON s.id = g.sae_id "
+            f"WHERE s.model_id = ? ORDER BY g.id DESC LIMIT {HISTORY}",
             (self._model_id,),
         )
+        ids = [row["id"] for row in found]
+        new = [i for i in ids if i not in self._earlier]
+        kept = {i: earlier for i, earlier in self._earlier.items() if i in set(ids)}
+        self._earlier = kept | {e.id: e for e in earlier_generations(self._services.library, new)}
         known = self._norms.setdefault(self._model_id, {})
-        for generation in found:
-            for layer, norm in generation.result.get("layer_norms", {}).items():
-                known.setdefault(int(layer), float(norm))
-            if generation.result.get("median_norm"):
-                self._medians.setdefault(generation.sae_id, generation.result["median_norm"])
-        return found
+        for earlier in (self._earlier[i] for i in ids if i in self._earlier):
+            for layer, norm in earlier.layer_norms.items():
+                known.setdefault(layer, norm)
+            if earlier.median_norm:
+                self._medians.setdefault(earlier.sae_id, earlier.median_norm)
+        return [self._earlier[i] for i in ids if i in self._earlier]
 
     def generation(self, generation_id: int) -> Generation | None:
         return self._services.library.generations.find(generation_id)
