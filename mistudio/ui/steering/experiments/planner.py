@@ -167,8 +167,8 @@ class PlanCard(Card):
 
 def _amount(plan: Plan, form: Form) -> str:
     texts = plans.texts(plan, form)
-    told = f"{formatting.count(texts)} steered texts of up to {formatting.count(form.max_tokens)} "
-    told += "tokens"
+    what = "steered text" if texts == 1 else "steered texts"
+    told = f"{formatting.count(texts)} {what} of up to {formatting.count(form.max_tokens)} tokens"
     if form.temperature == 0 and plan.seeds > 1:
         told += ". At temperature 0 every seed writes the same: one is enough"
     return told
