@@ -40,12 +40,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mistudio.engine.progress import Cancelled, Progress
-from mistudio.errors import InvalidInput
+from mistudio.errors import InvalidInput, UserError
 from mistudio.jobs.control import Phase
+from mistudio.jobs.features import newest_run
 from mistudio.jobs.job import JobContext
 from mistudio.jobs.models import loaded_model, precision_of
 from mistudio.jobs.stages import Stage, Within
-from mistudio.jobs.steering import Planned, Recipe, Steer, compare
+from mistudio.jobs.steering import Planned, Recipe, Steer, compare, sampling_of
 from mistudio.library.library import Library
 from mistudio.library.steering import Experiment
 
@@ -109,12 +110,14 @@ class Continuations:
         raise NotImplementedError
 
     def run(self, context: JobContext) -> dict[str, Any]:
-        """The experiment's number. Stopped, it raises Cancelled and keeps what it has, if that is
-        anything: the metric `experiment_id` then says where."""
+        """The experiment's number. Stopped, or where a steering turns out to be impossible, it
+        raises and keeps what it has, if that is anything: the metric `experiment_id` then says
+        where."""
         library = context.library
         _check_range("prompts", len(self.prompts), 1, 1000)
         _check_range("seeds", len(self.seeds), 1, 100)
         sae = library.saes.get(self.sae_id)
+        self._check(library)
         model = loaded_model(library, sae.model_id, Stage(context, "load model"))
         cells = self.cells(library, model)
         _check_range("texts", len(cells) * len(self.prompts) * len(self.seeds), 1, MOST_TEXTS)
@@ -122,13 +125,21 @@ class Continuations:
         name = " ".join(self.name.split()) or self.title(library)
         try:
             table.fill(Stage(context, "generate", None))
-        except Cancelled:
+        except (Cancelled, UserError):
             if table.texts[0]:
                 number = self._keep(library, f"{name} (stopped)", table)
                 at = context.snapshot()
                 context.report(at.done, at.total, experiment_id=number)
             raise
         return {"experiment_id": self._keep(library, name, table)}
+
+    def _check(self, library: Library) -> None:
+        """Refuse what needs no model to be seen, before one is loaded."""
+        newest_run(library, self.sae_id)
+        for seed in self.seeds:
+            sampling_of(self.steer(seed=seed)).check()
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise InvalidInput("A prompt is empty", next_step="Type some text.", field="prompts")
 
     def _table(self, model: HookedDecoder, cells: Sequence[Cell]) -> Table:
         return Table(self, model, cells)
@@ -339,11 +350,17 @@ class Table:
     """The texts of all cells, prompts and seeds, and what was measured of them."""
 
     def __init__(self, job: Continuations, model: HookedDecoder, cells: Sequence[Cell]) -> None:
-        from mistudio.engine.steering.generation import encode_prompt
+        from mistudio.engine.steering.generation import check_room, check_scope, encode_prompt
+        from mistudio.engine.steering.interventions import Scope
 
         self.job, self.model, self.cells = job, model, cells
         self.tokenizer, self.special = cells[0].recipe.tokenizer()
         self.prompts = [encode_prompt(self.tokenizer, p, job.chat) for p in job.prompts]
+        scope = Scope(job.scope, tuple(job.positions))
+        for ids in self.prompts:  # all before the first is continued
+            scope.check(len(ids))
+            check_scope(scope, ids, self.special)
+            check_room(model, len(ids), job.max_new_tokens)
         self.continued = 0
         self.unsteered: list[dict[str, Any]] = []
         self.texts: list[list[dict[str, Any]]] = [[] for _ in cells]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mistudio.engine.features.store import FeatureStore
     from mistudio.engine.models.hooks import HookedDecoder, HookPoint
     from mistudio.engine.sae.files import SavedSae
-    from mistudio.engine.steering.generation import Generated
+    from mistudio.engine.steering.generation import Generated, Sampling
     from mistudio.engine.steering.interventions import FeatureEdit, SiteSteering, Variant
     from mistudio.engine.steering.metrics import SteeringEffect
 
@@ -76,6 +76,7 @@ class Steer:
 
     def run(self, context: JobContext) -> dict[str, Any]:
         sae = context.library.saes.get(self.sae_id)
+        check_request(context.library, self)
         model = loaded_model(context.library, sae.model_id, Stage(context, "load model"))
         result = steer(context.library, self, model, Stage(context, "generate", STEER_PARTS))
         generation_id = context.library.generations.add(
@@ -167,13 +168,11 @@ def compare(
     """Continue one prompt without and with each variant, in one batch with shared noise, and
     measure each against the unsteered text: the effect's measures and what `steer` names beside
     them, with `text` and `ids`."""
-    from mistudio.engine.steering.generation import Sampling, generate
+    from mistudio.engine.steering.generation import generate
     from mistudio.engine.steering.interventions import Scope
     from mistudio.engine.steering.metrics import steering_effect
 
-    sampling = Sampling(
-        job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
-    )
+    sampling = sampling_of(job)
     scope = Scope(job.scope, tuple(job.positions))
     generated = generate(
         model,
@@ -215,6 +214,52 @@ def compare(
             }
         )
     return generated, variants
+
+
+def sampling_of(job: Sampled) -> Sampling:
+    from mistudio.engine.steering.generation import Sampling
+
+    return Sampling(
+        job.temperature, job.top_p, job.max_new_tokens, job.seed, job.top_k, job.repetition_penalty
+    )
+
+
+def check_request(library: Library, job: Steer) -> None:
+    """Raises InvalidInput or NotFound for what cannot be done whatever the model is: before the
+    minutes that loading one can take."""
+    from mistudio.engine.steering.interventions import FeatureEdit
+
+    sampling_of(job).check()
+    if not job.prompt.strip():
+        raise InvalidInput("The prompt is empty", next_step="Type some text.", field="prompt")
+    for sae_id, feature, strength, method in chosen_of(job):
+        sae = library.saes.get(sae_id)
+        newest_run(library, sae_id)
+        FeatureEdit(feature, strength, 1.0, method).check(sae.d_sae)
+    for scale in job.scales:
+        FeatureEdit(0, scale, 1.0).check(1)
+
+
+def chosen_of(job: Steer) -> list[tuple[int, int, float, str]]:
+    """(SAE, feature, strength, method) of each feature of a job. Raises InvalidInput where it has
+    none, or too many variants."""
+    if not job.features and not job.others:
+        raise InvalidInput(
+            "No feature chosen", next_step="Add at least one feature.", field="features"
+        )
+    if not 1 <= len(job.scales) <= MOST_VARIANTS:
+        raise InvalidInput(
+            "This number of variants cannot be made",
+            f"{len(job.scales)} were asked for; at most {MOST_VARIANTS} fit beside each other.",
+            "Ask for one to four.",
+            field="scales",
+        )
+    chosen = [(job.sae_id, *entry) for entry in job.features]
+    chosen += [(int(entry[0]), *entry[1:]) for entry in job.others]
+    return [
+        (sae_id, int(feature), float(strength), str(method[0]) if method else "add")
+        for sae_id, feature, strength, *method in chosen
+    ]
 
 
 class Sampled(Protocol):
@@ -296,25 +341,13 @@ class Recipe:
     InvalidInput where something it names does not exist or does not go together."""
 
     def __init__(self, library: Library, job: Steer, model: HookedDecoder) -> None:
-        if not job.features and not job.others:
-            raise InvalidInput(
-                "No feature chosen", next_step="Add at least one feature.", field="features"
-            )
-        if not 1 <= len(job.scales) <= MOST_VARIANTS:
-            raise InvalidInput(
-                "Too many variants",
-                f"{len(job.scales)} were asked for; at most {MOST_VARIANTS} fit beside each other.",
-                field="scales",
-            )
         self._library, self._job, self._model = library, job, model
         self._parts: dict[int, Part] = {}
         self._norms: dict[HookPoint, float] | None = None
-        chosen = [(job.sae_id, *entry) for entry in job.features]
-        chosen += [(int(entry[0]), *entry[1:]) for entry in job.others]
-        for sae_id, feature, strength, *method in chosen:
+        for sae_id, feature, strength, method in chosen_of(job):
             part = self._parts.get(sae_id) or self._open(sae_id)
             self._parts[sae_id] = part
-            part.add(int(feature), float(strength), str(method[0]) if method else "add")
+            part.add(feature, strength, method)
         first = next(iter(self._parts.values()))
         self.point, self.median = first.point, first.median
         self._model_id = library.saes.get(job.sae_id).model_id

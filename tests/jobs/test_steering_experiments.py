@@ -16,6 +16,8 @@ from journeys import road
 from scipy import stats
 
 from mistudio.engine.progress import Cancelled
+from mistudio.errors import InvalidInput
+from mistudio.jobs import experiments
 from mistudio.jobs.control import Control, Snapshot
 from mistudio.jobs.experiments import MEASURES, estimate, write_experiment
 from mistudio.jobs.job import JobContext, run_job, submit
@@ -172,7 +174,9 @@ def test_each_layers_own_feature_is_studied_where_its_sae_acts(
         (Sweep(1, [[3, 1.0]], (), prompts=("a",)), "1 to 64 strengths"),
         (Sweep(1, [[3, 1.0]], prompts=("a",), seeds=()), "1 to 100 seeds"),
         (Sweep(1, [[3, 1.0]], prompts=("a",) * 900, seeds=(0, 1)), "1 to 5,000 texts"),
-        (Sweep(1, [[3, 1.0]], prompts=(" ",)), "The prompt is empty"),
+        (Sweep(1, [[3, 1.0]], prompts=(" ",)), "A prompt is empty"),
+        (Sweep(1, [[3, 1.0]], prompts=("a",), temperature=9.0), "temperature must be between"),
+        (Sweep(1, [[3, 1.0]], prompts=("a",), seeds=(0, 10**30)), "seed is too large"),
         (Sweep(1, [[3, 1.0]], layers=(99,), prompts=("a",)), "99"),
         (PromptBatch(1, [], prompts=("a",)), "1 to 32 variants"),
         (PromptBatch(1, [{}], prompts=("a",)), "No feature chosen"),
@@ -251,6 +255,40 @@ def test_stopped_within_the_first_prompt_the_rows_that_were_through_are_kept(
     write_experiment(found, tmp_path / "part.csv")
     last = (tmp_path / "part.csv").read_text(encoding="utf-8").splitlines()[-1]
     assert last.startswith(",False,2.25,") and last.endswith("," * 45)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "scope", "words"),
+    [
+        (("The sea was", "sea " * 300), {}, "too long for this model"),
+        (("The sea was", "a"), {"scope": "last"}, "no token to steer"),
+        (("The sea was", "a"), {"scope": "chosen", "positions": (2,)}, "cannot be steered"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused_before_the_first_is_continued(
+    library: Library, monkeypatch, prompts: Any, scope: dict, words: str
+) -> None:
+    monkeypatch.setattr(experiments, "compare", None)
+    row = run(library, Sweep(1, [[3, 1.0]], prompts=prompts, seeds=(0,), **scope))
+    assert words in " ".join(map(str, row.error.values())), row.error
+
+
+def test_one_that_turns_out_to_be_impossible_is_kept_as_far_as_it_came(
+    library: Library, monkeypatch
+) -> None:
+    compare, calls = experiments.compare, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise InvalidInput("This steering is too strong")
+        return compare(*args)
+
+    monkeypatch.setattr(experiments, "compare", fails)
+    row = run(library, Sweep(1, [[3, 2.0]], strengths=(0.5, 2.0), **QUICK))
+    assert row.status == "failed" and "too strong" in row.error["title"]
+    (found,) = library.experiments.of_sae(1)
+    assert found.name.endswith("(stopped)") and found.result["continued"] == 2
 
 
 def test_an_experiment_repeated_from_its_record_is_the_same(library: Library) -> None:

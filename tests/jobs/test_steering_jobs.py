@@ -11,6 +11,7 @@ import torch
 from mistudio.engine.activations.source import calibrate_medians
 from mistudio.engine.models.hooks import HookPoint
 from mistudio.engine.sae.files import load_sae
+from mistudio.jobs import steering
 from mistudio.jobs.features import newest_run, open_features
 from mistudio.jobs.job import run_job, submit
 from mistudio.jobs.kinds import Steer, job_from_row
@@ -117,6 +118,25 @@ def test_features_of_another_sae_act_at_their_own_site(library: Library) -> None
     ],
 )
 def test_what_cannot_be_done_is_refused(library: Library, change: dict, words: str) -> None:
+    assert words in refusal(library, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"features": [[999, 1.0]]}, "No such feature"),
+        ({"features": []}, "No feature chosen"),
+        ({"scales": ()}, "0 were asked for"),
+        ({"scales": (float("inf"),)}, "strength cannot be used"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"max_new_tokens": 9000}, "max new tokens must be"),
+        ({"others": ([99, 3, 1.0],)}, "No SAE with number 99"),
+    ],
+)
+def test_what_needs_no_model_to_be_seen_is_refused_before_one_is_loaded(
+    library: Library, monkeypatch, change: dict, words: str
+) -> None:
+    monkeypatch.setattr(steering, "loaded_model", None)
     assert words in refusal(library, **change)
 
 

@@ -167,7 +167,7 @@ def generate(
     """
     sampling.check()
     check_room(model, len(prompt_ids), sampling.max_new_tokens)
-    _check_scope(scope or Scope(), prompt_ids, special_ids)
+    check_scope(scope or Scope(), prompt_ids, special_ids)
     made = _Making(model, tokenizer, list(prompt_ids), sampling, special_ids, stop_ids, scope)
     rows: list[Variant | None] = [None, *variants]
     if together:
@@ -184,7 +184,7 @@ def generate(
     return made.result(_Rows.joined(parts), together=False)
 
 
-def _check_scope(scope: Scope, prompt_ids: Sequence[int], special_ids: Sequence[int]) -> None:
+def check_scope(scope: Scope, prompt_ids: Sequence[int], special_ids: Sequence[int]) -> None:
     """Raises InvalidInput where a scope within the prompt holds nothing that may be steered."""
     if scope.kind not in ("last", "chosen"):
         return

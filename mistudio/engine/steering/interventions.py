@@ -58,6 +58,40 @@ class FeatureEdit:
         """Whether it leaves every activation as it is."""
         return NEUTRAL.get(self.method) == self.strength
 
+    def check(self, known: int) -> None:
+        """Raises InvalidInput where the method does not exist, the feature is none of `known`, or
+        the strength is no number or has no unit."""
+        if self.method not in METHODS:
+            raise InvalidInput(
+                "No such intervention",
+                f"“{self.method}” was asked for.",
+                f"Choose one of {', '.join(METHODS)}.",
+                field="method",
+            )
+        if not 0 <= self.feature < known:
+            raise InvalidInput(
+                "No such feature",
+                f"Feature {self.feature} was asked for; this SAE has 0 to {known - 1}.",
+                "Choose one from the feature list.",
+                field="feature",
+            )
+        if not math.isfinite(self.strength) or abs(self.strength) > MOST_STRENGTH:
+            raise InvalidInput(
+                "This strength cannot be used",
+                f"Feature {self.feature} was given the strength {self.strength:g}.",
+                f"Choose a number between -{MOST_STRENGTH:,.0f} and {MOST_STRENGTH:,.0f}; "
+                "most features need less than 5.",
+                field="strength",
+            )
+        in_multiples = self.method in ("add", "clamp", "clamp_min", "cap")
+        if in_multiples and self.max_activation <= 0 and self.strength:
+            raise InvalidInput(
+                "This feature never fired",
+                f"Feature {self.feature} has no activation to take multiples of.",
+                "Choose a feature with examples.",
+                field="feature",
+            )
+
 
 def wanted(edit: FeatureEdit) -> int:
     """1 where an edit is to make the text say more of what its feature stands for, -1 where less,
@@ -88,40 +122,9 @@ class SiteSteering:
         return still and all(edit.is_neutral for edit in self.edits)
 
     def check(self) -> None:
-        """Raises InvalidInput where a feature or method does not exist, a strength is no number,
-        or has no unit."""
+        """Raises InvalidInput where an edit cannot be made: see `FeatureEdit.check`."""
         for edit in self.edits:
-            if edit.method not in METHODS:
-                raise InvalidInput(
-                    "No such intervention",
-                    f"“{edit.method}” was asked for.",
-                    f"Choose one of {', '.join(METHODS)}.",
-                    field="method",
-                )
-            known = 0 if self.dictionary is None else self.dictionary.d_sae
-            if not 0 <= edit.feature < known:
-                raise InvalidInput(
-                    "No such feature",
-                    f"Feature {edit.feature} was asked for; this SAE has 0 to {known - 1}.",
-                    "Choose one from the feature list.",
-                    field="feature",
-                )
-            if not math.isfinite(edit.strength) or abs(edit.strength) > MOST_STRENGTH:
-                raise InvalidInput(
-                    "This strength cannot be used",
-                    f"Feature {edit.feature} was given the strength {edit.strength:g}.",
-                    f"Choose a number between -{MOST_STRENGTH:,.0f} and {MOST_STRENGTH:,.0f}; "
-                    "most features need less than 5.",
-                    field="strength",
-                )
-            in_multiples = edit.method in ("add", "clamp", "clamp_min", "cap")
-            if in_multiples and edit.max_activation <= 0 and edit.strength:
-                raise InvalidInput(
-                    "This feature never fired",
-                    f"Feature {edit.feature} has no activation to take multiples of.",
-                    "Choose a feature with examples.",
-                    field="feature",
-                )
+            edit.check(0 if self.dictionary is None else self.dictionary.d_sae)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,9 @@ class Scope:
     def check(self, prompt_tokens: int) -> None:
         if self.kind not in SCOPES:
             raise InvalidInput(
-                "No such scope", f"“{self.kind}” was asked for.", f"Choose one of {SCOPES}."
+                "No such scope",
+                f"“{self.kind}” was asked for.",
+                f"Choose one of {', '.join(SCOPES)}.",
             )
         if self.kind != "chosen":
             return
@@ -174,7 +179,9 @@ class Scope:
             raise InvalidInput(
                 "These tokens cannot be steered",
                 f"Positions {list(self.positions)} of a prompt of {prompt_tokens} tokens.",
-                f"Choose among 1 to {prompt_tokens - 1}; position 0 is never steered.",
+                f"Choose among 1 to {prompt_tokens - 1}; position 0 is never steered."
+                if prompt_tokens > 1
+                else "Write a longer prompt; its first token is never steered.",
                 field="positions",
             )
 
