@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PySide6.QtCore import QRect, Qt
+from PySide6.QtTest import QTest
 from PySide6.QtWidgets import QApplication
 
 from mistudio.errors import InvalidInput, UserError
@@ -474,6 +475,40 @@ def test_saved_starred_loaded_and_deleted(
     undo._on_action_clicked()
     qtbot.waitUntil(lambda: len(section.rows()) == 1, timeout=5000)
     assert page._services.library.templates.named("steering", "mine") == kept
+
+
+def test_the_keyboard_keeps_its_place_in_the_list(
+    page: SteeringPage, qtbot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, templates = page.presets, page._services.library.templates
+    monkeypatch.setattr(ConfirmDialog, "ask", classmethod(lambda cls, *_: True))
+    page.presenter.add(5, 1.5)
+    for name in ("one", "two", "three"):
+        templates.save("steering", name, "", page._preset())
+    section.set_expanded(True)
+    qtbot.waitUntil(lambda: len(section.rows()) == 3, timeout=5000)
+
+    def names() -> list[str]:
+        return [line.template.name for line in section.rows()]
+
+    def press(place: int, stop: str) -> None:
+        button = getattr(section.rows()[place], stop)
+        button.setFocus()
+        QTest.keyClick(button, Qt.Key.Key_Space)
+
+    assert names() == ["three", "two", "one"]
+    press(2, "star")
+    qtbot.waitUntil(lambda: names() == ["one", "three", "two"], timeout=5000)
+    assert section.window().focusWidget() is section.rows()[0].star  # it went along to the top
+    press(1, "delete")
+    qtbot.waitUntil(lambda: names() == ["one", "two"], timeout=5000)
+    assert section.window().focusWidget() is section.rows()[1].delete
+    press(1, "delete")
+    qtbot.waitUntil(lambda: names() == ["one"], timeout=5000)
+    assert section.window().focusWidget() is section.rows()[0].delete
+    press(0, "delete")
+    qtbot.waitUntil(lambda: names() == [], timeout=5000)
+    assert section.window().focusWidget() is section.save
 
 
 def test_the_import_tells_what_becomes_of_each(

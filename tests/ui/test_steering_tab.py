@@ -84,7 +84,7 @@ def test_without_a_run_it_says_what_to_do(
     page.show()
     page.activate()
     assert page._empty_card.isVisible() and not page._work.isVisible()
-    assert "No completed training jobs available" in page._empty.sentence.text()
+    assert "No completed training jobs available" in page._empty[False].sentence.text()
     page.restore_state(json.loads(json.dumps(page.save_state())))
 
 
@@ -94,7 +94,7 @@ def test_run_without_features_is_sent_to_discovery(qtbot: Any, services: Service
     qtbot.addWidget(page)
     page.show()
     assert page._empty_card.isVisible()
-    assert page._empty.button.text() == "Go to Features"
+    assert page._empty[True].button.text() == "Go to Features"
 
 
 def test_before_the_first_generation(qtbot: Any, services: Services) -> None:
@@ -539,6 +539,51 @@ def test_cells_of_the_table_are_made_once(qtbot: Any, services: Services) -> Non
     assert shown == {0, 1, 2}
     kl = significant(generation.result["variants"][1]["kl_per_token"])
     assert cells[2, 1].text() == kl
+
+
+def test_result_of_other_settings_says_so(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    feature = strongest(services, page)
+    page.presenter.add(feature, 3.0)
+    said = page.output.outdated
+    assert said.isHidden()
+    generate(qtbot, services, page)
+    assert said.isHidden()
+    (card,) = page.features.cards()
+    card.box.setValue(1.0)
+    assert said.isVisible() and f"#{feature} × +3" in said.text()
+    card.box.setValue(3.0)
+    assert said.isHidden()
+    for change in (
+        lambda: page.configuration.prompt.setPlainText("Else"),
+        lambda: page.configuration.max_tokens.setValue(13),
+        lambda: page.configuration.advanced.seed.setValue(9),
+        lambda: page.presenter.add(3),
+        lambda: page.features.cards()[0].method.set_value("clamp"),
+    ):
+        change()
+        assert said.isVisible()
+        page.history.rows()[0].opened.emit(page.output.shown.id)
+        assert said.isHidden()
+    page.features.cards()[0].box.setValue(2.0)
+    generate(qtbot, services, page)
+    assert said.isHidden()
+
+
+def test_nothing_moves_when_a_generation_begins_or_ends(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    page.configuration.prompt.setPlainText(PROMPT)
+    page.configuration.max_tokens.setValue(60)
+    qtbot.wait(50)
+    before, seen = page.views.y(), set()
+    assert before > 0
+    services.jobs.tick.connect(lambda: seen.add(page.views.y()))
+    page.configuration.generate.click()
+    qtbot.waitUntil(lambda: page.configuration.progress.times_text != "", timeout=60_000)
+    qtbot.waitUntil(lambda: not page.busy, timeout=60_000)
+    qtbot.wait(50)
+    assert seen == {before} and page.views.y() == before
 
 
 def test_state_survives(qtbot: Any, services: Services) -> None:

@@ -92,6 +92,8 @@ class Advanced(Collapsible):
         self.layers = LayerGrid(label="Intervention Layers")
         self.layers.changed.connect(self._on_changed)
         self.bars = LayerStrengths()
+        self.bars_title = Text("Length added after each block (raw)", "label")
+        self.bars_title.setToolTip(self.bars.toolTip())
         self.bars_note = Text(
             f"Lengths shown as {NOTHING} are known after the next generation.", "helper", wrap=True
         )
@@ -107,6 +109,7 @@ class Advanced(Collapsible):
             self._right,
             FormRow("Where", self.place),
             self.layers,
+            self.bars_title,
             self.bars,
             self.bars_note,
             FormRow("At which tokens", self.scope),
@@ -199,6 +202,7 @@ class Advanced(Collapsible):
         spread = self.place.value == SPREAD
         self.layers.setVisible(spread)
         self.bars.setVisible(spread)
+        self.bars_title.setVisible(spread)
         self.bars_note.setVisible(spread and any(share.raw is None for share in self.bars.shown))
         self.picker.setVisible(self.scope.value == "chosen")
 

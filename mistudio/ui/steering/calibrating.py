@@ -57,7 +57,8 @@ def calibrating(
 
 def _about(seconds: float) -> str:
     """In steps of five seconds, so that the text does not flicker."""
-    return f"about {formatting.duration(max(5.0, 5.0 * round(seconds / 5)))}"
+    whole = max(5, 5 * round(seconds / 5))
+    return f"about {whole} s" if whole < 60 else f"about {formatting.duration(whole)}"
 
 
 def _so_far(rows: list[dict[str, Any]]) -> str:

@@ -114,10 +114,19 @@ class GenerationForm(Card):
         self.progress.hide()
         buttons = row(self.generate, self.stop)
         buttons.setStretch(0, 1)
+        # One place for both, always as high as the progress: nothing below moves as it comes.
+        slot = QWidget()
+        slot.setProperty("surface", "clear")
+        said = column(0)
+        said.addWidget(self.reason)
+        said.addWidget(self.progress)
+        said.addStretch(1)
+        slot.setLayout(said)
+        times = self.reason.fontMetrics().lineSpacing() + 6  # the progress hides them at first
+        slot.setMinimumHeight(self.progress.sizeHint().height() + times)
         below = column(8)
         below.addLayout(buttons)
-        below.addWidget(self.reason)
-        below.addWidget(self.progress)
+        below.addWidget(slot)
         self.add(below)
 
     # --- values ---------------------------------------------------------------------------------

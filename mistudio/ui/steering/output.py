@@ -40,7 +40,10 @@ class Output(QWidget):
         self.under.setLayout(line)
         self.measures = Measures()
         self.measures.shown_changed.connect(self._on_measures_shown_changed)
+        self.outdated = Text("", "small", "yellow", wrap=True)
+        self.outdated.hide()
         texts = column(12)
+        texts.addWidget(self.outdated)
         texts.addWidget(self.grid)
         texts.addWidget(self.under)
         layout = column(24)
@@ -61,12 +64,23 @@ class Output(QWidget):
     def begin(self, titles: Sequence[str]) -> None:
         """A generation was asked for: empty panes of these names."""
         self.show_generation(None)
+        self.show_outdated("")
         self.grid.set_names(titles)
         self.say("Waiting for the first token…")
 
     def say(self, placeholder: str) -> None:
         for pane in self.grid.panes:
             pane.set_text(pane.text, placeholder)
+
+    def show_outdated(self, features: str) -> None:
+        """The features of a result that was made with other settings than those that are set;
+        empty: it was made with these."""
+        self.outdated.setText(
+            f"Made with other settings than those above ({features}). Generate to see theirs."
+            if features
+            else ""
+        )
+        self.outdated.setVisible(bool(features))
 
     def stream(self, texts: Sequence[str]) -> None:
         """All rows so far, unsteered first."""

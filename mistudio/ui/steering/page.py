@@ -30,7 +30,7 @@ from mistudio.ui.steering.form import GenerationForm
 from mistudio.ui.steering.history import History
 from mistudio.ui.steering.output import Output
 from mistudio.ui.steering.presenter import SteeringPresenter
-from mistudio.ui.steering.request import Form, from_request, names
+from mistudio.ui.steering.request import Form, features_text, from_request, is_of, names
 from mistudio.ui.steering.units import NEW_STRENGTH
 from mistudio.ui.templates.section import TemplateSection
 from mistudio.ui.theme import tokens
@@ -45,7 +45,10 @@ from mistudio.ui.widgets import (
     column,
 )
 
-NOTHING = "Complete a training to extract features."
+NO_TRAINING = "No completed training jobs available."
+NO_TRAINING_HINT = "Complete a training, then discover its features."
+NO_FEATURES = "No features have been discovered yet."
+NO_FEATURES_HINT = "There is a trained SAE: discover its features to steer with them."
 
 
 class SteeringPage(QWidget):
@@ -57,17 +60,22 @@ class SteeringPage(QWidget):
         self._services = services
         self.presenter = presenter = SteeringPresenter(services, self)
         self._empty_card = Card()
-        self._empty = EmptyState(
-            "sliders-horizontal", "No completed training jobs available.", "Go to Training", NOTHING
-        )
-        self._empty.action.connect(self._on_empty_action)
-        self._empty_card.add(self._empty)
+        self._empty = {
+            False: EmptyState(
+                "sliders-horizontal", NO_TRAINING, "Go to Training", NO_TRAINING_HINT
+            ),
+            True: EmptyState("sliders-horizontal", NO_FEATURES, "Go to Features", NO_FEATURES_HINT),
+        }  # by whether there is an SAE
+        for empty in self._empty.values():
+            empty.action.connect(self._on_empty_action)
+            self._empty_card.add(empty)
         self.presets = TemplateSection(
             services, "steering", "Steering Presets", self._preset, presets.meta
         )
         self.presets.load_wanted.connect(self._on_presets_load_wanted)
         preset_card = Surface("card", None, 10)
         preset_card.add(self.presets)
+        self.presets.body.setContentsMargins(14, 0, 14, 14)
         self.features = FeatureFinder(presenter)
         self.features.edited.connect(self._on_features_edited)
         self.configuration = GenerationForm(presenter)
@@ -200,10 +208,10 @@ class SteeringPage(QWidget):
         found = self.presenter.sources()
         self._empty_card.setVisible(not found)
         self._work.setVisible(bool(found))
-        if not found and self._services.library.saes.count():
-            self._empty.sentence.setText("No features have been discovered yet.")
-            if self._empty.button is not None:
-                self._empty.button.setText("Go to Features")
+        if not found:
+            there = self._services.library.saes.count() > 0
+            for case, empty in self._empty.items():
+                empty.setVisible(case is there)
         self.configuration.show_sources()
 
     def _on_presenter_source_changed(self) -> None:
@@ -217,13 +225,22 @@ class SteeringPage(QWidget):
         chosen = bool(self.presenter.selected)
         self.presets.save.setEnabled(chosen)
         self.presets.save.setToolTip("" if chosen else "Add at least one feature.")
+        self._show_whether_asked_anew()
 
     def _on_features_edited(self) -> None:
         self.configuration.refresh()
+        self._show_whether_asked_anew()
         self.experiments.refresh()
 
     def _on_configuration_edited(self) -> None:
         self.experiments.refresh()
+        self._show_whether_asked_anew()
+
+    def _show_whether_asked_anew(self) -> None:
+        """Say so where what is shown was made with other settings than those above."""
+        shown = self.output.shown
+        same = shown is None or is_of(shown.request, self.presenter.selected, self.form())
+        self.output.show_outdated("" if same or shown is None else features_text(shown.request))
 
     def _on_views_current_changed(self, index: int) -> None:
         self.comparison.setVisible(index == 0)
@@ -356,6 +373,7 @@ class SteeringPage(QWidget):
         self.output.show_generation(generation)
         self.history.show_current(generation.id if generation else None)
         self.configuration.refresh()  # it may have measured norms of layers
+        self._show_whether_asked_anew()
 
     def reopen(self, generation_id: int) -> None:
         """Bring back an earlier generation: its form, its features, its result."""

@@ -181,6 +181,14 @@ def from_request(request: Mapping[str, Any]) -> tuple[list[Chosen], Form]:
     return chosen, form
 
 
+def is_of(request: Mapping[str, Any], chosen: Sequence[Chosen], form: Form) -> bool:
+    """Whether the features and the form would ask for an earlier generation again."""
+    features, asked = from_request(request)
+    if form.scope != "chosen":
+        form = replace(form, positions=())
+    return asked == form and set(features) == set(chosen)
+
+
 def names(request: Mapping[str, Any]) -> list[str]:
     """What the steered rows are called, the control last."""
     scales = request.get("scales") or [1.0]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from PySide6.QtCore import Qt, Signal
+from PySide6.QtCore import Qt, QTimer, Signal
 from PySide6.QtWidgets import QFileDialog, QFrame, QLineEdit, QScrollArea, QWidget
 
 from mistudio.errors import UserError, explain
@@ -78,6 +78,9 @@ class TemplateRow(Surface):
         line = row(self.star, texts, self.load, self.delete, spacing=10)
         line.setStretch(1, 1)
         self.add(line)
+
+    def stops(self) -> tuple[QWidget, ...]:
+        return self.star, self.load, self.delete
 
     def _on_star_clicked(self, checked: bool = False) -> None:
         self.star_wanted.emit(self.template.id, checked)
@@ -171,11 +174,12 @@ class TemplateSection(Collapsible):
         """What Tab visits, in the order in which the eye does."""
         head = [self.button, self.save, self.export, self.take_in]
         form = [self.name, self.description, self.commit, self.cancel]
-        lines = (stop for line in self.rows() for stop in (line.star, line.load, line.delete))
+        lines = (stop for line in self.rows() for stop in line.stops())
         return [*head, *form, *lines]
 
     def refresh(self) -> None:
         found = self._services.library.templates.of_kind(self._kind)
+        focus = self._focus_in_rows()
         clear(self._list)
         for template in found:
             line = TemplateRow(template, self._meta_of(template))
@@ -191,6 +195,30 @@ class TemplateSection(Collapsible):
         self._scroll.setFixedHeight(min(LIST_HEIGHT, wanted))
         for before, after in pairwise(self.stops()):
             QWidget.setTabOrder(before, after)
+        if focus is not None:
+            self._give_focus(*focus)
+
+    def _focus_in_rows(self) -> tuple[int, int, int] | None:
+        """Place of the row that has the focus, its template and which of its stops; None: none."""
+        focused = self.window().focusWidget()
+        for place, line in enumerate(self.rows()):
+            for number, stop in enumerate(line.stops()):
+                if stop is focused:
+                    return place, line.template.id, number
+        return None
+
+    def _give_focus(self, place: int, template_id: int, number: int) -> None:
+        """To the same template, wherever it stands now, or to what took the place of one that is
+        gone."""
+        rows = self.rows()
+        if not rows:
+            self.save.setFocus()
+            return
+        same = [line for line in rows if line.template.id == template_id]
+        line = (same or rows[place : place + 1] or rows[-1:])[0]
+        line.stops()[number].setFocus()
+        # once the new rows have their places
+        QTimer.singleShot(0, line, lambda: self._scroll.ensureWidgetVisible(line, 0, 8))
 
     def _meta_of(self, template: Template) -> str:
         try:
