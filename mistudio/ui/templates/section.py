@@ -134,6 +134,7 @@ class TemplateSection(Collapsible):
         self._scroll.setWidgetResizable(True)
         self._scroll.setFrameShape(QFrame.Shape.NoFrame)
         self._scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self._scroll.setFocusPolicy(Qt.FocusPolicy.NoFocus)  # its rows have all there is to do
         self._scroll.setWidget(inner)
         self._empty = Text(f"No {noun.lower()}s saved yet", "helper")
         self.add(self._empty, self._scroll)
