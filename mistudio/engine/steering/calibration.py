@@ -94,11 +94,17 @@ class Tried:
     def moves_own(self) -> bool:
         """Whether it does what the feature is amplified (or suppressed) for: its own tokens become
         likelier (less likely). True where it has no tokens of its own to look at."""
-        if math.isnan(self.own_probability):
-            return True
-        if self.strength > 0:
-            return self.own_probability >= LEAST_RISE * self.own_probability_unsteered
-        return LEAST_RISE * self.own_probability <= self.own_probability_unsteered
+        return math.isnan(self.own_rise) or self.own_rise >= LEAST_RISE
+
+    @property
+    def own_rise(self) -> float:
+        """What the own tokens' probability is multiplied by, or divided by where the feature is
+        suppressed; NaN where there are none."""
+        after, before = (
+            max(value, 1e-30) if not math.isnan(value) else value
+            for value in (self.own_probability, self.own_probability_unsteered)
+        )
+        return after / before if self.strength > 0 else before / after
 
     def _within(self, part: float) -> bool:
         """Whether all three keep to `part` of the way from the unsteered text to the limit."""
@@ -112,7 +118,8 @@ class Tried:
 @dataclass(frozen=True)
 class Calibration:
     """A feature's strengths, weakest first. `recommended` is the largest that moves the feature's
-    own tokens and up to which every one is safe, 0.0 where there is none; `safe` the largest
+    own tokens and up to which every one is safe, 0.0 where there is none or where the safe ones
+    together do not move them; `safe` the largest
     whether or not it moves them; `breaks` the first that is red, None where none is.
     `own_share` is that of the unsteered continuations, NaN where no tokens were named."""
 
@@ -315,8 +322,19 @@ def safe_of(tried: Sequence[Tried]) -> float:
 
 
 def recommended_of(tried: Sequence[Tried]) -> float:
-    """The largest of those that also moves the feature's own tokens; 0.0 for none."""
-    return max((row.strength for row in _safe(tried) if row.moves_own), key=abs, default=0.0)
+    """The largest of those that also moves the feature's own tokens; 0.0 for none, and where all of
+    them together do not: one strength of many moves some tokens by chance."""
+    safe = list(_safe(tried))
+    if not safe or not _move_own(safe):
+        return 0.0
+    return max((row.strength for row in safe if row.moves_own), key=abs, default=0.0)
+
+
+def _move_own(safe: Sequence[Tried]) -> bool:
+    """Whether the geometric mean of what these strengths multiply the own tokens' probability by
+    is at least the root of `LEAST_RISE`: weak ones move them less."""
+    rises = [row.own_rise for row in safe if not math.isnan(row.own_rise)]
+    return not rises or 2 * sum(map(math.log, rises)) / len(rises) >= math.log(LEAST_RISE)
 
 
 def _safe(tried: Sequence[Tried]) -> Iterator[Tried]:

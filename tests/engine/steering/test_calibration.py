@@ -179,13 +179,36 @@ def test_what_does_not_move_the_features_own_tokens_is_safe_but_not_recommended(
     rising = [
         row(0.5, own=same),
         row(1.0, own=more),
-        row(2.0, own=less),
+        row(2.0, own=(0.095, 0.1)),
         row(3.0, kl=0.9, own=more),
     ]
     assert (recommended_of(rising), safe_of(rising)) == (1.0, 2.0)
     assert recommended_of([row(0.5, own=less), row(1.0, own=same)]) == 0.0
     falling = [row(-0.5, own=less), row(-1.0, own=same), row(-2.0, own=more)]
     assert (recommended_of(falling), safe_of(falling)) == (-0.5, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("rises", "expected"),
+    [
+        # Of features whose own tokens became rarer after other prompts.
+        ((0.98, 0.98, 0.99, 1.06, 0.96), 0.0),
+        ((1.01, 1.02, 1.01, 1.13, 1.06, 0.64, 1.06), 0.0),
+        ((0.98, 1.03, 1.09, 0.97, 0.78), 0.0),
+        # And of some whose became likelier.
+        ((1.0, 1.01, 1.04, 1.05, 1.06, 1.22, 1.36), 0.7),
+        ((1.09, 0.97, 1.14, 1.26, 1.23, 1.04), 0.5),
+    ],
+)
+def test_one_rise_among_many_strengths_is_chance(rises, expected: float):
+    tried = [row(0.1 * i, own=(0.1 * rise, 0.1)) for i, rise in enumerate(rises, 1)]
+    assert recommended_of(tried) == pytest.approx(expected)
+    assert safe_of(tried) == pytest.approx(0.1 * len(rises))
+
+
+def test_tokens_without_any_probability_are_no_error():
+    assert recommended_of([row(1.0, own=(0.1, 0.0))]) == 1.0
+    assert recommended_of([row(1.0, own=(0.0, 0.0))]) == 0.0
 
 
 def test_strengths_of_both_signs_are_refused(tiny, tiny_tokenizer, steered):
