@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PySide6.QtCore import Qt
 from PySide6.QtGui import QTextCursor
-from PySide6.QtTest import QTest
-from PySide6.QtWidgets import QApplication, QPushButton, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QApplication
 
 from mistudio.engine.features.store import FeatureStore
 from mistudio.jobs.features import newest_run
@@ -569,30 +568,6 @@ def test_result_of_other_settings_says_so(qtbot: Any, services: Services) -> Non
     page.features.cards()[0].box.setValue(2.0)
     generate(qtbot, services, page)
     assert said.isHidden()
-
-
-def test_tab_from_outside_shows_what_it_reaches(qtbot: Any, services: Services) -> None:
-    page = open_page(qtbot, services)
-    outside = QPushButton("outside")
-    window = QWidget()
-    layout = QVBoxLayout(window)
-    layout.addWidget(outside)
-    layout.addWidget(page)
-    qtbot.addWidget(window)
-    window.resize(1280, 720)
-    window.show()
-    window.activateWindow()
-    qtbot.waitUntil(window.isActiveWindow, timeout=5000)
-    page.presenter.add(3)
-    bar = page._page.verticalScrollBar()
-    qtbot.waitUntil(lambda: bar.maximum() > 300, timeout=5000)
-    bar.setValue(bar.maximum())
-    outside.setFocus()
-    assert page.presets.button.visibleRegion().isEmpty()
-    QTest.keyClick(outside, Qt.Key.Key_Tab)
-    assert window.focusWidget() is page.presets.button
-    assert not page.presets.button.visibleRegion().isEmpty()
-    page.setParent(None)  # each is closed on its own
 
 
 def test_nothing_moves_when_a_generation_begins_or_ends(qtbot: Any, services: Services) -> None:

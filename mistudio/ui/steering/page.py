@@ -9,7 +9,6 @@ from typing import Any
 from PySide6.QtCore import QPoint, Qt, QTimer
 from PySide6.QtGui import QKeySequence, QShortcut
 from PySide6.QtWidgets import (
-    QApplication,
     QHBoxLayout,
     QLayout,
     QScrollArea,
@@ -147,7 +146,6 @@ class SteeringPage(QWidget):
         presenter.job_failed.connect(self._on_presenter_job_failed)
         presenter.ended.connect(self._on_presenter_ended)
         services.jobs.tick.connect(self._on_jobs_tick)
-        QApplication.instance().focusChanged.connect(self._on_app_focus_changed)
         self._show_sources()
         self.features.show_selected()
         self._on_presenter_selection_changed()
@@ -321,15 +319,6 @@ class SteeringPage(QWidget):
         for before, after in pairwise(_in_order(self._page.widget())):
             QWidget.setTabOrder(before, after)
         return super().focusNextPrevChild(forward)
-
-    def _on_app_focus_changed(self, old: QWidget | None, now: QWidget | None) -> None:
-        """Scroll to what Tab reaches from outside; inside, the page does so by itself. A click is
-        left alone: what moves under the mouse is not clicked."""
-        inside = self._page.widget()
-        if old is None or now is None or QApplication.mouseButtons() != Qt.MouseButton.NoButton:
-            return
-        if inside.isAncestorOf(now) and not inside.isAncestorOf(old) and self.isVisible():
-            self._page.ensureWidgetVisible(now, 0, tokens.GAP)
 
     def _look_at_error(self) -> None:
         if self._error_place.count():
