@@ -245,11 +245,11 @@ def test_the_exported_table_is_the_one_on_the_screen(
 
 def test_values_carry_their_interval() -> None:
     estimate = {"mean": 0.42, "low": 0.35, "high": 0.49, "n": 3, "texts": 6}
-    assert value_text("kl_per_token", estimate) == "0.42 [0.35, 0.49]"
+    assert value_text("kl_per_token", estimate) == "0.420 [0.350, 0.490]"
     assert value_text("similarity", {**estimate, "low": None}) == "42.0%"
     assert value_text("similarity", None) == "—"
     tip = value_tip("kl_per_token", estimate, 2)
-    assert "nats per token" in tip and "Student’s t over seeds" in tip and "0.35 to 0.49" in tip
+    assert "nats per token" in tip and "Student’s t over seeds" in tip and "0.350 to 0.490" in tip
     assert "Mean over 3 seeds of the mean over 2 prompts (6 texts)" in tip
     assert "over prompts (6 texts)" in value_tip("kl_per_token", estimate, 3)  # some are unknown
     one = {**estimate, "low": None, "high": None, "n": 1, "texts": 2}
