@@ -10,11 +10,28 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from PySide6.QtCore import QDeadlineTimer, QObject, QThread, Signal
+from shiboken6 import isValid
 
 if TYPE_CHECKING:
     from mistudio.library.library import Library
 
 log = logging.getLogger(__name__)
+
+
+_put_away: list[QThread] = []
+
+
+def put_away(thread: QThread) -> None:
+    """Delete a thread that has ended; to be called in the GUI thread.
+
+    Its Python object must outlive its C++ object. Where that holds the last reference, shiboken
+    frees the Python object within the destructor and then looks at it once more: if freeing what a
+    job kept let another thread run meanwhile, that is a segmentation fault.
+    """
+    thread.wait()
+    _put_away[:] = [old for old in _put_away if isValid(old)]
+    _put_away.append(thread)
+    thread.deleteLater()
 
 
 class _Call(QThread):
@@ -83,6 +100,5 @@ class Background(QObject):
 
     def _on_call_finished(self) -> None:
         for call in [call for call in self._calls if call.isFinished()]:
-            call.wait()
             self._calls.discard(call)
-            call.deleteLater()
+            put_away(call)

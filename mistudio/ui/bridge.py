@@ -31,7 +31,7 @@ from mistudio.jobs.job import (
 )
 from mistudio.library.jobs import ACTIVE, JobRecord
 from mistudio.library.library import Change, Library
-from mistudio.ui.background import Background
+from mistudio.ui.background import Background, put_away
 
 __all__ = ["Background", "ChangeNotifier", "JobManager", "JobThread"]
 
@@ -373,10 +373,9 @@ class JobManager(QObject):
         for lane, thread in list(self._threads.items()):
             if not thread.isFinished():
                 continue
-            thread.wait()
             self._remember(thread)
             del self._threads[lane]
-            thread.deleteLater()
+            put_away(thread)
             self._start_next(lane)
             self.queue_changed.emit()
             self.tick.emit()

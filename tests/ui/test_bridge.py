@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from PySide6.QtCore import QObject, QThread
+from PySide6.QtCore import QCoreApplication, QEvent, QObject, QThread
+from shiboken6 import isValid
 
 from mistudio.errors import Busy, InvalidInput
 from mistudio.jobs.kinds import KINDS
 from mistudio.library.library import Library
+from mistudio.ui.background import put_away
 from mistudio.ui.bridge import ChangeNotifier, JobManager, Place
 
 from .small_jobs import Count, CountOn, CountOnDisk, Stubborn
@@ -293,3 +296,14 @@ def test_a_row_that_is_put_away_before_its_end_is_told_does_not_stop_the_lane(
     thread.wait()  # it has ended; nobody in this thread has heard of it yet
     library.jobs.remove(first)
     qtbot.waitUntil(lambda: library.jobs.get(second).status == "finished", timeout=5000)
+
+
+def test_the_python_side_of_an_ended_thread_outlives_its_other_side(qtbot: Any) -> None:
+    first, second = QThread(), QThread()
+    kept = weakref.ref(first)
+    put_away(first)
+    del first
+    QCoreApplication.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)
+    assert kept() is not None and not isValid(kept())
+    put_away(second)  # what is gone is let go of
+    assert kept() is None
