@@ -19,9 +19,10 @@ class Calibration:
     0.0 where there is none; `s_max` the first at which the text breaks, None where none of those
     tried does. `site` is {"hook_point", "layer"}. `curve`:
 
-        tried           [{strength, tokens, kl, kl_worst, perplexity_ratio, distinct_ratio, own_share,
-                        own_probability, own_probability_unsteered, zone}], weakest first: those of
-                        `engine/steering/calibration.Tried`, and "green", "amber" or "red"
+        tried           [{strength, tokens, kl, kl_worst, perplexity_ratio, distinct_ratio,
+                        own_share, own_probability, own_probability_unsteered, zone}], weakest
+                        first: those of `engine/steering/calibration.Tried`, and "green", "amber"
+                        or "red"
         safe            the largest strength up to which the text stays as good
         suppress        the same for negative strengths: {tried, recommended, safe, s_max}, or None
         own_share       of the unsteered text, None where the feature has no tokens of its own
