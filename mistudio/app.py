@@ -115,7 +115,9 @@ def _show(
     from PySide6.QtCore import QTimer
 
     from mistudio.ui.main_window import MainWindow
+    from mistudio.ui.pauses import Collector
 
+    collector = Collector()
     window = MainWindow(None, settings, open_on)
     window.crash.install()
     starter = make_starter(window, root, crash_log)
@@ -134,6 +136,7 @@ def _show(
         crash_log.close()
         os._exit(0)
     starter.close_library()
+    collector.stop()
     return code or starter.code
 
 

@@ -56,6 +56,23 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+# --- garbage --------------------------------------------------------------------------------------
+
+# As `ui/pauses.Collector` does in the app: a collection in a worker's thread would destroy windows
+# of earlier tests there.
+gc.disable()
+
+
+@pytest.fixture(autouse=True)
+def garbage_of_the_main_thread() -> Iterator[None]:
+    """Collect between tests what is due by Python's own thresholds."""
+    yield
+    counts, thresholds = gc.get_count(), gc.get_threshold()
+    due = [generation for generation in range(3) if counts[generation] > thresholds[generation]]
+    if due:
+        gc.collect(due[-1])
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 GRACE_SECONDS = 2.0
