@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mistudio.engine.features.excerpts import Excerpt, pieces
 from mistudio.engine.features.language_models import LanguageModel
 from mistudio.engine.features.score import STRONGEST
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.errors import InvalidInput
+from mistudio.errors import InvalidInput, UserError
 
 EXAMPLES = 12  # half of them the strongest there are
 MARKED = 0.3  # of an excerpt's highest activation: tokens from there on are marked
@@ -82,19 +82,31 @@ def marked(parts: Sequence[str], chosen: np.ndarray) -> str:
     return " ".join(text.split())
 
 
-def prompt(excerpts: Sequence[Excerpt], tokenizer: Any) -> str:
+def prompt(
+    excerpts: Sequence[Excerpt], tokenizer: Any, fits: Callable[[str], bool] = lambda prompt: True
+) -> str:
+    """With as many excerpts as fit. InvalidInput where there is nothing to describe; UserError
+    where not even one fits."""
     texts = [
         f"{number}. {marked(pieces(tokenizer, e.ids), active_tokens(e))}"
         for number, e in enumerate(shown_to_describers(excerpts), 1)
     ]
-    return PROMPT.format(texts="\n".join(texts), words=WORDS)
+    for many in range(len(texts), 0, -1):
+        asked = PROMPT.format(texts="\n".join(texts[:many]), words=WORDS)
+        if fits(asked):
+            return asked
+    raise UserError(
+        "This model reads too little text to describe features",
+        "Not even one example fits into it together with the question.",
+        "Choose a model with a longer context.",
+    )
 
 
 def describe(
     model: LanguageModel, excerpts: Sequence[Excerpt], tokenizer: Any, progress: Progress = SILENT
 ) -> str | None:
     """A description, or None where the model's answer could not be parsed, twice."""
-    asked = prompt(excerpts, tokenizer)
+    asked = prompt(excerpts, tokenizer, lambda text: model.reads(text, START))
     for attempt in range(ATTEMPTS):
         progress.check()
         found = parsed(model.write(asked, START, SCHEMA, attempt, progress))

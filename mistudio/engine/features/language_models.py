@@ -25,7 +25,7 @@ from mistudio.engine.hub.access import Secret
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
+from mistudio.engine.steering.generation import Sampling, encode_prompt, generate, positions
 from mistudio.errors import UserError
 
 T = TypeVar("T")
@@ -43,6 +43,10 @@ class LanguageModel(Protocol):
 
     name: str
 
+    def reads(self, prompt: str, start: str) -> bool:
+        """Whether a prompt fits into the model together with an answer."""
+        ...
+
     def write(
         self,
         prompt: str,
@@ -56,7 +60,8 @@ class LanguageModel(Protocol):
         ...
 
     def yes(self, prompts: Sequence[str], progress: Progress = SILENT) -> np.ndarray:
-        """float64 [n]: how probable the answer 1 is beside 0; NaN where neither is answered."""
+        """float64 [n]: how probable the answer 1 is beside 0; NaN where neither is answered,
+        and where the prompt is too long for the model."""
         ...
 
 
@@ -70,6 +75,10 @@ class OwnModel:
         self._model, self._tokenizer = model, tokenizer
         self._special = sorted(special_ids)
         self._chat = bool(getattr(tokenizer, "chat_template", None))
+        self._most = positions(model) or math.inf  # tokens
+
+    def reads(self, prompt: str, start: str) -> bool:
+        return len(self._begun(prompt, start)) + WRITTEN <= self._most
 
     def write(
         self,
@@ -79,8 +88,7 @@ class OwnModel:
         attempt: int = 0,
         progress: Progress = SILENT,
     ) -> str:
-        # The answer has begun already: small models would rather talk than write JSON.
-        ids = [*self._ids(prompt), *self._plain(start)]
+        ids = self._begun(prompt, start)
         sampling = Sampling(0.0 if attempt == 0 else WARMTH, 1.0, WRITTEN, attempt)
         until = _UntilClosed(progress)
         try:
@@ -109,7 +117,8 @@ class OwnModel:
         by_length: dict[int, list[int]] = {}
         encoded = [self._ids(prompt) for prompt in prompts]
         for i, ids in enumerate(encoded):
-            by_length.setdefault(len(ids), []).append(i)
+            if len(ids) <= self._most:
+                by_length.setdefault(len(ids), []).append(i)
         done = 0
         for rows in by_length.values():  # one length at a time: nothing has to be padded
             for begin in range(0, len(rows), BATCH):
@@ -122,6 +131,10 @@ class OwnModel:
                 done += len(chosen)
                 progress.report(done, len(prompts))
         return found
+
+    def _begun(self, prompt: str, start: str) -> list[int]:
+        """A prompt and how its answer begins: small models would rather talk than write JSON."""
+        return [*self._ids(prompt), *self._plain(start)]
 
     def _ids(self, prompt: str) -> list[int]:
         text = prompt if self._chat else f"{prompt}\nAnswer: "
@@ -201,6 +214,9 @@ class Server:
         if not isinstance(found, list):
             raise self._nonsense()
         return [str(entry["id"]) for entry in found if isinstance(entry, dict) and "id" in entry]
+
+    def reads(self, prompt: str, start: str) -> bool:
+        return True  # how much it reads is the server's to say
 
     def write(
         self,

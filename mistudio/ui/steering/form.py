@@ -124,6 +124,7 @@ class GenerationForm(Card):
         slot.setLayout(said)
         times = self.reason.fontMetrics().lineSpacing() + 6  # the progress hides them at first
         slot.setMinimumHeight(self.progress.sizeHint().height() + times)
+        self._said = slot
         below = column(8)
         below.addLayout(buttons)
         below.addWidget(slot)
@@ -180,7 +181,9 @@ class GenerationForm(Card):
             self.stop.setFocus()
         elif not busy and focused is self.stop:
             self.generate.setFocus()
-        self.progress.setVisible(busy)
+        if self.progress.isHidden() == busy:
+            self.progress.setVisible(busy)
+            self._said.updateGeometry()  # else Qt lays out a frame with the height of before
         self.reason.setText("" if busy else reason or self.presenter.warning(form))
         self.reason.setVisible(bool(self.reason.text()))
         self.advanced.show_shares(

@@ -43,6 +43,7 @@ from mistudio.ui.widgets import (
     Surface,
     clear,
     column,
+    settle_layouts,
 )
 
 NO_TRAINING = "No completed training jobs available."
@@ -312,6 +313,7 @@ class SteeringPage(QWidget):
         self.configuration.show_progress(None)
         self.configuration.stop.setText("Stop")
         self.configuration.refresh()
+        settle_layouts()
         QTimer.singleShot(0, self._look_at_output)
 
     def focusNextPrevChild(self, forward: bool) -> bool:
@@ -349,6 +351,7 @@ class SteeringPage(QWidget):
             return
         self.configuration.show_progress(snapshot)
         self.output.stream(self.presenter.texts())
+        settle_layouts()
 
     def _on_presenter_ended(self, status: str, record: JobRecord) -> None:
         self.configuration.refresh()
@@ -374,6 +377,7 @@ class SteeringPage(QWidget):
         self.history.show_current(generation.id if generation else None)
         self.configuration.refresh()  # it may have measured norms of layers
         self._show_whether_asked_anew()
+        settle_layouts()
 
     def reopen(self, generation_id: int) -> None:
         """Bring back an earlier generation: its form, its features, its result."""

@@ -15,6 +15,7 @@ from mistudio.ui.widgets.containers import (
     picture,
     row,
     scrolling,
+    settle_layouts,
     tiles,
 )
 from mistudio.ui.widgets.form import FormRow
@@ -63,6 +64,7 @@ __all__ = [
     "picture",
     "row",
     "scrolling",
+    "settle_layouts",
     "status_tone",
     "tiles",
 ]

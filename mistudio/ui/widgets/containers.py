@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PySide6.QtCore import QMargins, QPoint, QRect, QSize, Qt, Signal
+from PySide6.QtCore import QCoreApplication, QEvent, QMargins, QPoint, QRect, QSize, Qt, Signal
 from PySide6.QtGui import QResizeEvent
 from PySide6.QtWidgets import (
     QFrame,
@@ -258,6 +258,12 @@ class ColumnPage(QScrollArea):
 
     def add(self, *items: QWidget | QLayout) -> None:
         add(self.body, *items)
+
+
+def settle_layouts() -> None:
+    """Lay out now what waits for it. What becomes visible squeezes its neighbours until the page
+    around it has grown, and a frame may be painted in between."""
+    QCoreApplication.sendPostedEvents(None, QEvent.Type.LayoutRequest.value)
 
 
 class PageTitle(QWidget):

@@ -103,6 +103,9 @@ class Scripted:
     def __init__(self, answers=(), yes=lambda prompt: np.nan):
         self.answers, self.asked, self._yes = list(answers), [], yes
 
+    def reads(self, prompt, start):
+        return True
+
     def write(self, prompt, start, schema, attempt=0, progress=None):
         self.asked.append((prompt, start, attempt))
         return self.answers.pop(0)
@@ -214,7 +217,7 @@ def test_auroc_counts_pairs():
 
 def test_a_model_of_the_library_writes_and_judges(tiny, tiny_tokenizer, contexts):
     model = OwnModel(tiny, tiny_tokenizer, "tiny", special_ids=[0])
-    asked = prompt(contexts[PAIR], tiny_tokenizer)
+    asked = prompt(contexts[PAIR], tiny_tokenizer, lambda text: model.reads(text, START))
     text = model.write(asked, START, SCHEMA)
     assert text.startswith(START) and len(text) > len(START)
     assert text == model.write(asked, START, SCHEMA)
@@ -226,6 +229,22 @@ def test_a_model_of_the_library_writes_and_judges(tiny, tiny_tokenizer, contexts
     assert ((together > 0) & (together < 1)).all()
     outcome = describe(model, contexts[PAIR], tiny_tokenizer)
     assert outcome is None or isinstance(outcome, str)
+
+
+def test_a_model_is_shown_as_many_examples_as_it_reads(tiny, tiny_tokenizer, contexts):
+    model = OwnModel(tiny, tiny_tokenizer, "tiny", special_ids=[0])
+    whole = prompt(contexts[PAIR], tiny_tokenizer)
+    assert not model.reads(whole, START)  # more than the 512 tokens of this model
+    fitting = prompt(contexts[PAIR], tiny_tokenizer, lambda text: model.reads(text, START))
+    examples = [[line for line in p.splitlines() if line[:1].isdigit()] for p in (whole, fitting)]
+    assert 0 < len(examples[1]) < len(examples[0])
+    assert examples[0][: len(examples[1])] == examples[1]  # the weakest are left out
+    one_more = whole.replace("\n".join(examples[0]), "\n".join(examples[0][: len(examples[1]) + 1]))
+    assert not model.reads(one_more, START)
+    with pytest.raises(UserError, match="Not even one example"):
+        prompt(contexts[PAIR], tiny_tokenizer, lambda text: False)
+    answers = model.yes(["A text.", whole])
+    assert np.isnan(answers).tolist() == [False, True]
 
 
 def test_a_generation_can_be_stopped(tiny, tiny_tokenizer):
