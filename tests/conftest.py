@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from mistudio.engine import garbage
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before anything imports Qt, torch or huggingface_hub: they read these once.
@@ -63,10 +65,31 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 gc.disable()
 
 
+def collect_in_main_thread() -> None:
+    if threading.current_thread() is threading.main_thread():
+        gc.collect()
+
+
+garbage.collect_through(collect_in_main_thread)
+
+
+_imported = 0  # modules when garbage was last set aside
+
+
+def set_imports_aside() -> None:
+    """A collection that looks through torch and transformers takes 0.3 s; there are hundreds."""
+    global _imported
+    if len(sys.modules) > _imported + 100:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
+
+
 @pytest.fixture(autouse=True)
 def garbage_of_the_main_thread() -> Iterator[None]:
     """Collect between tests what is due by Python's own thresholds."""
     yield
+    set_imports_aside()
     counts, thresholds = gc.get_count(), gc.get_threshold()
     due = [generation for generation in range(3) if counts[generation] > thresholds[generation]]
     if due:

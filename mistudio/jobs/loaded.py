@@ -9,7 +9,6 @@ that job lets go of it.
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from weakref import WeakKeyDictionary
 import psutil
 
 from mistudio import device
+from mistudio.engine import garbage
 from mistudio.engine.progress import SILENT, Progress
 from mistudio.errors import CorruptFile
 from mistudio.formatting import size
@@ -124,7 +124,7 @@ def unload_model(model_id: int | None = None) -> None:
     with _lock:
         for key in [k for k, e in _loaded.items() if model_id in (None, e.model_id)]:
             del _loaded[key]
-    gc.collect()
+    garbage.collect()
     device.give_back()
 
 
@@ -247,7 +247,7 @@ def _make_room(library: Library, record: Model, precision: str) -> None:
             if not _loaded:
                 break
             _loaded.popitem(last=False)
-        gc.collect()
+        garbage.collect()
         device.give_back()
     other = best_fit(architecture, here, least, device=kind)
     plan.require(
@@ -346,7 +346,7 @@ def reference_losses(
                     return _losses(decoder, folder, progress)
                 finally:
                     del decoder
-                    gc.collect()
+                    garbage.collect()
                     device.give_back()
     return None
 

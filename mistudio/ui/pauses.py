@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 
-from PySide6.QtCore import QObject, QTimer
+from PySide6.QtCore import QObject, Qt, QTimer, Signal
+
+from mistudio.engine import garbage
 
 INTERVAL_MS = 1000
+PATIENCE = 2.0  # seconds that a worker waits for a collection
 
 
 def set_imports_aside() -> None:
@@ -37,8 +41,11 @@ class Collector(QObject):
 
     Python collects in whatever thread happens to allocate. A worker would so destroy widgets that
     are part of a reference cycle, while the GUI thread uses them: a segmentation fault, or each
-    thread waits for the other's lock (Qt's of the connections, Python's).
+    thread waits for the other's lock (Qt's of the connections, Python's). A worker that needs the
+    memory asks for a collection (`engine/garbage.py`) and waits for it.
     """
+
+    _wanted = Signal(object)
 
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -46,11 +53,28 @@ class Collector(QObject):
         self._timer = QTimer(self)
         self._timer.timeout.connect(self._on_timer_timeout)
         self._timer.start(INTERVAL_MS)
+        self._wanted.connect(self._on_wanted, Qt.ConnectionType.QueuedConnection)
+        garbage.collect_through(self.collect)
+
+    def collect(self) -> None:
+        """From any thread. A worker gives up after a while: a window that closes may be waiting
+        for it."""
+        if self.thread().isCurrentThread():
+            gc.collect()
+            return
+        done = threading.Event()
+        self._wanted.emit(done)
+        done.wait(PATIENCE)
 
     def stop(self) -> None:
         """Leave it to Python again."""
         self._timer.stop()
+        garbage.collect_through()
         gc.enable()
 
     def _on_timer_timeout(self) -> None:
         collect_due()
+
+    def _on_wanted(self, done: threading.Event) -> None:
+        gc.collect()
+        done.set()

@@ -231,7 +231,8 @@ def test_a_stop_keeps_what_is_described_already(
         return json.dumps({"description": f"before the stop {n}"})
 
     served.describes = describes
-    job = DescribeFeatures(1, frequent, address=served.address, server_model="slow", contexts=0)
+    features = [*frequent, next(f for f in range(1000) if f not in frequent)]
+    job = DescribeFeatures(1, features, address=served.address, server_model="slow", contexts=0)
     assert run(shared, job, control=control).status == "cancelled"
     assert [label.text for label in labels(shared, frequent[0], "slow")] == ["before the stop 1"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mistudio.engine import garbage
 from mistudio.ui import pauses
 from mistudio.ui.pauses import Collector
 
@@ -26,7 +27,8 @@ class Cycle:
 
 
 @pytest.fixture(autouse=True)
-def freed() -> Iterator[list[threading.Thread]]:
+def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[threading.Thread]]:
+    monkeypatch.setattr(garbage, "_collect", gc.collect)  # put back as all tests have it
     gc.collect()
     gc.enable()  # as Python begins
     Cycle.freed = found = []
@@ -63,3 +65,39 @@ def test_workers_leave_garbage_to_the_gui_thread(
 def test_without_it_a_worker_frees_them(freed: list[threading.Thread]) -> None:
     in_worker()
     assert freed and threading.main_thread() not in freed
+
+
+def test_a_worker_that_needs_the_memory_waits_for_the_gui_thread(
+    qtbot: Any, freed: list[threading.Thread]
+) -> None:
+    collector = Collector()
+    after = []
+
+    def need_memory() -> None:
+        Cycle()
+        garbage.collect()
+        after.append(list(freed))
+
+    worker = threading.Thread(target=need_memory)
+    worker.start()
+    qtbot.waitUntil(lambda: bool(after), timeout=5000)
+    worker.join()
+    assert after == [[threading.main_thread()]]
+    Cycle()
+    garbage.collect()  # in the GUI thread itself: at once
+    assert len(freed) == 2
+    collector.stop()
+
+
+def test_nobody_waits_for_a_window_that_waits(
+    qtbot: Any, freed: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pauses, "PATIENCE", 0.05)
+    collector = Collector()
+    worker = threading.Thread(target=lambda: (Cycle(), garbage.collect()))
+    worker.start()
+    worker.join()  # the GUI thread stands still meanwhile
+    assert not freed
+    collector.stop()
+    garbage.collect()
+    assert len(freed) == 1

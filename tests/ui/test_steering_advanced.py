@@ -31,6 +31,7 @@ from mistudio.ui.steering.feature_index import OLD_DISCOVERY
 from mistudio.ui.steering.layer_strengths import shares
 from mistudio.ui.steering.measures import repetition_warning
 from mistudio.ui.steering.page import SteeringPage
+from mistudio.ui.steering.prompt_tokens import PART
 from mistudio.ui.steering.request import Chosen, Form, from_request, names, to_job
 from mistudio.ui.steering.units import significant
 
@@ -246,6 +247,18 @@ def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None
     assert all(  # what was chosen after the change is not the same token any more
         picker.read.ids[place] == read.ids[place] for place in picker.positions
     )
+
+
+def test_characters_of_several_tokens_stand_at_the_last(qtbot: Any, page: SteeringPage) -> None:
+    prompt = "Tea 🙂, 漢字!"
+    page.presenter.add(strongest(page), 2.0)
+    page.configuration.prompt.setPlainText(prompt)
+    page.configuration.advanced.scope.set_value("chosen")
+    picker = page.configuration.advanced.picker
+    qtbot.waitUntil(lambda: bool(picker.read.ids), timeout=10_000)
+    texts = picker.read.texts
+    assert PART in texts and "".join(t for t in texts if t != PART).endswith(prompt)
+    assert len(texts) == len(picker.read.ids)
 
 
 # --- strengths side by side -----------------------------------------------------------------------

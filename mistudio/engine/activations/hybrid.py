@@ -6,7 +6,6 @@ batches from what it stored. On disk there is one phase at a time, and the held-
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mistudio.engine import garbage
 from mistudio.engine.activations.source import calibrate_medians
 from mistudio.engine.activations.store import StoredActivations, write_activations
 from mistudio.engine.activations.stream import (
@@ -222,7 +222,7 @@ class HybridActivations:
         finally:
             del model
             if decoder() is not None or network() is not None:
-                gc.collect()  # something in it refers in a circle
+                garbage.collect()  # something in it refers in a circle
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -6,7 +6,6 @@ be saved between any two steps and goes on from there as if it had never been in
 
 from __future__ import annotations
 
-import gc
 import platform
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistudio.engine import garbage
 from mistudio.engine.activations.source import ActivationSource
 from mistudio.engine.activations.stream import Batch, BatchStream, State
 from mistudio.engine.models.hooks import HookPoint
@@ -551,7 +551,7 @@ def _evaluations(steps: int) -> frozenset[int]:
 
 
 def _free_memory() -> None:
-    gc.collect()
+    garbage.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from mistudio.library.library import Library
 
+PART = "…"
+
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """`texts` and `ids` by position; `special` are the positions that are never steered."""
+    """`texts` and `ids` by position; `special` are the positions that are never steered. Of a
+    character that several tokens make up all but the last are PART."""
 
     prompt: str
     chat: bool
@@ -21,6 +24,7 @@ class PromptTokens:
 
 def read_tokens(library: Library, model_id: int, prompt: str, chat: bool) -> PromptTokens:
     """As a generation would read them; loads the tokenizer, so never in the GUI thread."""
+    from mistudio.engine.features.excerpts import pieces
     from mistudio.engine.models.loading import load_tokenizer, special_ids
     from mistudio.engine.steering.generation import encode_prompt
 
@@ -31,7 +35,7 @@ def read_tokens(library: Library, model_id: int, prompt: str, chat: bool) -> Pro
         prompt,
         chat,
         model_id,
-        tuple(str(tokenizer.decode([token])) for token in ids),
+        tuple(text or PART for text in pieces(tokenizer, ids)),
         tuple(ids),
         frozenset(place for place, token in enumerate(ids) if place == 0 or token in never),
     )
