@@ -30,7 +30,7 @@ def test_name_lookup():
         socket.create_connection(("example.com", 80), timeout=1)
 
 def test_thread():
-    threading.Thread(target=time.sleep, args=(4,), name="straggler").start()
+    threading.Thread(target=time.sleep, args=(1.5,), name="straggler").start()
 """
 
 QT_OFFENDERS = """
@@ -44,7 +44,7 @@ class OwnDialog(QDialog):
 
 class Worker(QThread):
     def run(self):
-        time.sleep(3)
+        time.sleep(1.5)
 
 kept = []
 
@@ -84,9 +84,13 @@ def test_next_one_is_clean(qtbot):
 
 
 def outcome(tmp_path: Path, source: str) -> str:
-    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text(encoding="utf-8"))
+    guards = (HERE / "conftest.py").read_text(encoding="utf-8")
+    hasty = guards.replace("GRACE_SECONDS = 2.0", "GRACE_SECONDS = 0.3")
+    assert hasty != guards
+    (tmp_path / "conftest.py").write_text(hasty, encoding="utf-8")
     (tmp_path / "test_offenders.py").write_text(source)
     options = ["-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    options += ["--basetemp", str(tmp_path / "temporary")]  # it would tidy up after other runs
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(tmp_path), "-p", "no:cacheprovider"],
         cwd=tmp_path,
