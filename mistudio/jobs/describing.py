@@ -182,7 +182,7 @@ class _Describing:
     def _described(
         self, model: LanguageModel, found: Mapping[int, list[Excerpt]]
     ) -> tuple[dict[int, str], list[int]]:
-        from mistudio.engine.features.describers import describe
+        from mistudio.engine.features.describers import describe, shown_to_describers
 
         tokenizer, stage = self._tokenizer(), Stage(self._context, "describe", None)
         texts: dict[int, str] = {}
@@ -191,9 +191,11 @@ class _Describing:
         for number, feature in enumerate(features):
             stage.report(number, len(features))
             try:
-                text = describe(model, found[feature], tokenizer, stage)
+                shown_to_describers(found[feature])
             except InvalidInput:  # it is active nowhere that could be shown
                 text = None
+            else:
+                text = describe(model, found[feature], tokenizer, stage)
             if text is None:
                 unparsed.append(feature)
             else:

@@ -601,6 +601,18 @@ def test_nothing_moves_when_a_generation_begins_or_ends(qtbot: Any, services: Se
     assert frames.seen == {before} and page.views.y() == before
 
 
+def test_a_result_is_laid_out_at_once(qtbot: Any, services: Services) -> None:
+    page = open_page(qtbot, services)
+    page.presenter.add(strongest(services, page), 3.0)
+    generation = generate(qtbot, services, page)
+    page._show_result(None)
+    qtbot.wait(50)
+    page.reopen(generation.id)  # higher than what was shown: a frame could follow now
+    at_once = page.views.y(), page._page.widget().height()
+    qtbot.wait(50)
+    assert (page.views.y(), page._page.widget().height()) == at_once
+
+
 def test_state_survives(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.presenter.add(strongest(services, page), 3.0)

@@ -25,7 +25,7 @@ from mistudio.engine.hub.access import Secret
 from mistudio.engine.models.hooks import HookedDecoder
 from mistudio.engine.models.logits import last_logits
 from mistudio.engine.progress import SILENT, Progress
-from mistudio.engine.steering.generation import Sampling, encode_prompt, generate, positions
+from mistudio.engine.steering.generation import Sampling, encode_prompt, generate
 from mistudio.errors import UserError
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class OwnModel:
         self._model, self._tokenizer = model, tokenizer
         self._special = sorted(special_ids)
         self._chat = bool(getattr(tokenizer, "chat_template", None))
-        self._most = positions(model) or math.inf  # tokens
+        self._most = model.context or math.inf  # tokens
 
     def reads(self, prompt: str, start: str) -> bool:
         return len(self._begun(prompt, start)) + WRITTEN <= self._most

@@ -167,6 +167,8 @@ class HookedDecoder:
         self._blocks = _find_blocks(model, getattr(text_config, "num_hidden_layers", None))
         self.n_layers = len(self._blocks)
         self.d_model = int(text_config.hidden_size)
+        longest = getattr(text_config, "max_position_embeddings", None)
+        self.context: int | None = int(longest) if longest else None  # tokens; None: no limit named
         embedding: Any = model.get_input_embeddings()
         self.vocab_size = int(embedding.weight.shape[0])
         self._branches: dict[int, _Branches] = {}

@@ -63,17 +63,10 @@ def check_seed(seed: int) -> None:
         )
 
 
-def positions(model: HookedDecoder) -> int | None:
-    """How many tokens the model reads at most; None where it names no limit."""
-    config: Any = model.model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None) or None
-
-
 def check_room(model: HookedDecoder, prompt_tokens: int, new_tokens: int) -> None:
     """Raises InvalidInput where the model has no positions for that many tokens: beyond what it was
     trained on it fails or writes nonsense."""
-    longest = positions(model)
+    longest = model.context
     if longest is None or prompt_tokens + new_tokens <= longest:
         return
     told = f"The prompt has {prompt_tokens:,} tokens; the model reads {longest:,} at most"
