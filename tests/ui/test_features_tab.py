@@ -379,8 +379,8 @@ def test_discover_runs_and_opens_its_table(
              "max_documents": None}  # fmt: skip
     assert {name: job.params[name] for name in asked} == asked
     assert page.stack.currentWidget() is page._during
-    qtbot.waitUntil(lambda: page.presenter.reader is not None, timeout=LONG)
-    assert page.stack.currentWidget() is page._after
+    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._after, timeout=LONG)
+    assert page.presenter.reader is not None
     assert page.presenter.run.summary["top_k"] == 5
     assert page.presenter.reader.columns.meta.top_k == 5
     qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=LONG)

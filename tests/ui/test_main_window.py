@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,23 @@ def other_tabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def open_window(qtbot: Any, themed: QApplication, library: Library) -> Iterator[Callable[..., Any]]:
-    windows: list[MainWindow] = []
+def open_window(qtbot: Any, themed: QApplication, library: Library) -> Callable[..., MainWindow]:
+    def end_jobs(window: MainWindow) -> None:
+        """A window that closes while a job runs would ask."""
+        for job_id in window.services.jobs.running():
+            window.services.jobs.cancel(job_id)
+        qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
 
     def open_it(size: tuple[int, int] = (1280, 720), **options: Any) -> MainWindow:
         window = MainWindow(library, Settings(), **options)
-        windows.append(window)
-        qtbot.addWidget(window)
+        qtbot.addWidget(window, before_close_func=end_jobs)
         window.resize(*size)
         with qtbot.waitSignal(window.painted):
             window.show()
         window.start()
         return window
 
-    yield open_it
-    for window in windows:
-        for job_id in window.services.jobs.running():
-            window.services.jobs.cancel(job_id)
-        qtbot.waitUntil(lambda window=window: not window.services.jobs.running(), timeout=5000)
-        window.close()
+    return open_it
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -218,7 +216,8 @@ def test_drawer_pauses_resumes_and_cancels(open_window: Any, qtbot: Any, library
     qtbot.mouseClick(card.pause, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: card.pause.text() == "Pause")
     qtbot.mouseClick(card.cancel, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "cancelled", timeout=5000)
+    qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
+    assert library.jobs.get(job_id).status == "cancelled"
 
 
 def test_failed_job_tells_why_and_its_report_can_be_copied(open_window: Any, qtbot: Any) -> None:
@@ -250,7 +249,8 @@ def test_interrupted_job_is_offered_again(
     assert not card.pause.isVisible()
     qtbot.mouseClick(card.again, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: library.jobs.count() == 2)
-    qtbot.waitUntil(lambda: library.jobs.get(2).status == "finished", timeout=5000)
+    qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
+    assert library.jobs.get(2).status == "finished"
 
 
 def test_closing_with_a_running_job_asks(

@@ -55,6 +55,7 @@ def trained(services_of: Callable[[Library], Services], trained_library: Library
 
 @pytest.fixture(autouse=True)
 def nothing_loaded() -> Iterator[None]:
+    unload_model()  # what other tests left in memory would show on these tests' cards
     yield
     unload_model()
 

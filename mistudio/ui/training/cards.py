@@ -11,6 +11,7 @@ from PySide6.QtWidgets import QGridLayout, QWidget
 from mistudio import formatting
 from mistudio.engine.training.config import Plan
 from mistudio.engine.training.verdict import Light, Watch, lights
+from mistudio.jobs.control import Snapshot
 from mistudio.library.jobs import JobRecord
 from mistudio.library.records import Sae
 from mistudio.ui.services import Services
@@ -287,6 +288,8 @@ class JobCard(Card):
         if generation != self._generation:
             self._generation = generation
             self._begin_anew()
+        # Before the rows: what a note is about is in the log above it.
+        snapshot = self._services.jobs.snapshot(self.job.id)
         rows = self._services.jobs.metrics(self.job.id, self._n_rows)
         if rows:
             self._append(rows)
@@ -295,10 +298,9 @@ class JobCard(Card):
             self._show_values()
         self._show_badge()
         self._show_place()
-        self._show_notes()
+        self._show_notes(snapshot)
         if self.job.status in ("running", "paused"):
             self._use.tick()
-        snapshot = self._services.jobs.snapshot(self.job.id)
         can_stop = self._n_rows > 0 and not self._stopping
         if snapshot is not None and snapshot.phase != "train":
             can_stop = False
@@ -327,10 +329,11 @@ class JobCard(Card):
             "of training",
         )
 
-    def _show_notes(self) -> None:
-        """What the training told in sentences, in the log."""
-        snapshot = self._services.jobs.snapshot(self.job.id)
-        if self.charts is not None and snapshot and len(snapshot.notes) > self._n_notes:
+    def _show_notes(self, snapshot: Snapshot | None) -> None:
+        """What the training told in sentences, in the log, after the rows before it."""
+        if self.charts is None or self._taking or snapshot is None:
+            return
+        if len(snapshot.notes) > self._n_notes:
             self.charts.add_notes(snapshot.notes[self._n_notes :])
             self._n_notes = len(snapshot.notes)
 

@@ -157,6 +157,7 @@ class TrainingCharts(QWidget):
 
     def add_notes(self, notes: Sequence[str], now: bool = True) -> None:
         """Sentences that the training told, for the log; `now`: they have just come."""
+        self._settle()
         self._write([note_line(note, time.time() if now else None) for note in notes])
 
     def set_live(self, live: bool) -> None:
