@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,22 @@ def no_threads_left(no_network: None) -> Iterator[None]:
     left = {thread for thread in left if thread.is_alive()}
     if left:
         pytest.fail(f"left running: {', '.join(sorted(t.name for t in left))}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test tells what its other threads were doing: it may have waited for one of them."""
+    report = yield
+    if report.failed:
+        mine = threading.get_ident()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        others = {ident: frame for ident, frame in sys._current_frames().items() if ident != mine}
+        for ident, frame in others.items():
+            stack = "".join(traceback.format_stack(frame))
+            report.sections.append((f"thread {names.get(ident, ident)}", stack))
+    return report
 
 
 # --- network --------------------------------------------------------------------------------------

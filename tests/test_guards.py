@@ -106,6 +106,7 @@ def test_calling_out_or_leaving_a_thread_fails_the_test(tmp_path: Path) -> None:
     assert "tried to reach 192.0.2.1:80" in text
     assert "tried to reach example.com:80" in text
     assert "left running: straggler" in text
+    assert " thread straggler " in text, "what it was doing"
 
 
 def test_qt_leaks_and_unanswered_dialogs_fail_the_test(tmp_path: Path) -> None:
