@@ -110,6 +110,7 @@ def _umap(
         tqdm_kwds={
             "disable": False,
             "file": _Epochs(turns, progress),
+            "lock_args": _BeforeLock(progress),
             "bar_format": "{n}",
             "mininterval": 0.05,
             "miniters": 1,
@@ -128,12 +129,24 @@ class _Epochs:
     def write(self, text: str) -> int:
         number = text.strip()
         if number.isdigit():
-            self._progress.check()
             self._progress.report(int(number), self._total)
         return len(text)
 
     def flush(self) -> None:
         pass
+
+
+class _BeforeLock:
+    """Where umap-learn's progress may be stopped. tqdm holds a lock while it writes, one for the
+    whole process, and keeps it for good where writing raises: whoever loads a model next would
+    wait for ever. Before it takes the lock it asks whether there are arguments for that."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __bool__(self) -> bool:
+        self._progress.check()
+        return False
 
 
 def _spread(start: np.ndarray, seed: int) -> np.ndarray:

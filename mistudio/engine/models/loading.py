@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -700,20 +701,34 @@ def _check_device(device: str) -> None:
         )
 
 
+_quieting = threading.Lock()
+_quiet_blocks = 0
+_spoke: tuple[int, bool] = (0, False)  # verbosity, progress bars: as the first block found them
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice on the terminal while a model loads."""
+    """No progress bars and no advice on the terminal while a model loads. What transformers says is
+    a setting of the whole process: the last of several threads to end puts it back."""
     from mistudio.engine.models.hf import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    global _quiet_blocks, _spoke
+    with _quieting:
+        if not _quiet_blocks:
+            _spoke = logging.get_verbosity(), logging.is_progress_bar_enabled()
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        _quiet_blocks += 1
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        with _quieting:
+            _quiet_blocks -= 1
+            if not _quiet_blocks:
+                verbosity, bars = _spoke
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()
 
 
 # -------------------------------------------------------------------- tokenizers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
+from tqdm import tqdm
 
 from mistudio.engine.features import maps
 from mistudio.engine.features.clustering import groups_of_map, side_by_side
@@ -97,6 +100,17 @@ def test_laying_out_stops_when_told_to(decoder: torch.Tensor, method: str) -> No
     with pytest.raises(Cancelled):
         lay_out(made.neighbours, made.distances, made.start, settings, told)
     assert len(told.reports) < 8
+    # umap-learn shows its progress with tqdm, as transformers does when it loads a model.
+    with ThreadPoolExecutor() as other_thread:
+        assert other_thread.submit(free, tqdm.get_lock()).result()
+
+
+def free(lock: Any) -> bool:
+    """Whether this thread can take both parts of tqdm's lock."""
+    taken = [one for one in lock.locks if one.acquire(timeout=5)]
+    for one in reversed(taken):
+        one.release()
+    return taken == lock.locks
 
 
 def test_neighbours_are_the_nearest_by_cosine_among_those_that_take_part(

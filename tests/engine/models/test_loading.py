@@ -20,6 +20,7 @@ from mistudio.engine.models.loading import (
     describe,
     load_model,
     load_tokenizer,
+    quiet_transformers,
     resolve_precision,
     separator_id,
     special_ids,
@@ -455,3 +456,20 @@ def test_tiny_trained_model_is_a_complete_folder() -> None:
     summary = describe(folder)
     assert (summary.parameters, summary.tied_embeddings, summary.dtypes) == (857216, True, ("F16",))
     assert load_model(folder, "fp32").vocab_size == 1024
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+def test_threads_that_load_side_by_side_stay_quiet_to_the_last() -> None:
+    from mistudio.engine.models.hf import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    assert before[1]
+    first, second = quiet_transformers(), quiet_transformers()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not logging.is_progress_bar_enabled()
+    second.__exit__(None, None, None)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
