@@ -32,8 +32,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["PYTHON_KEYRING_BACKEND"] = "keyring.backends.fail.Keyring"  # not the user's own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# torch's thread count, also in child processes; where tests run side by side they have one each.
-os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# torch's thread count, also in child processes: all is tiny, and tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as bootstrap.py does, and for the same reason
 for _kind in ("CONFIG", "DATA", "CACHE", "STATE"):
     os.environ[f"XDG_{_kind}_HOME"] = os.path.join(_home.name, _kind.lower())
@@ -57,6 +57,14 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "mistudio_home"
     monkeypatch.setenv("MISTUDIO_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The app gives torch all cores when it imports the engine; the next test has one again."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 # --- garbage --------------------------------------------------------------------------------------

@@ -13,19 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from journeys import road
 
 from mistudio import __version__
 from mistudio.library.library import Library
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

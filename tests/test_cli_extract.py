@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from journeys import road
 
 from mistudio.engine.activations import extraction
@@ -24,11 +23,8 @@ LIMITS = ("--context", "64", "--max-tokens", "3000", "--batch-size", "4")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_left_loaded() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     unload_model()
 
 

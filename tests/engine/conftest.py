@@ -21,7 +21,6 @@ def tiny(tiny_folder):
     """The tiny trained model, fp32."""
     from mistudio.engine.models.loading import load_model
 
-    torch.set_num_threads(2)
     return load_model(tiny_folder, "fp32")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from journeys import road
 
 from mistudio.jobs.models import unload_model
@@ -14,11 +13,8 @@ from mistudio.library.library import Library
 
 
 @pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_left_loaded() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     unload_model()
 
 

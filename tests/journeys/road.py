@@ -81,10 +81,8 @@ _built: list[Path] = []
 
 def built_once(folders: Any) -> Path:
     """What `build` makes, once a session, for every folder of tests that asks."""
-    import torch
 
     if not _built:
-        torch.set_num_threads(1)  # tiny models run fastest on one, above all beside other work
         _built.append(build(folders.mktemp("built")))
     return _built[0]
 

@@ -38,9 +38,6 @@ CONFIG = {
 def services(
     trained_library: Library, services_of: Callable[[Library], Services], qtbot: Any
 ) -> Services:
-    import torch
-
-    torch.set_num_threads(1)
     import_engine()
     return services_of(trained_library)
 

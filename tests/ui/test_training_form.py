@@ -153,9 +153,6 @@ def test_a_disk_that_is_too_small_is_a_doubt() -> None:
 
 @pytest.fixture
 def services(trained_library: Library, services_of: Any) -> Services:
-    import torch
-
-    torch.set_num_threads(2)
     return services_of(trained_library)
 
 

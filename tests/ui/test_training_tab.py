@@ -113,9 +113,6 @@ def empty(qtbot: Any, themed: QApplication, library: Library) -> Iterator[Servic
 
 @pytest.fixture
 def trained(qtbot: Any, themed: QApplication, trained_library: Library) -> Iterator[Services]:
-    import torch
-
-    torch.set_num_threads(2)
     yield from make_services(qtbot, trained_library)
 
 

@@ -44,14 +44,6 @@ SMALL = TrainingConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def stored(tiny, tokens, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("activations")

@@ -37,10 +37,7 @@ Tensors = dict[str, Tensor]
 def double_precision():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything here is tiny
     yield
-    torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
 
 

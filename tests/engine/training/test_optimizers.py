@@ -30,12 +30,8 @@ WIRINGS = {
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
+def seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything here is tiny
-    yield
-    torch.set_num_threads(threads)
 
 
 def planned(**options):

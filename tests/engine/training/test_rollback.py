@@ -3,7 +3,6 @@ saves can change while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +22,6 @@ POINT = HookPoint("resid_post", 1)
 SMALL = TrainingConfig(
     steps=20, batch_size=128, expansion=2, k=3, context=64, dead_window=1000, autosave_minutes=0
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,8 @@ D_IN, D_OUT = 16, 12
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
+def seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything here is tiny
-    yield
-    torch.set_num_threads(threads)
 
 
 def planned(wiring: str, d_out: int = D_OUT, **options):
