@@ -338,7 +338,8 @@ def test_a_sweep_is_run_and_shown(
     qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING, timeout=10_000)
     assert not report.stop.isVisible() and not report.incomplete.isVisible()
     assert [report.model.lines[i].label for i in (0, 1)] == ["× 0.5", "× 2"]
-    assert report.chart is not None and "0.5:" in report.chart.accessibleDescription()
+    qtbot.waitUntil(lambda: report.chart is not None, timeout=10_000)
+    assert "0.5:" in report.chart.accessibleDescription()  # type: ignore[union-attr]
     assert "[" in str(report.model.data(report.model.index(0, 2)))
     report.table.selectRow(1)
     first = view.shown.result["rows"][1]["texts"][0]  # type: ignore[union-attr]
@@ -349,7 +350,7 @@ def test_a_sweep_is_run_and_shown(
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     view.export_to(tmp_path / "table.csv")
     qtbot.waitUntil(lambda: (tmp_path / "table.csv").exists(), timeout=5000)
-    assert report.chart.csv().count("\n") == 3
+    assert report.chart.csv().count("\n") == 3  # type: ignore[union-attr]
     # Settings come back, also after a restart; the plot stays at its measure.
     report.show_measure("similarity")
     saved = json.loads(json.dumps(page.save_state()))

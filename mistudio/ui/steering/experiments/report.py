@@ -47,10 +47,17 @@ _TEXTS_SHOWN = 12
 _LINES_SHOWN = 14
 
 
+def load_plot() -> None:
+    """Import what draws, which takes a quarter of a second: for the background."""
+    import mistudio.ui.steering.experiments.plot  # noqa: F401
+
+
 class ReportCard(Card):
-    """`which_changed` tells the number that was chosen, the buttons what is wanted of it."""
+    """`which_changed` tells the number that was chosen, the buttons what is wanted of it.
+    `chart_wanted`: import what draws (`load_plot`), then call `make_chart`."""
 
     which_changed = Signal()
+    chart_wanted = Signal()
     stop_wanted = Signal()
     repeat_wanted = Signal()
     settings_wanted = Signal()
@@ -62,6 +69,7 @@ class ReportCard(Card):
         super().__init__("Results", "chart-line", parent=parent)
         self.shown: Experiment | None = None
         self.chart: EstimateChart | None = None
+        self._measure: str | None = None  # to be plotted once there is a chart
         self.empty = EmptyState(
             "flask-conical",
             "No experiments yet.",
@@ -205,16 +213,16 @@ class ReportCard(Card):
         if self.shown is None:
             return
         if self.chart is None:
-            from mistudio.ui.steering.experiments.plot import EstimateChart
-
-            self.chart = EstimateChart()
-            self.chart.measure.currentIndexChanged.connect(self._on_measure_changed)
-            self._chart_place.addWidget(self.chart)
+            self.chart_wanted.emit()
+            return
         choice = self.chart.measure
         if [choice.itemData(i) for i in range(choice.count())] != self.model.measures:
             was_blocked = choice.blockSignals(True)
             choice.set_options([(name, about(name)[0]) for name in self.model.measures])
             choice.blockSignals(was_blocked)
+        if self._measure is not None:
+            wanted, self._measure = self._measure, None
+            self.show_measure(wanted)
         if choice.value is not None:
             name, unit, _ = about(choice.value)
             self.chart.show_curves(name, unit, *curves(self.shown, choice.value))
@@ -222,11 +230,23 @@ class ReportCard(Card):
     @property
     def measure(self) -> str | None:
         """Which one is plotted."""
-        return self.chart.measure.value if self.chart else None
+        return self.chart.measure.value if self.chart else self._measure
 
     def show_measure(self, measure: str) -> None:
-        if self.chart is not None:
+        if self.chart is None:
+            self._measure = measure
+        else:
             self.chart.measure.set_value(measure)
+
+    def make_chart(self) -> None:
+        """What draws has been imported."""
+        from mistudio.ui.steering.experiments.plot import EstimateChart
+
+        if self.chart is None:
+            self.chart = EstimateChart()
+            self.chart.measure.currentIndexChanged.connect(self._on_measure_changed)
+            self._chart_place.addWidget(self.chart)
+        self._draw()
 
     def _show_texts(self) -> None:
         chosen = self.table.selectionModel().selectedRows()

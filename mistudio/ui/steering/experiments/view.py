@@ -16,7 +16,12 @@ from mistudio.library.steering import Experiment
 from mistudio.ui.services import Services
 from mistudio.ui.steering.experiments import plan as plans
 from mistudio.ui.steering.experiments.planner import PlanCard
-from mistudio.ui.steering.experiments.report import RUNNING, RenameDialog, ReportCard
+from mistudio.ui.steering.experiments.report import (
+    RUNNING,
+    RenameDialog,
+    ReportCard,
+    load_plot,
+)
 from mistudio.ui.steering.presenter import SteeringPresenter, problem_of
 from mistudio.ui.steering.request import Form
 from mistudio.ui.times import clock_time
@@ -50,6 +55,7 @@ class ExperimentsView(QWidget):
         self._wanted: int | None = None  # shown, or being read
         self._asked: plans.Asked | None = None  # what would ask for the shown one again
         self._measure: str | None = None  # restored, to be chosen with the next one shown
+        self._loads_plot = False
         self.planner = PlanCard(presenter, form)
         self.report = ReportCard()
         self._error_place = column(0)
@@ -60,6 +66,7 @@ class ExperimentsView(QWidget):
         self.setLayout(layout)
         self.planner.start_wanted.connect(self._on_start_wanted)
         self.report.which_changed.connect(self._on_which_changed)
+        self.report.chart_wanted.connect(self._on_chart_wanted)
         self.report.stop_wanted.connect(self._on_stop_wanted)
         self.report.repeat_wanted.connect(self._on_repeat_wanted)
         self.report.settings_wanted.connect(self._on_settings_wanted)
@@ -256,6 +263,14 @@ class ExperimentsView(QWidget):
         there = asked is not None and all(self._presenter.source_of(c.sae_id) for c in asked[2])
         self._asked = asked if there else None
         self.report.show_experiment(experiment, there)
+
+    def _on_chart_wanted(self) -> None:
+        if not self._loads_plot:
+            self._loads_plot = True
+            self._services.background.run(load_plot, self._on_plot_loaded, self._on_failed)
+
+    def _on_plot_loaded(self, _: object) -> None:
+        self.report.make_chart()
 
     def _on_failed(self, error: Exception) -> None:
         self._show_problem(problem_of(error))
