@@ -4,6 +4,7 @@ with the tiny model, and with a server of the test's own."""
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +23,7 @@ from mistudio.jobs.control import Control
 from mistudio.jobs.describing import DescribeFeatures, key_for, models_of, remember_key
 from mistudio.jobs.features import open_features
 from mistudio.jobs.job import run_job, submit
-from mistudio.jobs.kinds import job_from_row
+from mistudio.jobs.kinds import AddModel, job_from_row
 from mistudio.jobs.models import loaded_model
 from mistudio.jobs.scoring import ScoreFeatures, blind_trials, keep_blind, partners
 from mistudio.library.jobs import JobRecord
@@ -218,6 +219,19 @@ def test_a_model_of_the_library_describes(shared: Library, frequent: list[int]) 
     if result["described"]:
         (label,) = labels(shared, frequent[0], shared.models.get(1).name)
         assert label.source == "model" and label.text
+
+
+def test_a_model_that_reads_too_little_to_describe_says_so(
+    shared: Library, frequent: list[int], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(road.MODEL, tmp_path / "short-sighted")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model_id = done(shared, AddModel(str(folder), "fp32"))["model_id"]
+    job = DescribeFeatures(1, frequent[:1], model_id=model_id, contexts=0)
+    refused(shared, job, "reads too little text")
+    assert labels(shared, frequent[0], shared.models.get(model_id).name) == []
 
 
 def test_a_stop_keeps_what_is_described_already(
