@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PySide6.QtWidgets import QApplication, QWidget
+from pytestqt.qtbot import QtBot
 
 from mistudio.library.library import Library
 from mistudio.settings import Settings
@@ -16,6 +17,12 @@ from mistudio.ui import theme
 from mistudio.ui.bridge import Background, ChangeNotifier, JobManager
 from mistudio.ui.services import Services
 from mistudio.ui.widgets import ToastArea
+
+# A wait ends as soon as it may, so it may be long: where the machine is busy, pytest-qt's own five
+# seconds end tests that would pass.
+PATIENCE_MS = 60_000
+for _wait in (QtBot.waitUntil, QtBot.waitSignal, QtBot.waitSignals):
+    _wait.__kwdefaults__["timeout"] = PATIENCE_MS
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +57,7 @@ def wait_for(qtbot: Any, library: Library) -> Callable[[int, str], None]:
     """`wait_for(job_id, "finished")` handles events until the row says so."""
 
     def wait(job_id: int, status: str) -> None:
-        qtbot.waitUntil(lambda: library.jobs.get(job_id).status == status, timeout=5000)
+        qtbot.waitUntil(lambda: library.jobs.get(job_id).status == status)
 
     return wait
 

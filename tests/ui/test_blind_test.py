@@ -20,8 +20,6 @@ from mistudio.ui.services import Services
 from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
 
-LONG = 60_000  # ms: this machine may be busy
-
 
 @pytest.fixture
 def opened(
@@ -38,7 +36,7 @@ def opened(
         dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose, False)
         dialog.show()
         done = lambda: dialog.trials or dialog._failure.count()  # noqa: E731
-        qtbot.waitUntil(lambda: bool(done()), timeout=LONG)
+        qtbot.waitUntil(lambda: bool(done()))
         return dialog
 
     yield open_
@@ -94,7 +92,7 @@ def test_a_blind_test_from_start_to_result(
     shot(dialog, "blind-test-result")
     assert [check(dialog) for check in checks] == [[]] * 4
     qtbot.mouseClick(dialog.again, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: dialog.trials != trials, timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.trials != trials)
     assert library.feature_scores.of_feature(1, feature) == [kept]
     dialog.close()
     assert library.feature_scores.of_feature(1, feature) == [kept]

@@ -39,7 +39,7 @@ class Receiver(QObject):
 def test_job_runs_to_its_end_and_says_so(qtbot: Any, library: Library, jobs: JobManager) -> None:
     receiver = Receiver()
     jobs.job_changed.connect(receiver.hear)
-    with qtbot.waitSignal(jobs.job_finished, timeout=5000) as ended:
+    with qtbot.waitSignal(jobs.job_finished) as ended:
         job_id = jobs.submit(Count(5))
     assert ended.args == [job_id, "finished"]
     record = library.jobs.get(job_id)
@@ -250,7 +250,7 @@ def test_closing_keeps_what_a_job_needs_to_go_on(
         manager.go_on(record)  # it is closing
 
     manager = JobManager(library, changes)
-    with qtbot.waitSignal(manager.job_finished, timeout=10_000) as ended:
+    with qtbot.waitSignal(manager.job_finished) as ended:
         assert manager.go_on(record) == job_id
     assert ended.args == [job_id, "finished"]
     result = library.jobs.get(job_id).result
@@ -295,7 +295,7 @@ def test_a_row_that_is_put_away_before_its_end_is_told_does_not_stop_the_lane(
     assert thread is not None
     thread.wait()  # it has ended; nobody in this thread has heard of it yet
     library.jobs.remove(first)
-    qtbot.waitUntil(lambda: library.jobs.get(second).status == "finished", timeout=5000)
+    qtbot.waitUntil(lambda: library.jobs.get(second).status == "finished")
 
 
 def test_the_python_side_of_an_ended_thread_outlives_its_other_side(qtbot: Any) -> None:

@@ -73,7 +73,7 @@ def click(qtbot: Any, button: Any) -> None:
 def opened(qtbot: Any, page: ModelsPage, source: object) -> ConsentDialog:
     page.form.source.setText(str(source))
     click(qtbot, page.form.add_button)
-    qtbot.waitUntil(lambda: page.form.findChild(ConsentDialog) is not None, timeout=60_000)
+    qtbot.waitUntil(lambda: page.form.findChild(ConsentDialog) is not None)
     dialog = page.form.findChild(ConsentDialog)
     assert dialog is not None
     qtbot.waitUntil(dialog.isVisible)
@@ -124,7 +124,7 @@ def test_it_takes_a_tick_and_a_click(
     assert not dialog.consent.isEnabled()
     qtbot.keyClick(dialog.agreed, Qt.Key.Key_Space)
     click(qtbot, dialog.consent)
-    qtbot.waitUntil(lambda: library.models.count() == 1, timeout=60_000)
+    qtbot.waitUntil(lambda: library.models.count() == 1)
     model = library.models.all()[0]
     assert set(model.provenance["code"]["files"]) == set(own_models.CODE) and marker.exists()
     assert page.form.source.text() == ""
@@ -200,7 +200,7 @@ def test_from_the_hub_nothing_but_the_program_is_fetched_before(
         shot(dialog, "models-consent-hub")
         dialog.agreed.setChecked(True)
         click(qtbot, dialog.consent)
-        qtbot.waitUntil(lambda: library.models.count() == 1, timeout=60_000)
+        qtbot.waitUntil(lambda: library.models.count() == 1)
     assert library.models.all()[0].provenance["code"]["revision"] == repo.sha
 
 

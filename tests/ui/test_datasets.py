@@ -153,7 +153,7 @@ def test_filter_finds_by_words(qtbot: Any, services: Services, library: Library)
 
 def test_sample_is_added_by_one_click(qtbot: Any, services: Services, library: Library) -> None:
     page = open_page(qtbot, services)
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=20_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         qtbot.mouseClick(page.add_sample, Qt.MouseButton.LeftButton)
     assert ended.args[1] == "finished", library.jobs.get(ended.args[0]).error
     qtbot.waitUntil(lambda: len(page.cards()) == 1)
@@ -175,7 +175,7 @@ def test_file_is_added_and_its_progress_shows(
     page = open_page(qtbot, services)
     answer_dialogs("QFileDialog.getOpenFileNames", ([str(file)], ""))
     qtbot.mouseClick(page.add_file, Qt.MouseButton.LeftButton)
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=20_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         accept_next(qtbot, page)
         page.refresh_jobs()
         assert len(page._adding) == 1
@@ -196,7 +196,7 @@ def test_folder_is_added_as_one_dataset(
     answer_dialogs("QFileDialog.getExistingDirectory", str(folder))
     qtbot.mouseClick(page.add_folder, Qt.MouseButton.LeftButton)
     accept_next(qtbot, page)
-    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1)
     assert library.datasets.all()[0].documents == 6
 
 
@@ -227,7 +227,7 @@ def test_dropped_files_are_added_one_by_one_and_others_refused(
     accept_next(qtbot, page)
     qtbot.waitUntil(lambda: page._add_dialog is not None and page._add_dialog.name.text() == "c")
     accept_next(qtbot, page)
-    qtbot.waitUntil(lambda: len(page.cards()) == 2, timeout=20_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 2)
     assert {dataset.name for dataset in library.datasets.all()} == {"a", "c"}
 
 
@@ -239,9 +239,7 @@ def test_failed_file_says_why_and_is_tried_again(
     page = open_page(qtbot, services)
     page.add_paths([file])
     accept_next(qtbot, page)
-    qtbot.waitUntil(
-        lambda: any(card.panel is not None for card in page._adding.values()), timeout=20_000
-    )
+    qtbot.waitUntil(lambda: any(card.panel is not None for card in page._adding.values()))
     card = next(iter(page._adding.values()))
     assert card.panel is not None
     assert card.badge.text() == "Error" and "line 2" in card.panel.accessibleName()
@@ -249,7 +247,7 @@ def test_failed_file_says_why_and_is_tried_again(
     assert nameless(page) == [] and cut_off(page) == []
     file.write_text('{"text": "fine"}\n{"text": "mended"}\n')
     qtbot.mouseClick(card.panel.retry_button, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1)
     qtbot.waitUntil(lambda: not page._adding)
 
 

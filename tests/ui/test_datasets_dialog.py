@@ -126,7 +126,7 @@ def test_dataset_whose_index_is_being_built_is_deleted_after_the_stop(
     job_id = services.jobs.submit(IndexDataset(dataset_id))
     page.presenter.delete(dataset_id)
     assert library.datasets.count() == 1  # not while something writes into its folder
-    qtbot.waitUntil(lambda: library.datasets.count() == 0, timeout=10_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 0)
     assert library.jobs.get(job_id).status == "cancelled"
 
 
@@ -146,7 +146,7 @@ def test_large_dataset_is_searched_while_and_after_its_index_is_built(
     qtbot.waitUntil(lambda: shown(dialog) == list(range(10)))
     said: list[str] = []
     dialog.presenter.index_changed.connect(said.append)
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000):
+    with qtbot.waitSignal(services.jobs.job_finished):
         qtbot.keyClicks(dialog.samples.search, "NEEDLE")
         qtbot.waitUntil(lambda: shown(dialog) == list(range(3, 73, 7)))
     assert "is being built" in said[0] and said[-1] == ""
@@ -234,14 +234,14 @@ def test_preview_follows_text_and_settings(
     dialog = opened(qtbot, services_of(with_model), stored(with_model, ["a b c"]), "tokenization")
     view = dialog.tokenization
     qtbot.keyClicks(view.text, "Hello there")
-    qtbot.waitUntil(lambda: view.strip.isVisible(), timeout=20_000)
+    qtbot.waitUntil(lambda: view.strip.isVisible())
     assert view.counted.text().endswith("tokens")
     assert view.strip.describe(0).splitlines()[1].startswith("Token ID: ")
     assert not view.form.max_length.isEnabled() and "default" in view.form.why.text()
     view.form.padding.set_value("max_length")
     assert view.form.max_length.isEnabled() and view.form.truncation.isEnabled()
     view.form.max_length.setValue(4)
-    qtbot.waitUntil(lambda: "left out" in view.counted.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: "left out" in view.counted.text())
     view.text.clear()
     qtbot.waitUntil(lambda: not view.strip.isVisible())
     click(qtbot, view.sample_button)
@@ -262,7 +262,7 @@ def test_several_tokenizations_are_listed_and_a_second_same_one_is_reused(
         view.form.max_length.setValue(64)
         click(qtbot, view.apply)
         assert not view.apply.isEnabled() and view.apply.text() == "Processing Dataset…"
-        qtbot.waitUntil(lambda: view.apply.isEnabled(), timeout=20_000)
+        qtbot.waitUntil(lambda: view.apply.isEnabled())
         assert said in view.message.text()
     assert len(with_model.tokenizations.of_dataset(dataset_id)) == 2
     qtbot.waitUntil(lambda: view._done.count() == 3)  # the heading and two
@@ -278,9 +278,9 @@ def test_statistics_are_counted_once_and_taken_along(
     dataset_id = stored(with_model, texts)
     services = services_of(with_model)
     dialog = opened(qtbot, services, dataset_id, "tokenization")
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=20_000):
+    with qtbot.waitSignal(services.jobs.job_finished):
         click(qtbot, dialog.tokenization.apply)
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(services.jobs.job_finished):
         dialog.tabs.setCurrentIndex(3)
     view = dialog.statistics
 
@@ -338,14 +338,14 @@ def test_from_a_file_on_the_desktop_to_tokens_in_five_clicks(
     assert page._add_dialog is not None
     assert page._add_dialog.columns.currentText() == "Automatic: story"
     click(qtbot, page._add_dialog.add_button)  # 2
-    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1)
     click(qtbot, page.cards()[0])  # 3
     dialog = page._dialog
     assert dialog is not None
     tab = dialog.tabs.tabBar().tabRect(2).center()
     qtbot.mouseClick(dialog.tabs.tabBar(), Qt.MouseButton.LeftButton, pos=tab)  # 4
     click(qtbot, dialog.tokenization.apply)  # 5
-    qtbot.waitUntil(lambda: dialog.tokenization.message.isVisible(), timeout=30_000)
+    qtbot.waitUntil(lambda: dialog.tokenization.message.isVisible())
     assert "successfully" in dialog.tokenization.message.text()
     assert time.monotonic() - began < 60
     made = with_model.tokenizations.all()[0]

@@ -74,7 +74,7 @@ def test_a_dataset_is_found_chosen_and_downloaded(
     card = page.hub
     qtbot.keyClicks(card.repository, "stories")
     click(qtbot, card.search)
-    qtbot.waitUntil(lambda: card.results.isVisible(), timeout=10_000)
+    qtbot.waitUntil(lambda: card.results.isVisible())
     model = card.results.found
     cells = [[model.index(r, c).data() for c in range(6)] for r in range(model.rowCount())]
     assert [row[0] for row in cells] == ["ada/stories", "bob/stories-gated"]
@@ -83,14 +83,14 @@ def test_a_dataset_is_found_chosen_and_downloaded(
     shot(page, "hub-results")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     qtbot.keyClick(card.results, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: "licence: mit" in card.said.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: "licence: mit" in card.said.text())
     assert card.repository.text() == "ada/stories" and not card.results.isVisible()
     assert "train" in card.said.text()
     assert card.split.completer().model().rowCount() == 2
     card.split.setText("train")  # typed letters would open a list that grabs the keyboard
     click(qtbot, card.download)
     assert card.repository.text() == "" and card.split.text() == ""
-    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1)
     dataset = library.datasets.all()[0]
     assert (dataset.source, dataset.origin, dataset.documents) == ("hub", "ada/stories", 40)
     assert dataset.provenance["licence"] == "mit" and len(dataset.provenance["revision"]) == 40
@@ -102,12 +102,12 @@ def test_a_limit_and_a_link_are_asked_for(qtbot: Any, page: DatasetsPage, librar
     card.limits.set_expanded(True)
     card.max_documents.setValue(7)
     click(qtbot, card.download)
-    qtbot.waitUntil(lambda: library.datasets.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 1)
     assert library.datasets.all()[0].documents == 7
     card.repository.setText("ada/stories")
     card.store.set_value(False)
     click(qtbot, card.download)
-    qtbot.waitUntil(lambda: library.datasets.count() == 2, timeout=20_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 2)
     assert library.datasets.all()[0].link["repository"] == "ada/stories"
 
 
@@ -117,14 +117,14 @@ def test_a_gated_dataset_says_where_to_accept_and_is_tried_again_with_a_token(
     card = page.hub
     card.repository.setText("bob/stories-gated")
     click(qtbot, card.download)
-    qtbot.waitUntil(lambda: any(c.panel for c in page._adding.values()), timeout=20_000)
+    qtbot.waitUntil(lambda: any(c.panel for c in page._adding.values()))
     adding = next(iter(page._adding.values()))
     assert adding.panel is not None
     assert "bob/stories-gated" in adding.panel.accessibleName()
     card.repository.setText("bob/stories-gated")
     card.token.setText(TOKEN)
     click(qtbot, card.download)
-    qtbot.waitUntil(lambda: library.datasets.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 1)
     assert card.token.text() == ""
 
 
@@ -137,7 +137,7 @@ def test_the_token_is_in_no_row_and_no_state(
     assert card.token.echoMode() == card.token.EchoMode.Password
     assert TOKEN not in str(page.save_state())
     click(qtbot, card.download)
-    qtbot.waitUntil(lambda: library.datasets.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 1)
     for row in library.rows("SELECT * FROM jobs") + library.rows("SELECT * FROM datasets"):
         assert TOKEN not in str(tuple(row))
 
@@ -158,10 +158,10 @@ def test_no_match_and_offline_are_said(
     card = page.hub
     card.repository.setText("nothing-has-this-name")
     click(qtbot, card.search)
-    qtbot.waitUntil(lambda: "No dataset" in card.said.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: "No dataset" in card.said.text())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     click(qtbot, card.search)
-    qtbot.waitUntil(lambda: card._problem.count() == 1, timeout=10_000)
+    qtbot.waitUntil(lambda: card._problem.count() == 1)
     panel = card._problem.itemAt(0).widget()
     assert "Offline" in panel.accessibleName()
     shot(page, "hub-offline")
@@ -179,7 +179,7 @@ def test_the_text_column_can_be_given(
     shot(page, "hub-limits")
     assert nameless(page) == [] and cut_off(page) == []
     click(qtbot, page.hub.download)
-    qtbot.waitUntil(lambda: library.datasets.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: library.datasets.count() == 1)
     dataset = library.datasets.all()[0]
     assert (dataset.documents, dataset.characters) == (1, len("Once upon a time"))
     assert dataset.provenance["skipped_rows"] == 1 and page.hub.text_column.text() == ""

@@ -38,7 +38,6 @@ from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
 
 SIZES = [(1280, 720), (1920, 1080)]
-LONG = 60_000  # ms: this machine may be busy
 TAB = {"examples": 0, "lens": 1, "correlations": 2, "ablation": 3, "notes": 4}
 MEASURED = 6  # features whose ablation is kept
 
@@ -84,13 +83,13 @@ def opened(
     def open_(
         feature: int, tab: str = "examples", size: tuple[int, int] = SIZES[0]
     ) -> FeatureDialog:
-        qtbot.waitUntil(lambda: presenter.reader is not None, timeout=LONG)
+        qtbot.waitUntil(lambda: presenter.reader is not None)
         window.resize(*size)
         dialog = FeatureDialog(services, presenter, feature, window)
         made.append(dialog)
         dialog.show()
         examples = dialog.tabs.widget(0)
-        qtbot.waitUntil(lambda: settled(examples), timeout=LONG)
+        qtbot.waitUntil(lambda: settled(examples))
         dialog.tabs.setCurrentIndex(TAB[tab])
         return dialog
 
@@ -118,7 +117,7 @@ def store_of(library: Library) -> Any:
 
 
 def wait(qtbot: Any, condition: Callable[[], bool]) -> None:
-    qtbot.waitUntil(condition, timeout=LONG)
+    qtbot.waitUntil(condition)
 
 
 # --- examples -------------------------------------------------------------------------------------

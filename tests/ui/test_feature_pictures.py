@@ -36,9 +36,6 @@ from mistudio.ui.theme import tokens
 from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
 
-LONG = 60_000  # ms: this machine may be busy
-
-
 # --- points ---------------------------------------------------------------------------------------
 
 
@@ -218,7 +215,7 @@ def page(
     qtbot.addWidget(page)
     page.resize(1280, 720)
     page.show()
-    qtbot.waitUntil(lambda: page.presenter.table.columns is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: page.presenter.table.columns is not None)
     return page
 
 
@@ -267,7 +264,7 @@ def opened(qtbot: Any, page: FeaturesPage, view: str, features: list[int]) -> Pi
     dialog = open_pictures(page, features, view)
     qtbot.addWidget(dialog)
     dialog.resize(1216, 662)
-    qtbot.waitUntil(lambda: dialog.session.ready, timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.session.ready)
     return dialog
 
 
@@ -319,15 +316,15 @@ def test_the_map_follows_search_stars_and_selection(qtbot: Any, page: FeaturesPa
     view = map_of(opened(qtbot, page, "map", []))
     one, two, three = (int(feature) for feature in made.features[:3])
     page.presenter.star(one, True)
-    qtbot.waitUntil(lambda: view.points._starred.any(), timeout=LONG)
+    qtbot.waitUntil(lambda: view.points._starred.any())
     assert view.points.features[view.points._starred].tolist() == [one]
     page.browser.view.select(np.array([two, three]), two)
     qtbot.waitUntil(lambda: view.points._chosen.any())
     assert set(view.points.features[view.points._chosen].tolist()) == {two, three}
     page.presenter.label(two, "zyzzyva")
-    qtbot.waitUntil(lambda: "zyzzyva" in view.tip(two), timeout=LONG)
+    qtbot.waitUntil(lambda: "zyzzyva" in view.tip(two))
     page.presenter.search("zyzzy")
-    qtbot.waitUntil(lambda: page.presenter.table.visible.tolist() == [two], timeout=LONG)
+    qtbot.waitUntil(lambda: page.presenter.table.visible.tolist() == [two])
     qtbot.waitUntil(lambda: view.points._kept.sum() == 1)
     assert view.points.features[view.points._kept].tolist() == [two]
     view.only_shown.setChecked(False)
@@ -369,11 +366,11 @@ def test_without_a_map_it_is_offered_made_in_the_background_and_can_be_cancelled
     assert not view.place.shows_picture and not view.export.isEnabled()
     looks_right(dialog, "pictures-no-map", SMALL)
     view.place.wanted.emit()
-    qtbot.waitUntil(lambda: view.place.progress is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: view.place.progress is not None)
     (job,) = page._services.jobs.active()
     assert (job.kind, job.params["method"]) == ("map_features", "tsne")
     view.place.cancelled.emit()
-    qtbot.waitUntil(lambda: view.place.progress is None, timeout=LONG)
+    qtbot.waitUntil(lambda: view.place.progress is None)
     assert library_of(page).jobs.get(job.id).status == "cancelled"
     assert view.made is None
 
@@ -394,9 +391,7 @@ def test_the_heatmap_shows_what_is_measured_and_no_number_where_nothing_is(
     assert isinstance(view, HeatmapView)
     for metric in ("phi", "jaccard", "pearson", "cosine"):
         view.measure.set_value(metric)
-        qtbot.waitUntil(
-            lambda m=metric: view.result is not None and view.result.metric == m, timeout=LONG
-        )
+        qtbot.waitUntil(lambda m=metric: view.result is not None and view.result.metric == m)
         found, grid = view.result, view.picture.grid
         assert found is not None and grid is not None
         wanted = data.pairs(library, run, sample, metric, features)
@@ -425,7 +420,7 @@ def test_cosines_need_no_sample_and_too_many_features_are_cut(
     assert isinstance(view, HeatmapView) and not view.place.shows_picture
     assert len(view.features) == 200
     view.measure.set_value("cosine")
-    qtbot.waitUntil(lambda: view.place.shows_picture, timeout=LONG)
+    qtbot.waitUntil(lambda: view.place.shows_picture)
     assert view.picture.grid is not None and view.picture.grid.values.shape == (200, 200)
     np.testing.assert_allclose(np.diag(view.picture.grid.values), 1, atol=1e-5)
     view.set_features([3])
@@ -443,7 +438,7 @@ def test_the_activation_matrix_tells_strength_place_and_text(
     dialog = opened(qtbot, page, "activations", features)
     view = dialog.view("activations")
     assert isinstance(view, MatrixView)
-    qtbot.waitUntil(lambda: view.place.shows_picture, timeout=LONG)
+    qtbot.waitUntil(lambda: view.place.shows_picture)
     found = view.result
     assert found is not None and sorted(found.features) == sorted(features)
     maxima = page.presenter.table.columns.values["max_activation"]
@@ -456,7 +451,7 @@ def test_the_activation_matrix_tells_strength_place_and_text(
             assert found.values[row, column] == pytest.approx(share, abs=1e-6)
     row, column = (int(i) for i in np.argwhere(found.places >= 0)[0])
     view.picture.pointed.emit(row, column)
-    qtbot.waitUntil(lambda: "⟦" in view.tip(row, column), timeout=LONG)
+    qtbot.waitUntil(lambda: "⟦" in view.tip(row, column))
     assert f"#{found.features[row]}" in view.tip(row, column)
     looks_right(dialog, "pictures-matrix", LARGE)
 
@@ -471,12 +466,12 @@ def test_saved_pictures_have_the_size_asked_for_and_say_what_they_are(
     give_sample(page)
     dialog = opened(qtbot, page, "map", [])
     view = map_of(dialog)
-    qtbot.waitUntil(lambda: view.made is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: view.made is not None)
     form = view.open_export()
     form.width_mm.setValue(85)
     target = tmp_path / "map"
     answer_dialogs("QFileDialog.getSaveFileName", (str(target), ""))
-    with qtbot.waitSignal(form.accepted, timeout=LONG):
+    with qtbot.waitSignal(form.accepted):
         form.save_button.click()
     picture = QImage(str(tmp_path / "map.png"))
     assert picture.width() == round(85 / 25.4 * 300)
@@ -498,7 +493,7 @@ def test_saved_pictures_have_the_size_asked_for_and_say_what_they_are(
         dialog.show_view(name, made.features[:9].tolist())
         other = dialog.view(name)
         assert isinstance(other, HeatmapView | MatrixView)
-        qtbot.waitUntil(lambda o=other: o.place.shows_picture, timeout=LONG)
+        qtbot.waitUntil(lambda o=other: o.place.shows_picture)
         figures.save(other.figure(), tmp_path / f"{name}.png", 100)
         assert QImage(str(tmp_path / f"{name}.png")).width() == round(100 / 25.4 * 300)
         text = "".join(ElementTree.fromstring(figures.svg(other.figure(), 100)).itertext())

@@ -30,7 +30,6 @@ from .screens import shot
 # The offscreen platform says so of every window that hangs below a button.
 pytestmark = pytest.mark.qt_log_ignore("This plugin does not support")
 
-LONG = 30_000  # ms: this machine may be busy
 TEXT = "The old town lies on the river, and its university was founded in 1348."
 
 
@@ -44,7 +43,7 @@ def opened(
     qtbot.addWidget(page)
     page.resize(1280, 720)
     page.show()
-    qtbot.waitUntil(lambda: page.presenter.reader is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: page.presenter.reader is not None)
     return page, services
 
 
@@ -76,7 +75,7 @@ def test_a_filter_is_a_chip_that_can_be_changed_and_taken_away(qtbot: Any, opene
     assert nameless(editor) == [] and too_small(editor) == [] and squeezed(editor) == []
     editor.low.setText("0.1")
     editor.high.setText("5%")
-    qtbot.waitUntil(lambda: bool(table.query.ranges), timeout=LONG)
+    qtbot.waitUntil(lambda: bool(table.query.ranges))
     editor.close()
     density = np.array(table.columns.values["density"])
     inside = (density >= np.float32(0.001)) & (density <= np.float32(0.05))
@@ -136,7 +135,7 @@ def test_a_view_brings_back_filters_sort_columns_and_search(
     table.set_wanted(["id", "label", "skewness"])
     table.set_query(Query().with_range(Range("density", 0.001, 0.3)))
     page.browser.search.setText("the")
-    qtbot.waitUntil(lambda: table.query.search == "the", timeout=LONG)
+    qtbot.waitUntil(lambda: table.query.search == "the")
     table.set_sort("skewness", False)
     expected, query = table.visible.copy(), table.query
     assert len(expected) > 0
@@ -145,10 +144,10 @@ def test_a_view_brings_back_filters_sort_columns_and_search(
     table.set_wanted(["id"])
     page.browser.search.clear()
     table.set_query(Query())
-    qtbot.waitUntil(lambda: table.query.search == "", timeout=LONG)
+    qtbot.waitUntil(lambda: table.query.search == "")
     assert texts_of(views.menu())[0] == "Skewed"
     views.show_view(saved)
-    qtbot.waitUntil(lambda: np.array_equal(table.visible, expected), timeout=LONG)
+    qtbot.waitUntil(lambda: np.array_equal(table.visible, expected))
     assert table.query == query and [one.name for one in table.shown] == [
         "id", "label", "skewness",
     ]  # fmt: skip
@@ -172,32 +171,32 @@ def test_selected_features_are_hidden_listed_and_copied_and_it_can_be_undone(
 
     answer(page, actions.ask_for_list(), "Odd ones")
     lists = trained_library.feature_lists
-    qtbot.waitUntil(lambda: bool(lists.all() and lists.members(lists.all()[0].id)), timeout=LONG)
+    qtbot.waitUntil(lambda: bool(lists.all() and lists.members(lists.all()[0].id)))
     (made,) = lists.all()
     assert lists.of_sae(made.id, 1) == sorted(chosen.tolist())
     page.browser.lists_button.list_wanted.emit(made.id)
-    qtbot.waitUntil(lambda: len(table.visible) == 3, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == 3)
     assert "List: Odd ones" in chip_texts(page)
     view.select(chosen[:1])
     actions.take.trigger()
-    qtbot.waitUntil(lambda: len(table.visible) == 2, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == 2)
     services.toasts.toasts[-1]._on_action_clicked()  # Undo
-    qtbot.waitUntil(lambda: len(table.visible) == 3, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == 3)
     monkeypatch.setattr("mistudio.ui.features.actions.ConfirmDialog.ask", lambda *_: True)
     actions.ask_to_delete(made.id)
-    qtbot.waitUntil(lambda: len(table.visible) == alive, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == alive)
 
     view.select(chosen)
     actions.hide.trigger()
-    qtbot.waitUntil(lambda: len(table.visible) == alive - 3, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == alive - 3)
     assert {f for f, note in notes.of_sae(1).items() if note.hidden} == set(chosen.tolist())
     services.toasts.toasts[-1]._on_action_clicked()  # Undo
-    qtbot.waitUntil(lambda: len(table.visible) == alive, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == alive)
 
     view.select(chosen[:2])
     actions.copy.trigger()
     QApplication.clipboard().clear()
-    qtbot.waitUntil(lambda: bool(QApplication.clipboard().text()), timeout=LONG)
+    qtbot.waitUntil(lambda: bool(QApplication.clipboard().text()))
     head, *lines = QApplication.clipboard().text().splitlines()
     assert head.split("\t")[:4] == ["ID", "Label", "Example Context", "Activation Freq"]
     assert [line.split("\t")[0] for line in lines] == [f"#{f}" for f in chosen[:2]]
@@ -252,7 +251,7 @@ def test_a_text_finds_the_features_that_fire_on_it(
     page.browser.ask_text()
     search.text.setText(TEXT)
     search.find()
-    qtbot.waitUntil(lambda: search.probe is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: search.probe is not None)
     probe, columns = search.probe, table.columns
     assert "".join(probe.pieces[1:]) == TEXT == "".join(search.strip._tokens)
     fired = set(probe.features.tolist())
@@ -289,7 +288,7 @@ def test_a_text_is_refused_while_the_device_computes(qtbot: Any, opened: Any) ->
     search.text.setText(TEXT)
     with device_turn:
         search.find()
-        qtbot.waitUntil(search.problem.isVisible, timeout=LONG)
+        qtbot.waitUntil(search.problem.isVisible)
     assert "The model is in use" in search.problem.text()
     assert "Try again" in search.problem.text()
     assert page.presenter.table.subset is None and search.find_button.isEnabled()

@@ -304,7 +304,7 @@ def test_columns_can_be_dragged_to_another_place(qtbot: Any, table: FeatureTable
     assert [one.name for one in table.shown] == ["id", "label", "density", "star"]
     header = view.horizontalHeader()
     header.moveSection(2, 0)
-    qtbot.waitUntil(lambda: table.shown[0].name == "density", timeout=5000)
+    qtbot.waitUntil(lambda: table.shown[0].name == "density")
     assert [header.visualIndex(section) for section in range(4)] == [0, 1, 2, 3]
     # Those that this discovery lacks keep their wish for another one.
     assert table.wanted == ("density", "id", "label", "star", "score_low", "kurtosis")

@@ -34,7 +34,6 @@ from .screens import shot
 from .small_jobs import Count
 
 SIZES = [(1280, 720), (1920, 1080)]
-LONG = 120_000  # ms: this machine may be busy
 
 
 class Journey:
@@ -86,14 +85,14 @@ def open_page(
     page.resize(*size)
     page.show()
     if wait:
-        qtbot.waitUntil(lambda: page.presenter.reader is not None, timeout=LONG)
+        qtbot.waitUntil(lambda: page.presenter.reader is not None)
     return page
 
 
 def wait_for_rows(qtbot: Any, page: FeaturesPage) -> None:
     """Until the tokens of the first row are there."""
     table = page.presenter.table
-    qtbot.waitUntil(lambda: table.text(int(table.visible[0])) is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: table.text(int(table.visible[0])) is not None)
 
 
 def cell(table: FeatureTable, row: int, name: str) -> Any:
@@ -173,7 +172,7 @@ def test_the_newest_sae_is_chosen_and_its_table_shows_the_store(
     assert np.array_equal(
         cell(table, 0, "histogram").data(HISTOGRAM_ROLE), store.histograms[feature]
     )
-    qtbot.waitUntil(lambda: cell(table, 0, "label").data() != "…", timeout=LONG)
+    qtbot.waitUntil(lambda: cell(table, 0, "label").data() != "…")
     assert cell(table, 0, "label").data() == page.presenter.reader.rows([feature])[0].description
     total = formatting.count(run.n_features)
     assert browser.summary.text() == f"Showing {len(table.visible)} of {total} features"
@@ -201,11 +200,11 @@ def test_rows_are_read_only_where_they_can_be_seen(qtbot: Any, trained: Services
     page = open_page(qtbot, trained)
     wait_for_rows(qtbot, page)
     table = page.presenter.table
-    qtbot.waitUntil(lambda: not page.presenter._reading_rows, timeout=LONG)
+    qtbot.waitUntil(lambda: not page.presenter._reading_rows)
     last = len(table.visible) - 1
     assert table.text(int(table.visible[last])) is None
     page.browser.view.scrollToBottom()
-    qtbot.waitUntil(lambda: table.text(int(table.visible[last])) is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: table.text(int(table.visible[last])) is not None)
 
 
 def test_sort_controls_and_header_agree(qtbot: Any, trained: Services) -> None:
@@ -235,12 +234,12 @@ def test_search_finds_labels_tokens_and_texts(
     browser, table, presenter = page.browser, page.presenter.table, page.presenter
     chosen = int(table.visible[5])
     presenter.label(chosen, "Zebra crossings")
-    qtbot.waitUntil(lambda: table.notes.labelled[chosen], timeout=LONG)
+    qtbot.waitUntil(lambda: table.notes.labelled[chosen])
     browser.search.setText("crossings zebra")
-    qtbot.waitUntil(lambda: table.visible.tolist() == [chosen], timeout=LONG)
+    qtbot.waitUntil(lambda: table.visible.tolist() == [chosen])
     assert browser.summary.text().startswith("Showing 1 of ")
     presenter.label(chosen, "Stripes")
-    qtbot.waitUntil(browser._nothing.isVisible, timeout=LONG)
+    qtbot.waitUntil(browser._nothing.isVisible)
 
     store, _ = store_of(trained_library)
     alive = store.alive
@@ -250,13 +249,13 @@ def test_search_finds_labels_tokens_and_texts(
 
     browser.search.setText("the")
     everywhere = found("the", ("description", "tokens", "logits", "context"))
-    qtbot.waitUntil(lambda: sorted(table.visible.tolist()) == everywhere, timeout=LONG)
+    qtbot.waitUntil(lambda: sorted(table.visible.tolist()) == everywhere)
     browser.fields.set_value(("logits",))
     promoted = found("the", ("logits",))
     assert 0 < len(promoted) < len(everywhere)
-    qtbot.waitUntil(lambda: sorted(table.visible.tolist()) == promoted, timeout=LONG)
+    qtbot.waitUntil(lambda: sorted(table.visible.tolist()) == promoted)
     browser.search.clear()
-    qtbot.waitUntil(lambda: len(table.visible) == int(alive.sum()), timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == int(alive.sum()))
 
 
 def test_a_discovery_of_an_earlier_version_opens_and_says_what_it_lacks(
@@ -269,10 +268,10 @@ def test_a_discovery_of_an_earlier_version_opens_and_says_what_it_lacks(
     assert [one.name for one in table.shown] == ["id", "label", "context", "density", "star"]
     assert browser.tiles["interpretable"].value == "—"
     wait_for_rows(qtbot, page)
-    qtbot.waitUntil(lambda: cell(table, 0, "label").data() != "…", timeout=LONG)
+    qtbot.waitUntil(lambda: cell(table, 0, "label").data() != "…")
     store, _ = store_of(trained_library)
     browser.search.setText("the")
-    qtbot.waitUntil(lambda: "no index" in browser._searching.text(), timeout=LONG)
+    qtbot.waitUntil(lambda: "no index" in browser._searching.text())
     assert 0 < len(table.visible) < int(store.alive.sum())
 
 
@@ -285,13 +284,13 @@ def test_a_star_is_kept_in_the_library(
     place = view.visualRect(cell(table, 2, "star")).center()
     qtbot.mouseClick(view.viewport(), Qt.MouseButton.LeftButton, pos=place)
     assert trained_library.feature_notes.of_sae(1)[feature].starred
-    qtbot.waitUntil(lambda: bool(table.notes.starred[feature]), timeout=LONG)
+    qtbot.waitUntil(lambda: bool(table.notes.starred[feature]))
     table.set_query(replace(table.query, starred=True))
     assert table.visible.tolist() == [feature]
     view.selectRow(0)
     page.browser.actions_.star.trigger()
     assert not trained_library.feature_notes.of_sae(1)[feature].starred
-    qtbot.waitUntil(lambda: len(table.visible) == 0, timeout=LONG)
+    qtbot.waitUntil(lambda: len(table.visible) == 0)
 
 
 def test_the_page_comes_back_as_it_was(qtbot: Any, trained: Services) -> None:
@@ -325,7 +324,7 @@ def test_what_comes_too_late_is_dropped(
     presenter._open_newest()
     presenter._on_opened(answer)  # of the SAE chosen before
     assert presenter.reader is None and presenter.table.columns is None
-    qtbot.waitUntil(lambda: presenter.reader is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: presenter.reader is not None)
     assert presenter.table.columns is not columns
 
 
@@ -335,7 +334,7 @@ def test_a_store_that_cannot_be_read_is_said(
     run = trained_library.feature_runs.all()[0]
     (trained_library.path(run.folder) / "run.json").unlink()
     page = open_page(qtbot, trained, wait=False)
-    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._before, timeout=LONG)
+    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._before)
     assert page.card._failure.count() == 1
     assert "features are damaged" in page.card._failure.itemAt(0).widget().accessibleName()
 
@@ -376,11 +375,11 @@ def test_discover_runs_and_opens_its_table(
              "max_documents": None}  # fmt: skip
     assert {name: job.params[name] for name in asked} == asked
     assert page.stack.currentWidget() is page._during
-    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._after, timeout=LONG)
+    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._after)
     assert page.presenter.reader is not None
     assert page.presenter.run.summary["top_k"] == 5
     assert page.presenter.reader.columns.meta.top_k == 5
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_a_discovery_can_be_cancelled_and_the_old_table_stays(
@@ -393,10 +392,10 @@ def test_a_discovery_can_be_cancelled_and_the_old_table_stays(
     page.card.discover.click()
     assert page.stack.currentWidget() is page._during
     page.cancel.click()
-    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._after, timeout=5000)
+    qtbot.waitUntil(lambda: page.stack.currentWidget() is page._after)
     assert trained_library.feature_runs.count() == 1
     trained.jobs.cancel(trained.jobs.running()[0])
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_activate_chooses_an_sae_and_opens_a_feature(
@@ -414,7 +413,7 @@ def test_activate_chooses_an_sae_and_opens_a_feature(
     assert page.presenter.choice.sae.id == other
     assert page.stack.currentWidget() is page._before and page.presenter.reader is None
     page.activate(sae_id=1, feature=17)  # before its table is there
-    qtbot.waitUntil(lambda: page.dialog is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: page.dialog is not None)
     assert page.dialog.feature == 17
     page.activate(sae_id=1, feature=18)
     assert page.dialog.feature == 18

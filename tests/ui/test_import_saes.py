@@ -34,7 +34,6 @@ from .screens import shot
 D, M = 128, 64
 POINT = "blocks.1.hook_resid_post"
 TOKEN = "hf_ada0123456789"
-LONG = 120_000
 
 
 def a_folder(folder: Path, d: int = D, layer: int = 1, model: str = "tiny-llama-0.9m") -> Path:
@@ -99,7 +98,7 @@ def click(qtbot: Any, button: Any) -> None:
 
 
 def seen(qtbot: Any, dialog: ImportDialog) -> None:
-    qtbot.waitUntil(lambda: bool(dialog.seen), timeout=LONG)
+    qtbot.waitUntil(lambda: bool(dialog.seen))
 
 
 def problem(dialog: ImportDialog) -> str:
@@ -113,7 +112,7 @@ def cells(dialog: ImportDialog, line: int = 0) -> dict[str, str]:
 
 
 def arrived(qtbot: Any, page: TrainingPage, number: int = 1) -> None:
-    qtbot.waitUntil(lambda: len(page.imported_cards()) == number, timeout=LONG)
+    qtbot.waitUntil(lambda: len(page.imported_cards()) == number)
 
 
 # --- from this computer -------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def test_a_place_without_saes_says_so(
     dialog = open_dialog(qtbot, page)
     qtbot.keyClicks(dialog.path, str(tmp_path / name))
     qtbot.keyClick(dialog.path, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: words in problem(dialog), timeout=LONG)
+    qtbot.waitUntil(lambda: words in problem(dialog))
     assert not dialog.accept_button.isEnabled() and dialog.isVisible()
     dialog.reject()
 
@@ -279,12 +278,12 @@ def test_an_imported_sae_is_measured_on_a_dataset(
 ) -> None:
     assert card.dataset.currentText() == "intros"
     click(qtbot, card.measure)
-    qtbot.waitUntil(lambda: card.tiles["fvu"].value != "—", timeout=LONG)
+    qtbot.waitUntil(lambda: card.tiles["fvu"].value != "—")
     sae = stocked.saes.get(card.imported.sae.id)
     assert card.tiles["l0"].value == "4.0" and sae.metrics["l0"] == pytest.approx(4.0, abs=0.05)
     assert "held-out part of intros" in card._measured.text()
     assert "held-out tokens" in card.tiles["fvu"].toolTip()
-    qtbot.waitUntil(card.measure.isEnabled, timeout=LONG)
+    qtbot.waitUntil(card.measure.isEnabled)
     page.activate(sae_id=sae.id)
     shot(page, "import-measured")
     assert ("sae", sae.id) in page.selection.boxes
@@ -297,7 +296,7 @@ def test_an_imported_sae_is_exported(
     answer_dialogs("QFileDialog.getExistingDirectory", str(tmp_path / "out"))
     click(qtbot, card.export)
     target = tmp_path / "out" / "theirs"
-    qtbot.waitUntil(target.exists, timeout=LONG)
+    qtbot.waitUntil(target.exists)
     (written,) = target.iterdir()
     assert load_sae(written).dictionary.d_sae == M
 
@@ -310,7 +309,7 @@ def test_delete_asks_and_moves_it_to_the_trash(
     assert len(stocked.saes.imported()) == 1
     answer_dialogs("ConfirmDialog.exec", 1)
     click(qtbot, card.delete)
-    qtbot.waitUntil(lambda: page.imported_cards() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: page.imported_cards() == [])
     assert stocked.saes.imported() == [] and list((stocked.root / "trash").iterdir())
 
 
@@ -377,10 +376,10 @@ def test_an_sae_of_the_hub_is_found_chosen_and_imported(
     dialog.resize(1240, 900)
     assert hub.requests == []
     look_on_hub(qtbot, dialog, "tiny-saes")
-    qtbot.waitUntil(lambda: dialog.results.isVisible(), timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.results.isVisible())
     shot(dialog, "import-hub-search")
     qtbot.keyClick(dialog.results, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: dialog.files.isVisible(), timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.files.isVisible())
     assert [line.label for line in dialog.files.lines.table.lines] == [
         "layer_0/width_64", "layer_1/width_64"]  # fmt: skip
     assert "2 SAEs" in dialog.said.text() and "licence mit" in dialog.said.text()
@@ -402,9 +401,9 @@ def test_an_sae_of_the_hub_is_found_chosen_and_imported(
 def test_a_repository_without_saes_says_so(qtbot: Any, page: TrainingPage, hub: HubServer) -> None:
     dialog = open_dialog(qtbot, page)
     look_on_hub(qtbot, dialog, "eve/no-saes")
-    qtbot.waitUntil(lambda: "none of its files is an SAE" in dialog.said.text(), timeout=LONG)
+    qtbot.waitUntil(lambda: "none of its files is an SAE" in dialog.said.text())
     look_on_hub(qtbot, dialog, "eve/nowhere")
-    qtbot.waitUntil(lambda: problem(dialog) != "", timeout=LONG)
+    qtbot.waitUntil(lambda: problem(dialog) != "")
     dialog.reject()
 
 
@@ -413,10 +412,10 @@ def test_a_gated_repository_takes_the_token_of_the_form(
 ) -> None:
     dialog = open_dialog(qtbot, page)
     look_on_hub(qtbot, dialog, "bob/tiny-gated-saes")
-    qtbot.waitUntil(lambda: dialog.files.isVisible() or problem(dialog) != "", timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.files.isVisible() or problem(dialog) != "")
     dialog.token_row.field.setText(TOKEN)
     look_on_hub(qtbot, dialog, "bob/tiny-gated-saes")
-    qtbot.waitUntil(lambda: dialog.files.isVisible(), timeout=LONG)
+    qtbot.waitUntil(lambda: dialog.files.isVisible())
     dialog.files.selectRow(0)
     seen(qtbot, dialog)
     click(qtbot, dialog.accept_button)
@@ -430,5 +429,5 @@ def test_plain_numbers_that_are_no_sae_are_not_taken_for_one(
     save_file({"x": torch.zeros(3)}, tmp_path / "model.safetensors")
     dialog = open_dialog(qtbot, page)
     dialog.look_at(str(tmp_path / "model.safetensors"))
-    qtbot.waitUntil(lambda: "No SAE was found" in problem(dialog), timeout=LONG)
+    qtbot.waitUntil(lambda: "No SAE was found" in problem(dialog))
     dialog.reject()

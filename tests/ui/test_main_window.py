@@ -65,7 +65,7 @@ def open_window(qtbot: Any, themed: QApplication, library: Library) -> Callable[
         """A window that closes while a job runs would ask."""
         for job_id in window.services.jobs.running():
             window.services.jobs.cancel(job_id)
-        qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
+        qtbot.waitUntil(lambda: not window.services.jobs.running())
 
     def open_it(size: tuple[int, int] = (1280, 720), **options: Any) -> MainWindow:
         window = MainWindow(library, Settings(), **options)
@@ -199,7 +199,7 @@ def test_running_job_shows_in_header_status_bar_and_drawer(open_window: Any, qtb
     assert cut_off(window.drawer) == []
     assert nameless(window) == []
     qtbot.mouseClick(window.status.stop, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: window.header.state.text() == "Ready", timeout=5000)
+    qtbot.waitUntil(lambda: window.header.state.text() == "Ready")
     qtbot.waitUntil(lambda: not window.drawer.card(job_id).record.active)
     assert not window.status.job.isVisible()
 
@@ -216,7 +216,7 @@ def test_drawer_pauses_resumes_and_cancels(open_window: Any, qtbot: Any, library
     qtbot.mouseClick(card.pause, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: card.pause.text() == "Pause")
     qtbot.mouseClick(card.cancel, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
+    qtbot.waitUntil(lambda: not window.services.jobs.running())
     assert library.jobs.get(job_id).status == "cancelled"
 
 
@@ -224,7 +224,7 @@ def test_failed_job_tells_why_and_its_report_can_be_copied(open_window: Any, qtb
     window = open_window()
     window.drawer.show()
     job_id = window.services.jobs.submit(Count(5, fail_at=2, bug=True))
-    qtbot.waitUntil(lambda: len(window.services.toasts.toasts) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(window.services.toasts.toasts) == 1)
     qtbot.waitUntil(lambda: window.drawer.card(job_id).record.status == "failed")
     assert "failed" in window.services.toasts.toasts[0].message
     shot(window, "job-failed-1280x720")
@@ -249,7 +249,7 @@ def test_interrupted_job_is_offered_again(
     assert not card.pause.isVisible()
     qtbot.mouseClick(card.again, Qt.MouseButton.LeftButton)
     qtbot.waitUntil(lambda: library.jobs.count() == 2)
-    qtbot.waitUntil(lambda: not window.services.jobs.running(), timeout=5000)
+    qtbot.waitUntil(lambda: not window.services.jobs.running())
     assert library.jobs.get(2).status == "finished"
 
 
@@ -277,7 +277,7 @@ def test_closing_can_wait_for_the_job(
     job_id = window.services.jobs.submit(Count(60))
     qtbot.waitUntil(lambda: bool(window.services.jobs.running()))
     answer_dialogs("CloseDialog.exec", CloseDialog.WHEN_DONE)
-    with qtbot.waitSignal(window.closed, timeout=5000):
+    with qtbot.waitSignal(window.closed):
         assert not window.close()
     assert library.jobs.get(job_id).status == "finished"
 

@@ -82,7 +82,7 @@ def test_a_model_is_found_planned_looked_into_and_downloaded(
     form = page.form
     qtbot.keyClicks(form.source, "tiny-lm")
     click(qtbot, form.search)
-    qtbot.waitUntil(lambda: form.results.isVisible(), timeout=10_000)
+    qtbot.waitUntil(lambda: form.results.isVisible())
     model = form.results.found
     cells = [[model.index(r, c).data() for c in range(6)] for r in range(model.rowCount())]
     assert cells[0][:3] == ["ada/tiny-lm", "12.3K", "67"]
@@ -90,7 +90,7 @@ def test_a_model_is_found_planned_looked_into_and_downloaded(
     shot(page, "models-results")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     qtbot.keyClick(form.results, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: form.plan_box.isVisible(), timeout=20_000)
+    qtbot.waitUntil(lambda: form.plan_box.isVisible())
     assert form.source.text() == "ada/tiny-lm" and not form.results.isVisible()
     assert "857.2K parameters" in form.plan_title.text()
     assert "to download" in form.plan_facts.text()
@@ -99,7 +99,7 @@ def test_a_model_is_found_planned_looked_into_and_downloaded(
     assert fetched == 0  # only pieces of the header
     click(qtbot, form.look)
     dialog = page.findChild(ArchitectureDialog)
-    qtbot.waitUntil(lambda: dialog.ready, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.ready)
     assert dialog.tiles["heads"].value == "4 (2 KV)"
     dialog.close()
     shot(page, "models-hub-plan")
@@ -107,7 +107,7 @@ def test_a_model_is_found_planned_looked_into_and_downloaded(
     form.precision.set_value("q8")
     click(qtbot, form.add_button)
     assert form.source.text() == ""
-    qtbot.waitUntil(lambda: len(page.cards()) == 1, timeout=60_000)
+    qtbot.waitUntil(lambda: len(page.cards()) == 1)
     added = library.models.all()[0]
     assert (added.source, added.origin, added.precision) == ("hub", "ada/tiny-lm", "q8")
     assert added.provenance["licence"] == "apache-2.0"
@@ -119,11 +119,11 @@ def test_a_gated_model_needs_the_token_of_the_form(
     form = page.form
     form.source.setText("bob/tiny-lm-gated")
     qtbot.keyClick(form.source, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: "gated" in problem(form), timeout=20_000)
+    qtbot.waitUntil(lambda: "gated" in problem(form))
     assert library.jobs.count() == 0
     form.token_row.field.setText(TOKEN)
     click(qtbot, form.add_button)  # looks, sees that it fits, and downloads
-    qtbot.waitUntil(lambda: library.models.count() == 1, timeout=60_000)
+    qtbot.waitUntil(lambda: library.models.count() == 1)
     assert form.token_row.text == "" and TOKEN not in json.dumps(page.save_state())
     assert all(TOKEN not in json.dumps(job.params) for job in library.jobs.all())
 
@@ -141,5 +141,5 @@ def test_what_cannot_be_used_is_refused_before_it_is_fetched(
 ) -> None:
     page.form.source.setText(name)
     click(qtbot, page.form.add_button)
-    qtbot.waitUntil(lambda: words in problem(page.form), timeout=20_000)
+    qtbot.waitUntil(lambda: words in problem(page.form))
     assert library.jobs.count() == 0 and not page.form.plan_box.isVisible()

@@ -73,14 +73,14 @@ def open_extract(qtbot: Any, page: ModelsPage) -> ExtractDialog:
     page.cards()[0].extract.click()
     dialog = page.findChild(ExtractDialog)
     assert dialog is not None
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     return dialog
 
 
 def add_and_wait(qtbot: Any, page: ModelsPage, services: Services, source: object) -> str:
     """Through the form; returns how the job ended."""
     page.form.source.setText(str(source))
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         page.form.add_button.click()
     return str(ended.args[1])
 
@@ -104,7 +104,7 @@ def test_folder_given_in_the_form_becomes_a_card(
     model = library.models.all()[0]
     assert (model.name, model.precision, model.parameters) == ("tiny-llama-0.9m", "fp32", 857_216)
     card = page.cards()[0]
-    qtbot.waitUntil(lambda: "—" not in card.about.text(), timeout=20_000)
+    qtbot.waitUntil(lambda: "—" not in card.about.text())
     assert re.fullmatch(
         r"857.2K params • FP32 • [\d.]+ MB memory • 1.69 MB on disk", card.about.text()
     )
@@ -125,7 +125,7 @@ def test_dropped_folder_is_added(qtbot: Any, empty: Services, library: Library) 
         Qt.MouseButton.LeftButton,
         Qt.KeyboardModifier.NoModifier,
     )
-    with qtbot.waitSignal(empty.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(empty.jobs.job_finished) as ended:
         page.dropEvent(drop)
     assert ended.args[1] == "finished"
     assert library.models.count() == 1
@@ -150,7 +150,7 @@ def test_gguf_file_is_taken_by_its_own_button(
     qtbot.mouseClick(page.form.browse_file, Qt.MouseButton.LeftButton)
     assert page.form.source.text() == str(file)
     assert page.form.add_button.text() == "Add Model from This Computer"
-    qtbot.waitUntil(lambda: page.form._problem.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: page.form._problem.count() == 1)
     assert "model.gguf" in page.form._problem.itemAt(0).widget().accessibleName()
     assert library.jobs.count() == 0
 
@@ -214,7 +214,7 @@ def test_bad_folder_ends_in_a_sentence_and_an_unchanged_library(
     page.form.source.setText(str(broken(kind, tmp_path / "bad-model")))
     page.form.add_button.click()
     place = page.form._problem
-    qtbot.waitUntil(lambda: place.count() == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: place.count() == 1)
     panel = place.itemAt(0).widget()
     assert title in panel.accessibleName() and page.form.candidate is None
     assert page.cards() == [] and library.models.count() == 0 and library.jobs.count() == 0
@@ -229,7 +229,7 @@ def test_failed_job_keeps_its_words_until_dismissed(
 ) -> None:
     page = open_page(qtbot, empty)
     folder = broken("no weights", tmp_path / "bad-model")
-    with qtbot.waitSignal(empty.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(empty.jobs.job_finished):
         page.presenter.add(str(folder))
     qtbot.waitUntil(lambda: [c.badge.status for c in page.job_cards().values()] == ["failed"])
     (card,) = page.job_cards().values()
@@ -245,12 +245,12 @@ def test_run_again_repeats_the_job_and_takes_the_old_one_away(
 ) -> None:
     page = open_page(qtbot, empty)
     folder = broken("no weights", tmp_path / "mended")
-    with qtbot.waitSignal(empty.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(empty.jobs.job_finished):
         page.presenter.add(str(folder))
     qtbot.waitUntil(lambda: len(page.job_cards()) == 1)
     shutil.copy(TINY_MODEL / "model.safetensors", folder)
     (card,) = page.job_cards().values()
-    with qtbot.waitSignal(empty.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(empty.jobs.job_finished) as ended:
         card.again.click()
     assert ended.args[1] == "finished"
     qtbot.waitUntil(lambda: len(page.cards()) == 1 and page.job_cards() == {})
@@ -293,7 +293,7 @@ def test_what_a_model_takes_is_shown_before_it_is_added(
     form = page.form
     answer_dialogs("QFileDialog.getExistingDirectory", str(TINY_MODEL))
     form.browse.click()
-    qtbot.waitUntil(lambda: form.plan_box.isVisible(), timeout=20_000)
+    qtbot.waitUntil(lambda: form.plan_box.isVisible())
     assert library.jobs.count() == 0
     assert "857.2K parameters, 4 layers of 128" in form.plan_title.text()
     assert "1.69 MB on disk" in form.plan_facts.text() and "memory free" in form.plan_facts.text()
@@ -310,7 +310,7 @@ def test_what_a_model_takes_is_shown_before_it_is_added(
         shot(page, f"models-plan-{size[0]}")
     qtbot.mouseClick(form.look, Qt.MouseButton.LeftButton)
     dialog = page.findChild(ArchitectureDialog)
-    qtbot.waitUntil(lambda: dialog.ready, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.ready)
     assert dialog.tiles["layers"].value == "4"
     dialog.close()
     form.source.setText(str(TINY_MODEL.parent))  # another one: nothing is known of it
@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_disabled_with_the_reason_and_not_added_at_once(
     form = page.form
     form.source.setText(str(TINY_MODEL))
     form.add_button.click()
-    qtbot.waitUntil(lambda: form.plan_box.isVisible(), timeout=20_000)
+    qtbot.waitUntil(lambda: form.plan_box.isVisible())
     assert library.jobs.count() == 0  # it waits for a second click
     assert "does not fit into memory now" in form.plan_warning.text()
     assert form.add_button.text().endswith("anyway")
@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_disabled_with_the_reason_and_not_added_at_once(
     assert not item.isEnabled() and item.toolTip() == "PyTorch here cannot."
     lines = form._table.itemAt(0).widget().lines
     assert "Does not run" in lines["q2"][3] and "Too little is free now" in lines["q8"][3]
-    with qtbot.waitSignal(empty.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(empty.jobs.job_finished):
         form.add_button.click()
     assert library.models.count() == 1
 
@@ -356,7 +356,7 @@ def test_more_than_the_device_has_cannot_be_chosen(
     page = open_page(qtbot, empty)
     page.form.precision.set_value("fp32")
     page.form.look_at(str(TINY_MODEL))
-    qtbot.waitUntil(lambda: page.form.plan_box.isVisible(), timeout=20_000)
+    qtbot.waitUntil(lambda: page.form.plan_box.isVisible())
     item = page.form.precision.model().item(page.form.precision.findData("fp32"))
     assert not item.isEnabled() and "1 MB in all" in item.toolTip()
     assert page.form.precision.value == "auto"
@@ -399,19 +399,19 @@ def test_quantised_model_is_measured_loaded_and_unloaded(qtbot: Any, trained: Se
     page = open_page(qtbot, trained)
     card = page.cards()[0]
     assert card.quality.text() == "Q8 quality: —" and not card.loaded.isVisible()
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         qtbot.mouseClick(card.measure, Qt.MouseButton.LeftButton)
-        qtbot.waitUntil(lambda: bool(page.job_cards()), timeout=10_000)
+        qtbot.waitUntil(lambda: bool(page.job_cards()))
     assert ended.args[1] == "finished"
-    qtbot.waitUntil(lambda: "ΔCE" in page.cards()[0].quality.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: "ΔCE" in page.cards()[0].quality.text())
     card = page.cards()[0]
     assert card.measure.text() == "Measure again" and "±" in card.quality.toolTip()
-    qtbot.waitUntil(lambda: card.loaded.isVisible(), timeout=5000)
+    qtbot.waitUntil(lambda: card.loaded.isVisible())
     assert card.loaded.text().startswith("Loaded: ")
     shot(page, "models-quantised")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     qtbot.mouseClick(card.unload, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: not card.loaded.isVisible(), timeout=10_000)
+    qtbot.waitUntil(lambda: not card.loaded.isVisible())
     assert page.presenter.loaded() == {}
 
 
@@ -467,7 +467,7 @@ def test_architecture_tells_what_the_configuration_says(
     )
     dialog = page.findChild(ArchitectureDialog)
     assert dialog is not None and dialog.isVisible()
-    qtbot.waitUntil(lambda: dialog.ready, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.ready)
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     width, mlp = config["hidden_size"], config["intermediate_size"]
     assert {name: tile.value for name, tile in dialog.tiles.items()} == {
@@ -522,7 +522,7 @@ def test_plan_equals_arithmetic(qtbot: Any, trained: Services) -> None:
     def plan_of(layers: list[int], most: int) -> Any:
         dialog.layers.set_selected(layers)
         dialog.max_tokens.setValue(most)
-        qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+        qtbot.waitUntil(lambda: dialog.plan is not None)
         return dialog.plan
 
     plan = plan_of([0, 3], 5_000)
@@ -535,10 +535,10 @@ def test_plan_equals_arithmetic(qtbot: Any, trained: Services) -> None:
     assert plan.bytes == estimate_bytes(plan.tokens, [128] * 3)
     assert plan.seconds is None and dialog.time_text.text() == "—"
     dialog.sites["mlp_in"].click()
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     assert dialog.plan.bytes == estimate_bytes(plan.tokens, [128] * 6)
     dialog.max_samples.setValue(20)
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     assert 0 < dialog.plan.tokens < plan.tokens / 2
     for box in dialog.sites.values():
         box.setChecked(False)
@@ -598,17 +598,17 @@ def test_extraction_from_start_to_finish(qtbot: Any, trained: Services) -> None:
     dialog.layers.set_selected([1, 3])
     dialog.max_tokens.setValue(8_000)
     dialog.context.setValue(64)
-    qtbot.waitUntil(dialog.start.isEnabled, timeout=10_000)
+    qtbot.waitUntil(dialog.start.isEnabled)
     closed: list[int] = []
     dialog.finished.connect(closed.append)
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         dialog.start.click()
         assert dialog.progress_box.isVisible() and not dialog.start.isEnabled()
         assert not dialog.layers.isEnabled()
     assert ended.args[1] == "finished"
     assert closed == []  # a second to read what it says
     assert "tokens stored" in dialog.message.text()
-    qtbot.waitUntil(lambda: closed == [1], timeout=3000)
+    qtbot.waitUntil(lambda: closed == [1])
     (extraction,) = library.extractions.all()
     assert extraction.hook_points == ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
     assert extraction.settings["context"] == 64
@@ -636,7 +636,7 @@ def look_into(qtbot: Any, page: ModelsPage, extraction_id: int) -> None:
     """Statistics and preview of a stored extraction, by clicks."""
     qtbot.mouseClick(page.cards()[0].rows[0].look, Qt.MouseButton.LeftButton)
     dialog = page.findChild(ExtractionDialog)
-    qtbot.waitUntil(lambda: dialog.figures is not None, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.figures is not None)
     sites = dialog.extraction.statistics["sites"]
     for point, cells in dialog.cells.items():
         assert cells[1] == f"{sites[point]['mean_norm']:,.2f}"
@@ -645,7 +645,7 @@ def look_into(qtbot: Any, page: ModelsPage, extraction_id: int) -> None:
     assert len(drawn) == 64 and all(norm > 0 for _, norm in drawn)
     shot(dialog, "extraction-statistics")
     dialog.tabs.setCurrentIndex(1)
-    qtbot.waitUntil(lambda: dialog.stretch is not None, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.stretch is not None)
     first = dialog.stretch
     assert len(first.tokens) == len(first.values) == 64
     stored = [value for value in first.values if value == value]
@@ -655,11 +655,11 @@ def look_into(qtbot: Any, page: ModelsPage, extraction_id: int) -> None:
     assert "not stored" in dialog.strip.describe(0) and "norm: " in dialog.strip.describe(5)
     shot(dialog, "extraction-preview")
     qtbot.mouseClick(dialog.next, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: dialog.stretch.number == 1, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.stretch.number == 1)
     assert dialog.stretch.tokens != first.tokens
     dialog.shown.setCurrentIndex(1)
     dimension = dialog.figures.varied[dialog.site.value][0]
-    qtbot.waitUntil(lambda: dialog.stretch.dimension == dimension, timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.stretch.dimension == dimension)
     assert min(value for value in dialog.stretch.values if value == value) < 0
     assert nameless(dialog) == [] and too_small(dialog) == [] and cut_off(dialog) == []
     dialog.close()
@@ -669,19 +669,19 @@ def test_time_is_measured_before_the_start(qtbot: Any, trained: Services) -> Non
     page = open_page(qtbot, trained)
     dialog = open_extract(qtbot, page)
     assert dialog.time_text.text() == "—"
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         qtbot.mouseClick(dialog.measure, Qt.MouseButton.LeftButton)
         assert dialog.start.text() == "Measuring…" and page.job_cards() == {}
     assert ended.args[1] == "finished" and trained.library.extractions.count() == 0
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     (batch,) = dialog.presenter._batch_seconds.values()
     assert dialog.plan.measured and dialog.plan.seconds == batch * dialog.plan.batches
     assert "tokens/s" in dialog.time_note.text() and not dialog.measure.isVisible()
     dialog.max_samples.setValue(50)  # another limit: the same batches
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     assert dialog.plan.measured
     dialog.layers.set_selected([3])  # other work: not measured
-    qtbot.waitUntil(lambda: dialog.plan is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: dialog.plan is not None)
     assert not dialog.plan.measured and dialog.measure.isVisible()
     dialog.close()
 
@@ -691,17 +691,17 @@ def test_extraction_is_paused_and_goes_on(qtbot: Any, trained: Services) -> None
     dialog = open_extract(qtbot, page)
     dialog.batch.setValue(1)
     dialog.max_samples.setValue(40)
-    qtbot.waitUntil(dialog.start.isEnabled, timeout=10_000)
+    qtbot.waitUntil(dialog.start.isEnabled)
     dialog.start.click()
     job_id = dialog.job_id
     jobs = trained.library.jobs
-    qtbot.waitUntil(lambda: dialog.pause.isEnabled(), timeout=20_000)
+    qtbot.waitUntil(lambda: dialog.pause.isEnabled())
     dialog.pause.click()
-    qtbot.waitUntil(lambda: jobs.get(job_id).status == "paused", timeout=20_000)
+    qtbot.waitUntil(lambda: jobs.get(job_id).status == "paused")
     qtbot.waitUntil(lambda: dialog.pause.text() == "Resume" and dialog.pause.isEnabled())
     (card,) = page.job_cards().values()
     qtbot.waitUntil(lambda: card.pause.text() == "Resume")
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         card.pause.click()
     assert ended.args[1] == "finished"
     dialog.close()
@@ -758,7 +758,7 @@ def test_interrupted_extraction_goes_on_under_its_own_number(qtbot: Any, trained
     page = open_page(qtbot, trained)
     card = page.job_cards()[job_id]
     assert card.again.text() == "Go on" and "can go on" in card.note.text()
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         qtbot.mouseClick(card.again, Qt.MouseButton.LeftButton)
     assert ended.args == [job_id, "finished"] and library.extractions.count() == 1
     qtbot.waitUntil(lambda: page.job_cards() == {})
@@ -797,14 +797,14 @@ def test_stopped_extraction_leaves_nothing(qtbot: Any, trained: Services) -> Non
     dialog = open_extract(qtbot, page)
     dialog.layers.select_all.click()
     dialog.batch.setValue(1)
-    qtbot.waitUntil(dialog.start.isEnabled, timeout=10_000)
-    with qtbot.waitSignal(trained.jobs.job_finished, timeout=60_000) as ended:
+    qtbot.waitUntil(dialog.start.isEnabled)
+    with qtbot.waitSignal(trained.jobs.job_finished) as ended:
         dialog.start.click()
         dialog.stop.click()
     assert ended.args[1] == "cancelled"
     assert dialog.message.text() == "Stopped; nothing was stored."
     assert trained.library.extractions.count() == 0
-    qtbot.waitUntil(dialog.start.isEnabled, timeout=10_000)
+    qtbot.waitUntil(dialog.start.isEnabled)
     dialog.close()
 
 

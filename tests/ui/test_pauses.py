@@ -56,7 +56,7 @@ def test_workers_leave_garbage_to_the_gui_thread(
     collector = Collector()
     in_worker()
     assert not freed
-    qtbot.waitUntil(lambda: bool(freed), timeout=5000)
+    qtbot.waitUntil(lambda: bool(freed))
     assert set(freed) == {threading.main_thread()}
     collector.stop()
     assert gc.isenabled()
@@ -80,7 +80,7 @@ def test_a_worker_that_needs_the_memory_waits_for_the_gui_thread(
 
     worker = threading.Thread(target=need_memory)
     worker.start()
-    qtbot.waitUntil(lambda: bool(after), timeout=5000)
+    qtbot.waitUntil(lambda: bool(after))
     worker.join()
     assert after == [[threading.main_thread()]]
     Cycle()

@@ -33,7 +33,6 @@ from .checks import cut_off, nameless, too_small
 from .screens import shot
 
 SIZES = [(1280, 720), (1920, 1080), (3440, 1440)]
-LONG = 60_000
 EDGES = [step / 4 for step in range(-24, 1)]
 
 
@@ -120,22 +119,21 @@ def begin(
     services.jobs.submit(Records(1, 1, points, SMALL, **job))
     qtbot.waitUntil(lambda: len(page.job_cards()) == 1 and page.job_cards()[0].job.active)
     (card,) = page.job_cards()
-    qtbot.waitUntil(lambda: card.job.status == "running", timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "running")
     return page, card
 
 
 def drawn(qtbot: Any, card: Any) -> Any:
     """The card's charts once everything has been built and drawn."""
-    qtbot.waitUntil(lambda: card.charts is not None and card.charts.density is not None,
-                    timeout=LONG)  # fmt: skip
-    qtbot.waitUntil(lambda: not card.charts._turns.isActive(), timeout=LONG)
+    qtbot.waitUntil(lambda: card.charts is not None and card.charts.density is not None)
+    qtbot.waitUntil(lambda: not card.charts._turns.isActive())
     return card.charts
 
 
 def end(qtbot: Any, services: Services) -> None:
     for job_id in services.jobs.running():
         services.jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: services.jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: services.jobs.running() == [])
 
 
 # --- statuses -------------------------------------------------------------------------------------
@@ -146,16 +144,16 @@ def test_the_badge_follows_a_training_through_its_statuses(qtbot: Any, services:
     assert card.badge.text() == "Initializing" and card.tiles["loss"].value == "—"
     assert card.live.isHidden()
     Records.begin.set()
-    qtbot.waitUntil(lambda: card.badge.text() == "Training", timeout=LONG)
+    qtbot.waitUntil(lambda: card.badge.text() == "Training")
     assert card.accessibleName().endswith("Training")
     card.pause.click()
-    qtbot.waitUntil(lambda: card.badge.text() == "Paused", timeout=LONG)
+    qtbot.waitUntil(lambda: card.badge.text() == "Paused")
     card.resume.click()
-    qtbot.waitUntil(lambda: card.badge.text() == "Training", timeout=LONG)
+    qtbot.waitUntil(lambda: card.badge.text() == "Training")
     Records.evaluate.set()
-    qtbot.waitUntil(lambda: card.badge.text() == "Finishing…", timeout=LONG)
+    qtbot.waitUntil(lambda: card.badge.text() == "Finishing…")
     Records.evaluate.set()
-    qtbot.waitUntil(lambda: services.jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: services.jobs.running() == [])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_an_ended_training_says_how(qtbot: Any, services: Services, status: str,
 def test_what_remains_follows_from_the_throughput(qtbot: Any, services: Services) -> None:
     Records.begin.set()
     _, card = begin(qtbot, services, POINTS[:2])
-    qtbot.waitUntil(lambda: "step 40" in card.progress._phase.text(), timeout=LONG)
+    qtbot.waitUntil(lambda: "step 40" in card.progress._phase.text())
     plan = card._plan
     left = (plan.steps - 40) * plan.batch_size / 1000  # at 1,000 tokens a second
     assert card.progress._phase.text() == f"Training, step 40 of {plan.steps}"
@@ -209,7 +207,7 @@ def test_all_layers_at_a_glance_and_one_in_detail(qtbot: Any, services: Services
     _, card = begin(qtbot, services, POINTS)
     charts = drawn(qtbot, card)
     table = card.layers
-    qtbot.waitUntil(lambda: table.rows.text(POINTS[3], "heldout_fvu") == "0.200", timeout=LONG)
+    qtbot.waitUntil(lambda: table.rows.text(POINTS[3], "heldout_fvu") == "0.200")
     newest = a_row(POINTS[0], 39)
     latents = card._plan.d_sae
     assert [table.rows.text(POINTS[2], key) for key in ("loss", "explained_variance", "dead")] == [
@@ -275,8 +273,8 @@ def test_charts_have_every_step_over_steps_tokens_and_time(qtbot: Any, services:
     Records.begin.set()
     _, card = begin(qtbot, services, POINTS[:2], steps=300)
     charts = drawn(qtbot, card)
-    qtbot.waitUntil(lambda: charts.n_rows == 600, timeout=LONG)
-    qtbot.waitUntil(lambda: not charts._turns.isActive(), timeout=LONG)
+    qtbot.waitUntil(lambda: charts.n_rows == 600)
+    qtbot.waitUntil(lambda: not charts._turns.isActive())
     for axis, place in (("step", lambda s: s), ("tokens", lambda s: 2048 * (s + 1)),
                         ("seconds", lambda s: 2.048 * (s + 1))):  # fmt: skip
         charts.axis.set_value(axis)
@@ -293,7 +291,7 @@ def test_the_log_reads_like_one_and_can_be_copied(qtbot: Any, services: Services
     Records.begin.set()
     _, card = begin(qtbot, services, POINTS[:2])
     charts = drawn(qtbot, card)
-    qtbot.waitUntil(lambda: "Note: " in charts.log.toPlainText(), timeout=LONG)
+    qtbot.waitUntil(lambda: "Note: " in charts.log.toPlainText())
     lines = charts.log.toPlainText().splitlines()
     assert lines[0] == log_line(a_row(POINTS[0], 0), True, card._plan.d_sae)
     assert lines[0].startswith(time.strftime("[%H:%M:%S] ", time.localtime(1_700_000_002)))
@@ -304,10 +302,10 @@ def test_the_log_reads_like_one_and_can_be_copied(qtbot: Any, services: Services
     charts._on_copy_clicked()
     assert QApplication.clipboard().text() == charts.log.toPlainText()
     charts.append([a_row(POINTS[0], step) for step in range(1000)])
-    qtbot.waitUntil(lambda: "Step 1,000" in charts.log.toPlainText(), timeout=LONG)
+    qtbot.waitUntil(lambda: "Step 1,000" in charts.log.toPlainText())
     assert charts.log.blockCount() <= 400, "the widget is bounded; the file keeps everything"
     card.pause.click()
-    qtbot.waitUntil(lambda: card.job.status == "paused", timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "paused")
     assert not charts.live.isVisible()
     end(qtbot, services)
 
@@ -386,7 +384,7 @@ def test_the_device_is_measured_in_the_background(qtbot: Any, services: Services
     Records.begin.set()
     _, card = begin(qtbot, services, POINTS[:1])
     assert card.tiles["use"].value == "—"
-    qtbot.waitUntil(lambda: card.tiles["use"].value.endswith("%"), timeout=LONG)
+    qtbot.waitUntil(lambda: card.tiles["use"].value.endswith("%"))
     assert "CPU use" in card.tiles["use"].accessibleName()
     assert "all " in card.tiles["use"].toolTip()
     end(qtbot, services)
@@ -411,22 +409,22 @@ def test_cards_can_be_read_in_every_state(
     points = [point_name("resid_post", layer) for layer in range(several)]
     Records.begin.set()
     page, card = begin(qtbot, services, points, size, fails=True, steps=600)
-    qtbot.waitUntil(lambda: card._n_rows == 600 * several, timeout=LONG)
+    qtbot.waitUntil(lambda: card._n_rows == 600 * several)
     charts = drawn(qtbot, card)
-    qtbot.waitUntil(lambda: charts.n_rows == 600 * several, timeout=LONG)
+    qtbot.waitUntil(lambda: charts.n_rows == 600 * several)
     drawn(qtbot, card)
-    qtbot.waitUntil(lambda: card.tiles["use"].value.endswith("%"), timeout=LONG)
+    qtbot.waitUntil(lambda: card.tiles["use"].value.endswith("%"))
     kind = f"{size[0]}x{size[1]}"
     show_card(page, card, f"card_training-{kind}")
     page.column_page.verticalScrollBar().setValue(10**6)
     shot(page, f"card_training_below-{kind}")
     card.pause.click()
-    qtbot.waitUntil(lambda: card.badge.text() == "Paused", timeout=LONG)
+    qtbot.waitUntil(lambda: card.badge.text() == "Paused")
     card.layers.choose(points[1])
     show_card(page, card, f"card_paused-{kind}")
     card.resume.click()
     Records.evaluate.set()
-    qtbot.waitUntil(lambda: card.job.status == "failed", timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "failed")
     assert card.tiles["use"].value == "—", "nothing is measured any more"
     show_card(page, card, f"card_failed-{kind}")
 

@@ -55,7 +55,7 @@ def page(qtbot: Any, services: Services) -> SteeringPage:
     made.resize(*SIZES[0])
     made.show()
     made.activate()
-    qtbot.waitUntil(lambda: made.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: made.presenter.index is not None)
     return made
 
 
@@ -70,7 +70,7 @@ def generate(qtbot: Any, page: SteeringPage, max_tokens: int = 12) -> Generation
     page.configuration.max_tokens.setValue(max_tokens)
     jobs, library = page._services.jobs, page._services.library
     assert page.configuration.generate.isEnabled(), page.configuration.reason.text()
-    with qtbot.waitSignal(jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(jobs.job_finished) as ended:
         page.configuration.generate.click()
     record = library.jobs.get(ended.args[0])
     assert record.status == "finished", record.error
@@ -141,15 +141,15 @@ def test_features_of_another_layer_steer_together(
     qtbot.addWidget(page)
     page.show()
     page.activate(sae_id=1)
-    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: page.presenter.index is not None)
     feature = strongest(page)
     page.presenter.add(feature, 1.0)
     page.configuration.source.set_value(other)
-    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: page.presenter.index is not None)
     page.presenter.add(feature, -1.0)
     assert [c.key for c in page.presenter.selected] == [(1, feature), (other, feature)]
     first, second = page.features.cards()
-    qtbot.waitUntil(lambda: first._text.text().startswith("Layer 2 • "), timeout=5000)
+    qtbot.waitUntil(lambda: first._text.text().startswith("Layer 2 • "))
     assert not second._text.text().startswith("Layer")
     request = to_job(Form(prompt="x"), page.presenter.selected, other)
     assert (request.sae_id, request.others) == (other, ([1, feature, 1.0, "add"],))
@@ -171,7 +171,7 @@ def test_one_vector_at_chosen_layers(qtbot: Any, page: SteeringPage) -> None:
     assert advanced.layers.isVisible() and advanced.bars.isVisible()
     assert advanced.layers.selected() == [2]  # where the SAE is
     advanced.layers.set_selected([1, 2])
-    qtbot.waitUntil(lambda: page.presenter.percent() is not None, timeout=5000)
+    qtbot.waitUntil(lambda: page.presenter.percent() is not None)
     percent = page.presenter.percent()
     norm = page._services.library.saes.all()[0].metrics["median_norm"]
     here, there = advanced.bars.shown
@@ -195,7 +195,7 @@ def test_several_features_add_up_to_the_length_of_their_sum(qtbot: Any, page: St
     first, second = strongest(page), 3 if strongest(page) != 3 else 4
     page.presenter.add(first, 1.0)
     page.presenter.add(second, -2.0)
-    qtbot.waitUntil(lambda: page.presenter.percent() is not None, timeout=5000)
+    qtbot.waitUntil(lambda: page.presenter.percent() is not None)
     rows = load_sae(page._services.library.path(sae.folder)).dictionary.decoder
     largest = page.presenter.index.max_activations
     total = largest[first] * rows[first] - 2 * largest[second] * rows[second]
@@ -228,7 +228,7 @@ def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None
     page.configuration.prompt.setPlainText(PROMPT)
     advanced.scope.set_value("chosen")
     picker = advanced.picker
-    qtbot.waitUntil(lambda: bool(picker.read.ids), timeout=10_000)
+    qtbot.waitUntil(lambda: bool(picker.read.ids))
     assert "Choose the prompt tokens" in page.configuration.reason.text()
     picker.strip.token_activated.emit(0)
     assert picker.positions == () and "never steered" in picker.note.text()
@@ -239,11 +239,11 @@ def test_tokens_of_the_prompt_are_picked(qtbot: Any, page: SteeringPage) -> None
     assert "not chosen" in picker.strip.describe(1) and "chosen" in picker.strip.describe(2)
     shot(page._page.widget(), "steering_tokens-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
-    qtbot.waitUntil(lambda: squeezed(page) == [], timeout=5000)
+    qtbot.waitUntil(lambda: squeezed(page) == [])
     assert generate(qtbot, page).request["positions"] == [2]
     read = picker.read
     page.configuration.prompt.setPlainText("The histories of " + PROMPT)
-    qtbot.waitUntil(lambda: picker.read is not read, timeout=10_000)
+    qtbot.waitUntil(lambda: picker.read is not read)
     assert all(  # what was chosen after the change is not the same token any more
         picker.read.ids[place] == read.ids[place] for place in picker.positions
     )
@@ -255,7 +255,7 @@ def test_characters_of_several_tokens_stand_at_the_last(qtbot: Any, page: Steeri
     page.configuration.prompt.setPlainText(prompt)
     page.configuration.advanced.scope.set_value("chosen")
     picker = page.configuration.advanced.picker
-    qtbot.waitUntil(lambda: bool(picker.read.ids), timeout=10_000)
+    qtbot.waitUntil(lambda: bool(picker.read.ids))
     texts = picker.read.texts
     assert PART in texts and "".join(t for t in texts if t != PART).endswith(prompt)
     assert len(texts) == len(picker.read.ids)
@@ -372,12 +372,12 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     page.presenter.add(feature, 0.75)
     (card,) = page.features.cards()
     card.more.click()
-    qtbot.waitUntil(card.isVisible, timeout=5000)
+    qtbot.waitUntil(card.isVisible)
     assert not card.badge.isVisible() and card.range.text() == "Safe strength: — (not measured)"
     assert card.score.text() == "Output score: —"
     assert card.best.text() == "Calibrate"
     calibrate(page._services.library, sae_id or 0, feature)
-    qtbot.waitUntil(card.badge.isVisible, timeout=5000)
+    qtbot.waitUntil(card.badge.isVisible)
     for strength, word in ((0.75, "Safe"), (1.5, "Strong"), (2.5, "Breaks"), (4.0, "Breaks")):
         card.box.setValue(strength)
         assert card.badge.text() == word
@@ -393,10 +393,10 @@ def test_zones_are_words_and_bands_once_they_are_measured(qtbot: Any, page: Stee
     card.best.click()
     assert page.presenter.selected[0].strength == card.strength == 1.0
     calibrate(page._services.library, sae_id or 0, feature, 0.0)
-    qtbot.waitUntil(lambda: not card.best.isEnabled(), timeout=5000)
+    qtbot.waitUntil(lambda: not card.best.isEnabled())
     assert card.best.toolTip().startswith("No strength that was tried is safe")
     card.box.setValue(1.5)
-    qtbot.waitUntil(lambda: cut_off(page) == squeezed(page) == [], timeout=5000)
+    qtbot.waitUntil(lambda: cut_off(page) == squeezed(page) == [])
     assert nameless(page) == []
     shot(page, "steering_calibrated-1280")
     card.method.set_value("clamp")  # which has a calibration of its own
@@ -419,13 +419,13 @@ def test_calibrate_measures_the_feature(
             seen.append((card.range.text(), card.slider.zones))
 
     page._services.jobs.tick.connect(look)
-    with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(page._services.jobs.job_finished):
         card.calibrate.click()
         assert card.calibrate.text() == "Stop" and card.badge.text() == "Calibrating 0 %"
         assert card.slider.zones == []
     text, zones = next((text, zones) for text, zones in seen if "so far" in text)
     assert text.startswith("Calibrating: ") and zones  # drawn before it ended
-    qtbot.waitUntil(lambda: card.calibrate.text() == "Calibrate again", timeout=5000)
+    qtbot.waitUntil(lambda: card.calibrate.text() == "Calibrate again")
     assert "not measured" not in card.range.text() and "—" not in card.score.text()
 
 
@@ -440,7 +440,7 @@ def test_a_calibration_says_what_it_waits_for_and_can_be_stopped(
     try:
         card.best.click()
         assert not card.best.isVisible()
-        qtbot.waitUntil(lambda: "Waits for “Stubborn”" in card.range.text(), timeout=5000)
+        qtbot.waitUntil(lambda: "Waits for “Stubborn”" in card.range.text())
         card.calibrate.click()
         assert not page.presenter.is_calibrating
         assert card.calibrate.text() == "Calibrate" and not card.badge.isVisible()
@@ -495,14 +495,12 @@ def test_what_is_recommended_and_why_not() -> None:
 def test_output_scores_lead_to_features_that_steer(qtbot: Any, page: SteeringPage) -> None:
     library = page._services.library
     assert page.presenter.score(5) is None
-    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()), timeout=30_000)
+    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()))
     run = newest_run(library, page.presenter.sae_id or 0)
     for feature, score in ((5, 0.2), (9, 0.9)):
         result = {"score": score, "probability": score, "rank": 0}
         library.feature_analyses.put(run.id, feature, "output_score", {}, result)
-    qtbot.waitUntil(
-        lambda: [row.feature for row in page.features.suggestion_rows()] == [9, 5], timeout=10_000
-    )
+    qtbot.waitUntil(lambda: [row.feature for row in page.features.suggestion_rows()] == [9, 5])
     assert page.features.suggestion_rows()[0].score.text() == "score 0.90"
     assert not page.features.best.isVisible()
 
@@ -515,13 +513,13 @@ def test_descriptions_are_searched_and_an_old_discovery_says_that_it_has_none(
 ) -> None:
     library = page._services.library
     page.features.search.setText("spelling")  # a word that only rules use
-    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=10_000)
-    qtbot.waitUntil(lambda: "spelling" in page.features.found_rows()[0].text.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()))
+    qtbot.waitUntil(lambda: "spelling" in page.features.found_rows()[0].text.text())
     folder = library.path(newest_run(library, page.presenter.sae_id or 0).folder)
     (index,) = folder.glob("*.sqlite*") if any(folder.glob("*.sqlite*")) else folder.glob("*.db")
     index.unlink()
     page.features.search.setText("the")
-    qtbot.waitUntil(lambda: OLD_DISCOVERY in page.features.note.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: OLD_DISCOVERY in page.features.note.text())
     assert page.features.found_rows()
 
 
@@ -531,7 +529,7 @@ def test_history_is_taken_along(qtbot: Any, page: SteeringPage, tmp_path: Path) 
     for name in ("all.json", "all.csv"):
         page.history.export_to(tmp_path / name)
         toasts = page._services.toasts
-        qtbot.waitUntil(lambda: (tmp_path / name).exists(), timeout=5000)  # noqa: B023
+        qtbot.waitUntil(lambda: (tmp_path / name).exists())  # noqa: B023
     (entry,) = json.loads((tmp_path / "all.json").read_text())["generations"]
     assert entry["request"] == generation.request and entry["result"] == generation.result
     with (tmp_path / "all.csv").open(newline="", encoding="utf-8") as file:
@@ -540,7 +538,7 @@ def test_history_is_taken_along(qtbot: Any, page: SteeringPage, tmp_path: Path) 
     variant = generation.result["variants"][0]
     assert (steered["variant"], steered["text"]) == ("x 1", variant["text"])
     assert float(steered["kl_per_token"]) == variant["kl_per_token"]
-    qtbot.waitUntil(lambda: len(toasts.toasts) >= 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(toasts.toasts) >= 1)
 
 
 def test_the_selection_is_exported_for_other_programs(
@@ -555,13 +553,13 @@ def test_the_selection_is_exported_for_other_programs(
     ]  # fmt: skip
     for action, name in zip(actions[1:], ("a.safetensors", "a.json", "b.py"), strict=True):
         answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / name), ""))
-        with qtbot.waitSignal(page.presenter.exported, timeout=60_000) as told:
+        with qtbot.waitSignal(page.presenter.exported) as told:
             action.trigger()
         assert told.args[0][0] == str(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 100
     page.features.cards()[0].method.set_value("ablate")  # is no vector
     answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / "c.gguf"), ""))
-    with qtbot.waitSignal(page.presenter.job_failed, timeout=60_000):
+    with qtbot.waitSignal(page.presenter.job_failed):
         actions[0].trigger()
     assert not (tmp_path / "c.gguf").exists()
     assert "more than a vector" in page._error_place.itemAt(0).widget().accessibleName()

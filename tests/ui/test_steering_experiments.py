@@ -57,7 +57,7 @@ def page(
     made.resize(1280, 720)
     made.show()
     made.activate()
-    qtbot.waitUntil(lambda: made.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: made.presenter.index is not None)
     return made
 
 
@@ -332,13 +332,13 @@ def test_a_sweep_is_run_and_shown(
     shot(page._page.widget(), "steering_experiment-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     assert squeezed(page) == []
-    with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(page._services.jobs.job_finished):
         planner.start.click()
         assert report.stop.isVisible() and not report.repeat.isVisible()
-    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING, timeout=10_000)
+    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING)
     assert not report.stop.isVisible() and not report.incomplete.isVisible()
     assert [report.model.lines[i].label for i in (0, 1)] == ["× 0.5", "× 2"]
-    qtbot.waitUntil(lambda: report.chart is not None, timeout=10_000)
+    qtbot.waitUntil(lambda: report.chart is not None)
     assert "0.5:" in report.chart.accessibleDescription()  # type: ignore[union-attr]
     assert "[" in str(report.model.data(report.model.index(0, 2)))
     report.table.selectRow(1)
@@ -349,7 +349,7 @@ def test_a_sweep_is_run_and_shown(
     shot(page._page.widget(), "steering_experiment-done-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     view.export_to(tmp_path / "table.csv")
-    qtbot.waitUntil(lambda: (tmp_path / "table.csv").exists(), timeout=5000)
+    qtbot.waitUntil(lambda: (tmp_path / "table.csv").exists())
     assert report.chart.csv().count("\n") == 3  # type: ignore[union-attr]
     # Settings come back, also after a restart; the plot stays at its measure.
     report.show_measure("similarity")
@@ -366,21 +366,21 @@ def test_a_sweep_is_run_and_shown(
     other.restore_state(saved)
     assert saved["view"] == 1
     assert other.experiments.planner.plan() == planner.plan()
-    qtbot.waitUntil(lambda: other.experiments.report.measure == "similarity", timeout=5000)
+    qtbot.waitUntil(lambda: other.experiments.report.measure == "similarity")
     # It is renamed, repeated and deleted.
     monkeypatch.setattr(RenameDialog, "exec", type_and_take("Far enough"))
     report.rename.click()
     qtbot.waitUntil(lambda: view.shown is not None and view.shown.name == "Far enough")
     whole = view.shown.result  # type: ignore[union-attr]
-    with qtbot.waitSignal(page._services.jobs.job_finished, timeout=60_000):
+    with qtbot.waitSignal(page._services.jobs.job_finished):
         report.repeat.click()
-    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id == 2, timeout=5000)
+    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id == 2)
     assert view.shown.result == whole and report.which.count() == 2  # type: ignore[union-attr]
     monkeypatch.setattr(ConfirmDialog, "ask", classmethod(lambda cls, *_: True))
     report.delete.click()
-    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id == 1, timeout=5000)
+    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id == 1)
     report.delete.click()
-    qtbot.waitUntil(lambda: view.shown is None and report.empty.isVisible(), timeout=5000)
+    qtbot.waitUntil(lambda: view.shown is None and report.empty.isVisible())
 
 
 def type_and_take(name: str) -> Callable[[RenameDialog], None]:
@@ -398,19 +398,19 @@ def test_a_table_fills_while_it_runs_and_a_stopped_one_is_kept(
     view.planner.prompts.setPlainText("\n".join(["The history of the", "The sea"] * 5))
     view.planner.start.click()
     report = view.report
-    qtbot.waitUntil(lambda: view.shown is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: view.shown is not None)
     assert view.shown is not None and view.shown.id == RUNNING
     assert "of 200 continuations" in report.incomplete.text() and report.progress.isVisible()
     report.table.selectRow(1)
-    qtbot.waitUntil(lambda: view.shown.result["continued"] > 2, timeout=30_000)  # type: ignore[union-attr]
+    qtbot.waitUntil(lambda: view.shown.result["continued"] > 2)  # type: ignore[union-attr]
     assert report.table.selectionModel().selectedRows()[0].row() == 1  # stays chosen
     assert report.texts.toPlainText().count("Steered ▸") >= 3
     shot(page._page.widget(), "steering_experiment-live-1280")  # also gives texts their room
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
-    with qtbot.waitSignal(page._services.jobs.job_finished, timeout=30_000) as ended:
+    with qtbot.waitSignal(page._services.jobs.job_finished) as ended:
         report.stop.click()
     assert ended.args[1] == "cancelled"
-    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING, timeout=5000)
+    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING)
     assert view.shown.name.endswith("(stopped)") and 2 < view.shown.result["continued"] < 200
     assert report.incomplete.text().startswith("⚠ Stopped: ") and report.repeat.isVisible()
     assert report.note.text() == ""
@@ -420,6 +420,6 @@ def test_a_table_fills_while_it_runs_and_a_stopped_one_is_kept(
         report.repeat.click()
         assert "Waits for “Steer with" in report.note.text()
         report.stop.click()
-        with qtbot.waitSignal(page._services.jobs.job_finished, timeout=30_000):
+        with qtbot.waitSignal(page._services.jobs.job_finished):
             page.presenter.stop()
     assert "nothing was kept" in report.note.text() and report.which.count() == 1

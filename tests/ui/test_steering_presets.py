@@ -67,7 +67,7 @@ def page(
     made.resize(1280, 720)
     made.show()
     made.activate()
-    qtbot.waitUntil(lambda: made.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: made.presenter.index is not None)
     return made
 
 
@@ -448,7 +448,7 @@ def test_saved_starred_loaded_and_deleted(
     assert section.commit.text() == "Save Preset"
     section.name.setText("mine")
     section.commit.click()
-    qtbot.waitUntil(lambda: len(section.rows()) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(section.rows()) == 1)
     (line,) = section.rows()
     assert section.button.text() == "Steering Presets (1)"
     line.star.click()
@@ -460,7 +460,7 @@ def test_saved_starred_loaded_and_deleted(
     assert [c.as_list()[1:] for c in page.presenter.selected] == [[5, 1.5, "add"]]
     assert (form.form().prompt, form.form().seed) == ("The history", 7)
     assert form.advanced.expanded  # a seed of its own would else be out of sight
-    qtbot.waitUntil(lambda: squeezed(page) == [], timeout=5000)  # layouts settle one by one
+    qtbot.waitUntil(lambda: squeezed(page) == [])  # layouts settle one by one
     shot(page._page.widget(), "steering_presets-1280")
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     kept = page._services.library.templates.named("steering", "mine")
@@ -469,11 +469,11 @@ def test_saved_starred_loaded_and_deleted(
     assert page._services.library.templates.named("steering", "mine") == kept
     monkeypatch.setattr(ConfirmDialog, "ask", classmethod(lambda cls, *_: True))
     section.rows()[0].delete.click()
-    qtbot.waitUntil(lambda: section.rows() == [], timeout=5000)
+    qtbot.waitUntil(lambda: section.rows() == [])
     undo = page._services.toasts.toasts[-1]
     assert "“mine” was deleted" in undo.message
     undo._on_action_clicked()
-    qtbot.waitUntil(lambda: len(section.rows()) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(section.rows()) == 1)
     assert page._services.library.templates.named("steering", "mine") == kept
 
 
@@ -486,7 +486,7 @@ def test_the_keyboard_keeps_its_place_in_the_list(
     for name in ("one", "two", "three"):
         templates.save("steering", name, "", page._preset())
     section.set_expanded(True)
-    qtbot.waitUntil(lambda: len(section.rows()) == 3, timeout=5000)
+    qtbot.waitUntil(lambda: len(section.rows()) == 3)
 
     def names() -> list[str]:
         return [line.template.name for line in section.rows()]
@@ -498,16 +498,16 @@ def test_the_keyboard_keeps_its_place_in_the_list(
 
     assert names() == ["three", "two", "one"]
     press(2, "star")
-    qtbot.waitUntil(lambda: names() == ["one", "three", "two"], timeout=5000)
+    qtbot.waitUntil(lambda: names() == ["one", "three", "two"])
     assert section.window().focusWidget() is section.rows()[0].star  # it went along to the top
     press(1, "delete")
-    qtbot.waitUntil(lambda: names() == ["one", "two"], timeout=5000)
+    qtbot.waitUntil(lambda: names() == ["one", "two"])
     assert section.window().focusWidget() is section.rows()[1].delete
     press(1, "delete")
-    qtbot.waitUntil(lambda: names() == ["one"], timeout=5000)
+    qtbot.waitUntil(lambda: names() == ["one"])
     assert section.window().focusWidget() is section.rows()[0].delete
     press(0, "delete")
-    qtbot.waitUntil(lambda: names() == [], timeout=5000)
+    qtbot.waitUntil(lambda: names() == [])
     assert section.window().focusWidget() is section.save
 
 
@@ -536,7 +536,7 @@ def test_the_import_tells_what_becomes_of_each(
     def dialogs() -> list[ImportDialog]:
         return [w for w in QApplication.topLevelWidgets() if isinstance(w, ImportDialog)]
 
-    qtbot.waitUntil(lambda: bool(dialogs()), timeout=5000)
+    qtbot.waitUntil(lambda: bool(dialogs()))
     (dialog,) = dialogs()
     model = dialog.model
     told = [[model.index(row, column).data() for column in range(4)] for row in range(len(entries))]
@@ -558,11 +558,11 @@ def test_the_import_tells_what_becomes_of_each(
         assert needed <= table.rowHeight(row) < 3 * needed, told[row]
     assert nameless(dialog) == [] and too_small(dialog) == []
     dialog.accept_button.click()
-    qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close", timeout=5000)
+    qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close")
     assert dialog._summary.text() == "3 added, 2 refused."
     assert len(trained_library.templates.of_kind("steering")) == 3
     dialog.accept_button.click()
-    qtbot.waitUntil(lambda: not dialogs(), timeout=5000)
+    qtbot.waitUntil(lambda: not dialogs())
 
 
 def test_a_preset_of_an_sae_that_is_not_here_changes_nothing_and_says_so(
@@ -573,7 +573,7 @@ def test_a_preset_of_an_sae_that_is_not_here_changes_nothing_and_says_so(
     config["sae"]["d_sae"] = 9999
     library.templates.save("steering", "elsewhere", "", config)
     page.presenter.add(3, 1.0)
-    qtbot.waitUntil(lambda: len(page.presets.rows()) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(page.presets.rows()) == 1)
     page.presets.rows()[0].load.click()
     assert [c.feature for c in page.presenter.selected] == [3]
     assert page.form().prompt == ""

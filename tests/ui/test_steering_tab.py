@@ -48,7 +48,7 @@ def open_page(
     page.resize(*size)
     page.show()
     page.activate(**context)
-    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: page.presenter.index is not None)
     return page
 
 
@@ -56,7 +56,7 @@ def generate(qtbot: Any, services: Services, page: SteeringPage, **settings: Any
     """Through the form; returns what the library keeps of it."""
     page.configuration.prompt.setPlainText(settings.get("prompt", PROMPT))
     page.configuration.max_tokens.setValue(settings.get("max_tokens", 12))
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         page.configuration.generate.click()
     record = services.library.jobs.get(ended.args[0])
     assert record.status == "finished", record.error
@@ -129,11 +129,11 @@ def test_features_that_cannot_be_read_can_be_tried_again(
         qtbot.addWidget(page)
         page.show()
         page.activate()
-        qtbot.waitUntil(lambda: page._error_place.count() == 1, timeout=5000)
+        qtbot.waitUntil(lambda: page._error_place.count() == 1)
     panel = page._error_place.itemAt(0).widget()
     assert "No permission" in panel.accessibleName()
     panel.retry_button.click()
-    qtbot.waitUntil(lambda: page.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: page.presenter.index is not None)
     assert page._error_place.count() == 0
 
 
@@ -193,7 +193,7 @@ def test_search_and_add(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     feature = strongest(services, page)
     qtbot.keyClicks(page.features.search, f"#{feature}")
-    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()))
     first = page.features.found_rows()[0]
     assert first.feature == feature
     first.button.click()
@@ -205,20 +205,20 @@ def test_search_and_add(qtbot: Any, services: Services) -> None:
     page.features.search.clear()
     qtbot.waitUntil(lambda: page.features.found_rows() == [])
     page.features.search.setText("no such token anywhere")
-    qtbot.waitUntil(lambda: "No feature matches" in page.features.note.text(), timeout=5000)
+    qtbot.waitUntil(lambda: "No feature matches" in page.features.note.text())
 
 
 def test_features_worth_a_try_are_offered_while_none_is_selected(
     qtbot: Any, services: Services
 ) -> None:
     page = open_page(qtbot, services)
-    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()), timeout=30_000)
+    qtbot.waitUntil(lambda: bool(page.features.suggestion_rows()))
     assert page.features.suggestions.isVisible()
     offered = page.features.suggestion_rows()[0].feature
     page.features.search.setText("zzz")
-    qtbot.waitUntil(lambda: not page.features.suggestions.isVisible(), timeout=5000)
+    qtbot.waitUntil(lambda: not page.features.suggestions.isVisible())
     page.features.search.clear()
-    qtbot.waitUntil(page.features.suggestions.isVisible, timeout=5000)
+    qtbot.waitUntil(page.features.suggestions.isVisible)
     page.features.suggestion_rows()[0].button.click()
     assert strengths(page) == {offered: 2.0}
     assert not page.features.suggestions.isVisible()
@@ -227,7 +227,7 @@ def test_features_worth_a_try_are_offered_while_none_is_selected(
 def test_return_adds_the_first_match(qtbot: Any, services: Services) -> None:
     page = open_page(qtbot, services)
     page.features.search.setText("#7")
-    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()))
     qtbot.keyClick(page.features.search, Qt.Key.Key_Return)
     assert list(strengths(page)) == [7]
 
@@ -241,7 +241,7 @@ def test_label_of_a_feature_is_found_as_soon_as_it_is_written(
     services.library.feature_notes.write(sae_id, 9, label="Kings and queens")
     qtbot.waitUntil(lambda: page.features.cards()[0]._text.text() == "Kings and queens")
     page.features.search.setText("queens")
-    qtbot.waitUntil(lambda: [r.feature for r in page.features.found_rows()] == [9], timeout=5000)
+    qtbot.waitUntil(lambda: [r.feature for r in page.features.found_rows()] == [9])
 
 
 # --- strength -------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_slider_number_and_units_agree(qtbot: Any, services: Services) -> None:
     store = FeatureStore(library.path(newest_run(library, sae.id).folder))
     most = float(store.columns["max_activation"][feature])
     median = sae.metrics["median_norm"]
-    qtbot.waitUntil(lambda: "—" not in card.units.text(), timeout=5000)  # its direction is read
+    qtbot.waitUntil(lambda: "—" not in card.units.text())  # its direction is read
 
     def expect(strength: float) -> None:
         assert card.strength == pytest.approx(strength)
@@ -414,9 +414,9 @@ def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Se
         and not page.configuration.generate.isEnabled()
     )
     assert page.focusWidget() is page.configuration.stop
-    qtbot.waitUntil(lambda: bool(page.output.steered.text), timeout=60_000)
+    qtbot.waitUntil(lambda: bool(page.output.steered.text))
     assert not page.output.steered.visibleRegion().isEmpty()  # scrolled to where it is written
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         page.configuration.stop.click()
     assert ended.args[1] == "cancelled"
     assert page.focusWidget() is page.configuration.generate
@@ -444,11 +444,10 @@ def test_generation_that_waits_says_for_what(qtbot: Any, services: Services) -> 
         page.features.search.setFocus()
         qtbot.waitUntil(
             lambda: "Waits for “Stubborn”" in page.output.steered.view.placeholderText(),
-            timeout=5000,
         )
     finally:
         Stubborn.release.set()
-    qtbot.waitUntil(lambda: services.library.generations.count() == 1, timeout=60_000)
+    qtbot.waitUntil(lambda: services.library.generations.count() == 1)
     qtbot.waitUntil(lambda: not page.busy)
     assert page.focusWidget() is page.features.search  # the end does not take the focus away
 
@@ -458,7 +457,7 @@ def test_failure_is_said_with_its_next_step(qtbot: Any, services: Services) -> N
     page.presenter.add(3)
     services.library.execute("UPDATE saes SET folder = 'trainings/gone'")
     page.configuration.prompt.setPlainText(PROMPT)
-    with qtbot.waitSignal(services.jobs.job_finished, timeout=60_000) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished) as ended:
         page.configuration.generate.click()
     record = services.library.jobs.get(ended.args[0])
     assert record.status == "failed"
@@ -594,8 +593,8 @@ def test_nothing_moves_when_a_generation_begins_or_ends(qtbot: Any, services: Se
     frames = Frames(page.views.y)
     QApplication.instance().installEventFilter(frames)
     page.configuration.generate.click()
-    qtbot.waitUntil(lambda: page.configuration.progress.times_text != "", timeout=60_000)
-    qtbot.waitUntil(lambda: not page.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: page.configuration.progress.times_text != "")
+    qtbot.waitUntil(lambda: not page.busy)
     qtbot.wait(50)
     QApplication.instance().removeEventFilter(frames)
     assert frames.seen == {before} and page.views.y() == before
@@ -630,7 +629,7 @@ def test_state_survives(qtbot: Any, services: Services) -> None:
     assert [card.key for card in again.features.cards()] == [c.key for c in page.presenter.selected]
     assert again.output.steered.text == generation.result["variants"][0]["text"]
     assert again.save_state() == state
-    qtbot.waitUntil(lambda: again.presenter.index is not None, timeout=30_000)
+    qtbot.waitUntil(lambda: again.presenter.index is not None)
     for broken in ({}, {"selections": {"x": 1}, "sae_id": 99, "generation_id": 99}):
         again.restore_state(broken)
 
@@ -644,7 +643,7 @@ def test_tab_goes_through_what_was_added_later_in_its_place(qtbot: Any, services
     page.presenter.add(7, -1.5)
     page.configuration.prompt.setPlainText(PROMPT)
     first, second = page.features.cards()
-    qtbot.waitUntil(second.isVisible, timeout=5000)
+    qtbot.waitUntil(second.isVisible)
     page.features.search.setFocus()
     walked = [page.focusWidget()]
     while walked[-1] is not page.output.steered.view and len(walked) < 60:
@@ -668,7 +667,7 @@ def test_form_can_be_read(qtbot: Any, services: Services, size: tuple[int, int])
     page.presenter.add(strongest(services, page), 2.0)
     page.presenter.add(7, -1.5)
     page.features.search.setText("the")
-    qtbot.waitUntil(lambda: bool(page.features.found_rows()), timeout=5000)
+    qtbot.waitUntil(lambda: bool(page.features.found_rows()))
     assert nameless(page) == [] and too_small(page) == [] and cut_off(page) == []
     assert page._page.horizontalScrollBar().maximum() == 0
     shot(page, f"steering_form-{size[0]}")

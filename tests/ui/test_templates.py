@@ -97,7 +97,7 @@ def test_what_is_saved_comes_back_field_by_field(
     card.source.set_value("auto")
     card.model.setCurrentIndex(0)  # none
     mine = lambda: [line for line in section.rows() if line.template.name == "mine"]  # noqa: E731
-    qtbot.waitUntil(lambda: len(mine()) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(mine()) == 1)
     (line,) = mine()
     qtbot.mouseClick(line.load, Qt.MouseButton.LeftButton)
     after = card.form()
@@ -161,24 +161,24 @@ def test_export_and_import_through_the_window(
 ) -> None:
     path = tmp_path / "out.json"
     section.export_to(path)
-    qtbot.waitUntil(path.exists, timeout=5000)
+    qtbot.waitUntil(path.exists)
     document = json.loads(path.read_text(encoding="utf-8"))
     document["training_templates"][0]["name"] = "from afar"
     document["training_templates"][1]["config"]["hyperparameters"]["k"] = -4
     path.write_text(json.dumps(document), encoding="utf-8")
     section.import_from(path)
-    qtbot.waitUntil(lambda: bool(dialogs()), timeout=5000)
+    qtbot.waitUntil(lambda: bool(dialogs()))
     (dialog,) = dialogs()
     assert "5 of 6 entries can be added" in dialog._summary.text()
     assert saved(section, "from afar") is None  # nothing before the button
     shot(dialog, "templates_import")
     assert not nameless(dialog) and not too_small(dialog)
     qtbot.mouseClick(dialog.accept_button, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close", timeout=5000)
+    qtbot.waitUntil(lambda: dialog.accept_button.text() == "Close")
     assert dialog._summary.text() == "1 added, 4 already there, 1 refused."
     assert saved(section, "from afar") is not None
     qtbot.mouseClick(dialog.accept_button, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: not dialogs(), timeout=5000)
+    qtbot.waitUntil(lambda: not dialogs())
 
 
 def dialogs() -> list[ImportDialog]:
@@ -193,7 +193,7 @@ def test_a_file_that_is_none_is_refused_with_a_sentence(
     path.write_text("[]")
     before = services.library.templates.count()
     section.import_from(path)
-    qtbot.waitUntil(lambda: len(services.toasts.toasts) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(services.toasts.toasts) == 1)
     assert "not a file of templates" in services.toasts.toasts[0].message
     services.toasts.toasts[0].dismiss()
     assert not dialogs() and services.library.templates.count() == before

@@ -26,7 +26,6 @@ from mistudio.ui.widgets import ConfirmDialog
 from .checks import cut_off, nameless, too_small
 from .screens import shot
 
-LONG = 120_000
 POINT = "blocks.1.hook_resid_post"
 CONFIG = {
     "steps": 20_000, "batch_size": 64, "expansion": 1, "k": 4, "context": 32,
@@ -78,24 +77,24 @@ def test_save_load_and_delete_on_a_running_training(
     section = card.checkpoints
     assert section.empty.text() == "No checkpoints saved yet"
     section.set_expanded(True)
-    qtbot.waitUntil(lambda: len(listed(card)) >= 2, timeout=LONG)
+    qtbot.waitUntil(lambda: len(listed(card)) >= 2)
     assert section.button.text() == f"Checkpoints ({len(listed(card))})"
 
-    qtbot.waitUntil(section.save.isEnabled, timeout=LONG)
+    qtbot.waitUntil(section.save.isEnabled)
     click(qtbot, section.save)
     assert section.told.text() == "Saving…" and not section.save.isEnabled()
-    qtbot.waitUntil(lambda: section.told.text().startswith("Saved at step "), timeout=LONG)
+    qtbot.waitUntil(lambda: section.told.text().startswith("Saved at step "))
     report = jobs.save_report(job_id)
     assert report is not None and f"step {report.step:,} (" in section.told.text()
-    qtbot.waitUntil(lambda: report.step in listed(card), timeout=LONG)
+    qtbot.waitUntil(lambda: report.step in listed(card))
     (mine,) = [entry for entry in section.rows if entry.checkpoint.step == report.step]
     assert mine.title.text() == f"Step {report.step:,}"
     assert mine.about.text() == about(mine.checkpoint)
     assert mine.checkpoint.kept
 
     click(qtbot, card.pause)
-    qtbot.waitUntil(lambda: card.job.status == "paused", timeout=LONG)
-    qtbot.waitUntil(lambda: not section._reading, timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "paused")
+    qtbot.waitUntil(lambda: not section._reading)
     for size in ((1280, 720), (1920, 1080)):
         page.resize(*size)
         page.column_page.widget().layout().activate()
@@ -114,29 +113,29 @@ def test_save_load_and_delete_on_a_running_training(
     answer_dialogs("ConfirmDialog.exec", 1)
     click(qtbot, mine.load)
     assert section.told.text() == f"Loading step {report.step:,}…"
-    qtbot.waitUntil(lambda: section.told.text().startswith("Back at step "), timeout=LONG)
+    qtbot.waitUntil(lambda: section.told.text().startswith("Back at step "))
     assert library.jobs.get(job_id).status == "paused"
     rows = jobs.metrics(job_id)
     assert rows[-1]["step"] < report.step and len(rows) <= history
-    qtbot.waitUntil(lambda: card._n_rows == len(rows), timeout=LONG)
-    qtbot.waitUntil(lambda: max(listed(card)) == report.step, timeout=LONG)
+    qtbot.waitUntil(lambda: card._n_rows == len(rows))
+    qtbot.waitUntil(lambda: max(listed(card)) == report.step)
     if card.charts is not None:
         assert card.charts.n_rows == len(rows)
 
     (mine,) = [entry for entry in section.rows if entry.checkpoint.step == report.step]
     answer_dialogs("ConfirmDialog.exec", 1)
     click(qtbot, mine.delete)
-    qtbot.waitUntil(lambda: report.step not in listed(card), timeout=LONG)
+    qtbot.waitUntil(lambda: report.step not in listed(card))
     folder = library.checkpoint_folder(job_id)
     assert report.step not in [c.step for c in checkpoints.listing(folder)]
 
     click(qtbot, card.resume)
-    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "running", timeout=LONG)
-    qtbot.waitUntil(lambda: jobs.metrics(job_id)[-1]["step"] > report.step, timeout=LONG)
+    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "running")
+    qtbot.waitUntil(lambda: jobs.metrics(job_id)[-1]["step"] > report.step)
     steps = [row["step"] for row in jobs.metrics(job_id)]
     assert steps == sorted(set(steps))
     jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "cancelled", timeout=LONG)
+    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "cancelled")
     page.refresh()
     assert not card_of(page, job_id).checkpoints.isVisible()
 
@@ -150,20 +149,20 @@ def test_how_often_it_saves_is_changed_while_it_runs_and_remembered(
     card = card_of(page, job_id)
     section = card.checkpoints
     section.set_expanded(True)
-    qtbot.waitUntil(section.save.isEnabled, timeout=LONG)
+    qtbot.waitUntil(section.save.isEnabled)
     assert section.auto.value == AutoSave(None, 0.0) and not section.auto.steps.isEnabled()
     section.auto.steps.setValue(100)
     click(qtbot, section.auto.by_steps)
     qtbot.waitUntil(lambda: section.told.text() == "From now on it saves every 100 steps")
     config = library.jobs.get(job_id).params["config"]
     assert (config["autosave_steps"], config["autosave_minutes"]) == (100, 0.0)
-    qtbot.waitUntil(lambda: len(listed(card)) >= 1, timeout=LONG)
+    qtbot.waitUntil(lambda: len(listed(card)) >= 1)
     assert all(step % 100 == 0 for step in listed(card))
     click(qtbot, section.auto.by_steps)
     qtbot.waitUntil(lambda: section.told.text() == "It saves no more by itself")
     assert jobs._thread(job_id).control.auto_save == AutoSave(None, 0.0)
     jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: jobs.running() == [])
 
 
 @pytest.mark.slow
@@ -189,7 +188,7 @@ def test_an_interrupted_training_goes_on_from_the_checkpoint_that_is_loaded(
     run_job(library, job, job_id, control, on_start=start)
     card = card_of(page, job_id)
     section = card.checkpoints
-    qtbot.waitUntil(lambda: len(listed(card)) >= 3, timeout=LONG)
+    qtbot.waitUntil(lambda: len(listed(card)) >= 3)
     assert section.isVisible() and not section.save.isVisible()
     section.set_expanded(True)
     (row,) = [entry for entry in section.rows if entry.checkpoint.step == 40]
@@ -205,14 +204,14 @@ def test_an_interrupted_training_goes_on_from_the_checkpoint_that_is_loaded(
     answer_dialogs("ConfirmDialog.exec", agree)
     answer_dialogs("ConfirmDialog.exec", agree)
     click(qtbot, row.load)
-    qtbot.waitUntil(lambda: "cannot be used" in section.told.text(), timeout=LONG)
+    qtbot.waitUntil(lambda: "cannot be used" in section.told.text())
     assert library.jobs.get(job_id).status == "interrupted" and len(listed(card)) >= 3
     assert "Go back to step 40?" in told
     assert "What was learnt after step 40 and 2 newer checkpoints is discarded" in " ".join(told)
     path.write_bytes(whole)
     (row,) = [entry for entry in section.rows if entry.checkpoint.step == 40]
     click(qtbot, row.load)
-    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "finished", timeout=LONG)
+    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "finished")
     (event,) = library.trainings.all()[0].record["events"]
     assert (event["event"], event["step"]) == ("went on", 40)
 
@@ -240,10 +239,10 @@ def test_waiting_trainings_say_after_what_they_start(
     click(qtbot, second.cancel)
     assert third.queue.isVisible() and not third.queue.later.isVisible()
     jobs.cancel(ids[0])
-    qtbot.waitUntil(lambda: jobs.running() == [ids[2]], timeout=LONG)  # by itself
-    qtbot.waitUntil(lambda: not third.queue.isVisible(), timeout=LONG)
+    qtbot.waitUntil(lambda: jobs.running() == [ids[2]])  # by itself
+    qtbot.waitUntil(lambda: not third.queue.isVisible())
     jobs.cancel(ids[2])
-    qtbot.waitUntil(lambda: jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: jobs.running() == [])
 
 
 def test_ordinals() -> None:

@@ -29,7 +29,6 @@ from .screens import shot
 
 D = 64
 POINT = "blocks.{}.hook_resid_post"
-LONG = 30_000
 
 
 def add_model(library: Library, name: str = "tiny", **more: Any) -> int:
@@ -135,7 +134,7 @@ def open_dialog(
     qtbot.addWidget(dialog)
     dialog.resize(*size)
     dialog.show()
-    qtbot.waitUntil(lambda: not dialog._histories.reading, timeout=LONG)
+    qtbot.waitUntil(lambda: not dialog._histories.reading)
     return dialog
 
 
@@ -197,7 +196,7 @@ def test_compare_opens_a_window_beside_the_main_one(
     dialog = page.findChild(CompareDialog)
     assert dialog.isVisible() and not dialog.isModal()
     assert {one.name for one in dialog.compared} == {"wide", "narrow"}
-    qtbot.waitUntil(lambda: not dialog._histories.reading, timeout=LONG)
+    qtbot.waitUntil(lambda: not dialog._histories.reading)
     dialog.close()
 
 

@@ -16,8 +16,6 @@ from mistudio.ui.training.page import TrainingPage
 from .checks import nameless, too_small
 from .screens import shot
 
-LONG = 60_000
-
 
 @pytest.fixture
 def page(
@@ -39,13 +37,13 @@ def test_a_runs_record_is_saved_as_json_and_as_a_page(
     answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / "record"), ""))
     card.record.json.trigger()
     file = tmp_path / "record.json"
-    qtbot.waitUntil(file.exists, timeout=LONG)
+    qtbot.waitUntil(file.exists)
     training = trained_library.trainings.all()[0]
     assert json.loads(file.read_text(encoding="utf-8")) == training.record
     answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / "my run.html"), ""))
     card.record.html.trigger()
     sheet = tmp_path / "my run.html"
-    qtbot.waitUntil(sheet.exists, timeout=LONG)
+    qtbot.waitUntil(sheet.exists)
     assert training.name in sheet.read_text(encoding="utf-8")
     page.column_page.ensureWidgetVisible(card, 0, 0)
     shot(page, "training_run_record-1280x900")
@@ -64,7 +62,7 @@ def test_a_record_that_cannot_be_saved_says_so(
     monkeypatch.setattr(type(toasts), "error", lambda self, *words, **more: told.append(words))
     answer_dialogs("QFileDialog.getSaveFileName", (str(tmp_path / "missing" / "x.json"), ""))
     card.record.json.trigger()
-    qtbot.waitUntil(lambda: len(told) == 1, timeout=LONG)
+    qtbot.waitUntil(lambda: len(told) == 1)
     answer_dialogs("QFileDialog.getSaveFileName", ("", ""))
     card.record.html.trigger()
     assert len(told) == 1 and list(tmp_path.glob("missing*")) == []

@@ -72,7 +72,6 @@ from .small_jobs import Count
 SIZES = [(1280, 720), (1920, 1080)]
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1024**3
-LONG = 120_000  # ms: this machine may be busy
 
 
 class Journey:
@@ -590,7 +589,7 @@ def test_the_device_is_looked_at_in_the_background(qtbot: Any, trained: Services
     page = open_page(qtbot, trained)
     editor = page.configuration.fields["optimizer"].editor
     item = editor.model().item(option("optimizer")["choices"].index("adam8bit"))
-    qtbot.waitUntil(lambda: not item.isEnabled(), timeout=LONG)
+    qtbot.waitUntil(lambda: not item.isEnabled())
     assert "needs an NVIDIA GPU" in item.toolTip()
 
 
@@ -701,7 +700,7 @@ def test_what_is_started_is_what_was_chosen(
     assert about.startswith(f"ReLU + L1 Skip Transcoder SAE • Layers 1, 3 • {ACROSS_MLP} • Queued")
     for job_id in (card.job.id, *trained.jobs.running()):
         trained.jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 @pytest.mark.slow
@@ -722,13 +721,13 @@ def test_a_training_from_start_to_its_card(
     assert parse(record.params["config"]) == parse(wanted)
     assert record.params["extraction_id"] is None
 
-    qtbot.waitUntil(lambda: card.charts is not None and card.charts.n_rows >= 8, timeout=LONG)
+    qtbot.waitUntil(lambda: card.charts is not None and card.charts.n_rows >= 8)
     assert card._title.text() == "tiny-llama-0.9m + intros" and card.badge.text() == "Training"
     assert card.tiles["loss"].value != "—" and card.tiles["tokens_per_second"].value != "—"
     first_charts = card.charts
 
     qtbot.mouseClick(card.pause, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: card.job.status == "paused", timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "paused")
     assert card.resume.isVisible() and not card.pause.isVisible()
     rows = len(trained.jobs.metrics(job_id))
     qtbot.wait(700)
@@ -742,14 +741,13 @@ def test_a_training_from_start_to_its_card(
         )
         shot(page, f"training_running-{size[0]}x{size[1]}")
     qtbot.mouseClick(card.resume, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: len(trained.jobs.metrics(job_id)) > rows + 4, timeout=LONG)
+    qtbot.waitUntil(lambda: len(trained.jobs.metrics(job_id)) > rows + 4)
 
     # the whole history, in one curve for each site, in the very same charts
-    qtbot.waitUntil(lambda: card.charts.n_rows == len(trained.jobs.metrics(job_id)), timeout=LONG)
+    qtbot.waitUntil(lambda: card.charts.n_rows == len(trained.jobs.metrics(job_id)))
     assert card.charts is first_charts
     qtbot.waitUntil(lambda: len(card.charts.charts) == len(CHARTS)
-                    and not card.charts._waiting and not card.charts._rows,
-                    timeout=LONG)  # fmt: skip
+                    and not card.charts._waiting and not card.charts._rows)  # fmt: skip
     shown = card.charts.n_rows
     metrics = trained.jobs.metrics(job_id)[:shown]
     for name in record.params["hook_points"]:
@@ -760,11 +758,11 @@ def test_a_training_from_start_to_its_card(
             assert card.charts.charts[key].points(name)[: len(expected)] == expected
     assert "] Step 1, layer 1: loss=" in card.charts.log.toPlainText()
 
-    qtbot.waitUntil(card.stop.isEnabled, timeout=LONG)
+    qtbot.waitUntil(card.stop.isEnabled)
     qtbot.mouseClick(card.stop, Qt.MouseButton.LeftButton)
     assert card.badge.text() == "Finishing…"
-    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status == "finished", timeout=LONG)
-    qtbot.waitUntil(lambda: page.job_cards() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status == "finished")
+    qtbot.waitUntil(lambda: page.job_cards() == [])
     run = trained_library.trainings.all()[0]
     assert run.status == "stopped" and run.job_id == job_id
     done = page._runs[run.id]
@@ -785,7 +783,7 @@ def test_a_training_from_start_to_its_card(
 
     # and afterwards the same history from the run's file
     done.history.set_expanded(True)
-    qtbot.waitUntil(lambda: done.charts is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: done.charts is not None)
     file = trained_library.path(run.folder) / "metrics.jsonl"
     rows_on_disk = [json.loads(line) for line in file.read_text().splitlines()]
     assert done.charts.n_rows == len(rows_on_disk) == len(trained.jobs.metrics(job_id))
@@ -801,26 +799,26 @@ def test_an_interrupted_training_goes_on_from_its_card(
     qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
     (card,) = page.job_cards()
     job_id = card.job.id
-    qtbot.waitUntil(lambda: len(trained.jobs.metrics(job_id)) >= 4, timeout=LONG)
+    qtbot.waitUntil(lambda: len(trained.jobs.metrics(job_id)) >= 4)
     thread = trained.jobs._thread(job_id)
     assert thread is not None
     thread.control.interrupt()  # as the window does when it is closed
-    qtbot.waitUntil(lambda: card.job.status == "interrupted", timeout=LONG)
+    qtbot.waitUntil(lambda: card.job.status == "interrupted")
     before = trained.jobs.metrics(job_id)[-1]["step"]
     assert card.go_on.isVisible() and card.retry.isVisible()
     assert "Go On continues there" in card._hint.text()
 
     qtbot.mouseClick(card.go_on, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: [c.job.status for c in page.job_cards()] == ["running"], timeout=LONG)
+    qtbot.waitUntil(lambda: [c.job.status for c in page.job_cards()] == ["running"])
     (card,) = page.job_cards()
     assert card.job.id == job_id and not card.go_on.isVisible()
     newest = lambda: (trained.jobs.metrics(job_id) or [{"step": 0}])[-1]["step"]  # noqa: E731
-    qtbot.waitUntil(lambda: newest() > before, timeout=LONG)
+    qtbot.waitUntil(lambda: newest() > before)
     steps = [row["step"] for row in trained.jobs.metrics(job_id)]
     assert steps == sorted(set(steps)), "no step is made twice"
-    qtbot.waitUntil(card.stop.isEnabled, timeout=LONG)
+    qtbot.waitUntil(card.stop.isEnabled)
     qtbot.mouseClick(card.stop, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status == "finished", timeout=LONG)
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status == "finished")
 
 
 @pytest.mark.slow
@@ -834,13 +832,13 @@ def test_a_transcoder_is_trained_from_the_form(
     qtbot.mouseClick(page.configuration.start, Qt.MouseButton.LeftButton)
     job_id = page.job_cards()[0].job.id
     active = ("queued", "running")
-    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status not in active, timeout=LONG)
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job_id).status not in active)
     record = trained_library.jobs.get(job_id)
     assert record.status == "finished", record.error
     (sae,) = trained_library.saes.of_training(record.result["training_id"])
     assert sae.hook_point == point_name("mlp_in", 2)
     assert (sae.hook_point_out, sae.wiring) == (point_name("mlp_out", 2), "skip_transcoder")
-    qtbot.waitUntil(lambda: sae.training_id in page._runs, timeout=5000)
+    qtbot.waitUntil(lambda: sae.training_id in page._runs)
     card = page._runs[sae.training_id]
     assert f"Layer 2 • {ACROSS_MLP}" in [label.text() for label in card.findChildren(QLabel)]
 
@@ -855,10 +853,10 @@ def test_a_cold_engine_is_imported_in_the_background(
     page.configuration.start.click()
     assert page.job_cards() == [] and not page.configuration.start.isEnabled()
     assert page.configuration.start.text() == "Loading the engine…"
-    qtbot.waitUntil(lambda: len(page.job_cards()) == 1, timeout=LONG)
+    qtbot.waitUntil(lambda: len(page.job_cards()) == 1)
     assert page.configuration.start.text() == "Start Training" and engine_imported()
     trained.jobs.cancel(page.job_cards()[0].job.id)
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=LONG)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_a_queued_training_can_be_cancelled_and_retried(
@@ -871,22 +869,22 @@ def test_a_queued_training_can_be_cancelled_and_retried(
     page.configuration.start.click()
     (card,) = page.job_cards()
     assert card.badge.text() == "Queued"
-    qtbot.waitUntil(card.cancel.isVisible, timeout=5000)
+    qtbot.waitUntil(card.cancel.isVisible)
     inside = page.column_page.viewport().rect()
     qtbot.waitUntil(
         lambda: inside.contains(card.mapTo(page.column_page.viewport(), card.rect().topLeft()))
     )
     card.cancel.click()
-    qtbot.waitUntil(lambda: card.job.status == "cancelled", timeout=5000)
+    qtbot.waitUntil(lambda: card.job.status == "cancelled")
     assert card.retry.isVisible() and not card.cancel.isVisible()
     card.retry.click()
-    qtbot.waitUntil(lambda: [c.job.status for c in page.job_cards()] == ["queued"], timeout=5000)
+    qtbot.waitUntil(lambda: [c.job.status for c in page.job_cards()] == ["queued"])
     again = page.job_cards()[0].job
     assert again.id != card.job.id and again.params == card.job.params
     trained.jobs.cancel(again.id)
     for job_id in trained.jobs.running():
         trained.jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_a_failed_training_says_why_and_can_be_put_away(
@@ -917,10 +915,10 @@ def test_cards_are_kept_while_nothing_of_theirs_changes(
     (card,) = page.run_cards()
     tile = card.tiles[1][0]
     job_id = trained_library.jobs.submit("train", "Another", "compute", {})
-    qtbot.waitUntil(lambda: len(page.job_cards()) == 1, timeout=5000)
+    qtbot.waitUntil(lambda: len(page.job_cards()) == 1)
     assert page.run_cards() == [card] and card.tiles[1][0] is tile
     trained_library.jobs.move(job_id, ("queued",), "cancelled")
-    qtbot.waitUntil(lambda: page.job_cards()[0].badge.text() == "Cancelled", timeout=5000)
+    qtbot.waitUntil(lambda: page.job_cards()[0].badge.text() == "Cancelled")
 
 
 # --- what can be done with a run ------------------------------------------------------------------
@@ -934,7 +932,7 @@ def test_a_run_shows_what_was_measured(
     shot(page, f"training_form-{size[0]}x{size[1]}")
     (card,) = page.run_cards()
     card.history.set_expanded(True)
-    qtbot.waitUntil(lambda: card.charts is not None, timeout=LONG)
+    qtbot.waitUntil(lambda: card.charts is not None)
     bar = page.column_page.verticalScrollBar()
     bar.setValue(bar.maximum())
     shot(page, f"training_done-{size[0]}x{size[1]}")
@@ -973,7 +971,7 @@ def test_a_failing_run_says_so_on_its_card(qtbot: Any, trained: Services) -> Non
     assert card.warning.isHidden()
     for job_id in (card.job.id, *trained.jobs.running()):
         trained.jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 @pytest.mark.parametrize(
@@ -1016,16 +1014,16 @@ def test_discover_queues_a_pass_for_every_sae_without_features(
     card.explore.click()
     assert trained.navigate.places == [("features", {"sae_id": 1})]
     trained_library.discard("feature_runs", 1)
-    qtbot.waitUntil(card.discover.isVisible, timeout=5000)
+    qtbot.waitUntil(card.discover.isVisible)
     trained.jobs.submit(Count(to=2000))  # keeps the lane
     card.discover.click()
     (job,) = [job for job in trained.jobs.active() if job.kind == "discover"]
     assert job.params["sae_id"] == 1
-    qtbot.waitUntil(card.discovery.isVisible, timeout=5000)
+    qtbot.waitUntil(card.discovery.isVisible)
     assert not card.discover.isEnabled()
     trained.jobs.cancel(job.id)
     trained.jobs.cancel(trained.jobs.running()[0])
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_export_writes_the_saes_into_a_new_folder(
@@ -1035,11 +1033,11 @@ def test_export_writes_the_saes_into_a_new_folder(
     answer_dialogs("QFileDialog.getExistingDirectory", str(tmp_path))
     page.run_cards()[0].export.click()
     job = trained_library.jobs.all("kind = 'export'")[0]
-    qtbot.waitUntil(lambda: trained_library.jobs.get(job.id).status == "finished", timeout=LONG)
+    qtbot.waitUntil(lambda: trained_library.jobs.get(job.id).status == "finished")
     target = Path(job.params["folder"])
     assert target.parent == tmp_path
     assert (target / point_name("resid_post", 2) / "cfg.json").exists()
-    qtbot.waitUntil(lambda: trained.jobs.running() == [], timeout=5000)
+    qtbot.waitUntil(lambda: trained.jobs.running() == [])
 
 
 def test_delete_asks_and_takes_the_features_along(
@@ -1058,7 +1056,7 @@ def test_delete_asks_and_takes_the_features_along(
     card.delete.click()
     assert trained_library.trainings.count() == trained_library.feature_runs.count() == 0
     assert not any(folder.exists() for folder in folders)
-    qtbot.waitUntil(lambda: page.run_cards() == [], timeout=5000)
+    qtbot.waitUntil(lambda: page.run_cards() == [])
 
 
 def test_a_run_in_use_is_not_deleted(

@@ -120,11 +120,11 @@ def test_the_card_of_a_download_tells_bytes_speed_and_time_left(
     def cards() -> dict[int, Any]:
         return dict(page.job_cards() if tab == "models" else page._adding)
 
-    qtbot.waitUntil(lambda: job_id in cards(), timeout=10_000)
+    qtbot.waitUntil(lambda: job_id in cards())
     card = cards()[job_id]
-    qtbot.waitUntil(lambda: LINE.fullmatch(card.amount.text()) is not None, timeout=15_000)
+    qtbot.waitUntil(lambda: LINE.fullmatch(card.amount.text()) is not None)
     shot(page, f"{tab}-downloading")
     assert card.amount.isVisible() and too_small(card) == [] and cut_off(card) == []
     hub.bytes_per_second = None
     services.jobs.cancel(job_id)
-    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "cancelled", timeout=10_000)
+    qtbot.waitUntil(lambda: library.jobs.get(job_id).status == "cancelled")
