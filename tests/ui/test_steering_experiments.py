@@ -25,7 +25,7 @@ from mistudio.ui.steering.experiments.plan import (
     read_prompts,
     read_strengths,
 )
-from mistudio.ui.steering.experiments.report import RUNNING, RenameDialog
+from mistudio.ui.steering.experiments.report import RUNNING, RenameDialog, ReportCard
 from mistudio.ui.steering.experiments.results import (
     curves,
     incomplete,
@@ -41,6 +41,7 @@ from mistudio.ui.steering.page import SteeringPage
 from mistudio.ui.steering.request import Chosen, Form
 from mistudio.ui.steering.units import significant
 from mistudio.ui.widgets import ConfirmDialog
+from mistudio.ui.widgets.containers import settle_layouts
 
 from .checks import cut_off, nameless, squeezed, too_small
 from .screens import shot
@@ -381,6 +382,27 @@ def test_a_sweep_is_run_and_shown(
     qtbot.waitUntil(lambda: view.shown is not None and view.shown.id == 1)
     report.delete.click()
     qtbot.waitUntil(lambda: view.shown is None and report.empty.isVisible())
+
+
+def test_nothing_moves_when_what_draws_has_been_imported(qtbot: Any, page: SteeringPage) -> None:
+    view = plan_sweep(page, 1, 4)
+    with qtbot.waitSignal(page._services.jobs.job_finished):
+        view.planner.start.click()
+    qtbot.waitUntil(lambda: view.shown is not None and view.shown.id != RUNNING)
+    card = ReportCard()
+    qtbot.addWidget(card)
+    card.resize(1000, 900)
+    card.show_measure("similarity")
+    with qtbot.waitSignal(card.chart_wanted):
+        card.show_experiment(view.shown)
+    card.show()
+    settle_layouts()
+    before = card.table.y()
+    card.make_chart()
+    qtbot.waitUntil(lambda: card.chart is not None and card.chart.isVisible())
+    settle_layouts()
+    assert card.measure == "similarity"
+    assert abs(card.table.y() - before) <= 1
 
 
 def type_and_take(name: str) -> Callable[[RenameDialog], None]:

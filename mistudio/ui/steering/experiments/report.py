@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from PySide6.QtCore import QItemSelection, Signal
+from PySide6.QtCore import QItemSelection, Qt, Signal
 from PySide6.QtWidgets import (
     QAbstractItemView,
     QDialog,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 RUNNING = 0  # no experiment that is kept has this number
 _TEXTS_SHOWN = 12
 _LINES_SHOWN = 14
+_CHART_HEIGHT = 361  # of the chart with its measure and its key
 
 
 def load_plot() -> None:
@@ -121,7 +122,11 @@ class ReportCard(Card):
     def _make_found(self) -> QWidget:
         self.setting = Text("", "helper", wrap=True, selectable=True)
         self.incomplete = Text("", "small", "yellow", wrap=True)
+        self._preparing = Text("Preparing the plot…", "helper")
+        self._preparing.setAlignment(Qt.AlignmentFlag.AlignCenter)
+        self._preparing.setFixedHeight(_CHART_HEIGHT)  # nothing below it moves when it is there
         self._chart_place = column(0)
+        self._chart_place.addWidget(self._preparing)
         self.model = ResultsModel(self)
         self.table = QTableView()
         self.table.setModel(self.model)
@@ -245,7 +250,8 @@ class ReportCard(Card):
         if self.chart is None:
             self.chart = EstimateChart()
             self.chart.measure.currentIndexChanged.connect(self._on_measure_changed)
-            self._chart_place.addWidget(self.chart)
+            self._chart_place.replaceWidget(self._preparing, self.chart)
+            self._preparing.deleteLater()
         self._draw()
 
     def _show_texts(self) -> None:
