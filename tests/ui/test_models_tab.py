@@ -608,7 +608,7 @@ def test_extraction_from_start_to_finish(qtbot: Any, trained: Services) -> None:
     assert ended.args[1] == "finished"
     assert closed == []  # a second to read what it says
     assert "tokens stored" in dialog.message.text()
-    qtbot.waitUntil(lambda: closed == [1])
+    qtbot.waitUntil(lambda: closed == [1], timeout=3000)
     (extraction,) = library.extractions.all()
     assert extraction.hook_points == ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
     assert extraction.settings["context"] == 64

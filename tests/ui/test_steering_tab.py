@@ -416,7 +416,7 @@ def test_stop_ends_a_generation_and_keeps_what_is_shown(qtbot: Any, services: Se
     assert page.focusWidget() is page.configuration.stop
     qtbot.waitUntil(lambda: bool(page.output.steered.text))
     assert not page.output.steered.visibleRegion().isEmpty()  # scrolled to where it is written
-    with qtbot.waitSignal(services.jobs.job_finished) as ended:
+    with qtbot.waitSignal(services.jobs.job_finished, timeout=10_000) as ended:
         page.configuration.stop.click()
     assert ended.args[1] == "cancelled"
     assert page.focusWidget() is page.configuration.generate
